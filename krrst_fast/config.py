@@ -1,0 +1,121 @@
+"""Frozen dataclasses to plain JSON and back, strictly."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from krrst_fast.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts of JSON values: paths become strings, tuples lists."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build the dataclass `cls` from what `to_dict` made.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has another type than the field.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(unknown_key(where + key, [where + name for name in fields]))
+    given = {key: _typed(hints[key], value, where + key) for key, value in values.items()}
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in given:
+            raise ConfigError(f"config: {where + name} is missing")
+    return cls(**given)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The message for a setting that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"config: there is no setting {key!r}{hint}"
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _one_of(args, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"config: {where} must be one of {list(args)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"config: {where} must be a list, got {value!r}")
+        item_hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(item_hints) != len(value):
+            raise ConfigError(f"config: {where} must have {len(item_hints)} items, got {value!r}")
+        return tuple(
+            _typed(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(item_hints, value))
+        )
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        if not isinstance(value, dict):
+            raise ConfigError(f"config: {where} must be a section, got {value!r}")
+        return from_dict(typing.cast(type[Any], hint), value, where + ".")
+    return _scalar(hint, value, where)
+
+
+def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    errors = []
+    for hint in hints:
+        if hint is not type(None):
+            try:
+                return _typed(hint, value, where)
+            except ConfigError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"config: {where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
+    """A short fingerprint of every setting except the top-level ones in `ignore`."""
+    values = {key: value for key, value in to_dict(config).items() if key not in ignore}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require(condition: bool, config: Any, field: str, need: str) -> None:
+    """Raise a ConfigError that names class, field, need and value unless `condition` holds."""
+    if not condition:
+        raise ConfigError(
+            f"{type(config).__name__}: {field} must be {need}, got {getattr(config, field)!r}"
+        )

@@ -1,0 +1,1 @@
+"""The differentiable operators: one file an op, public function first."""
