@@ -1,7 +1,7 @@
 """Build the extension:  pip install -e . --no-build-isolation
 
-The torch that is importable here is the one the extension is built against; the stable ABI makes the
-result load in every torch from 2.10 on.
+The extension is built against the torch that is importable here; the stable ABI makes the result
+load in every torch from 2.10 on.
 
 KRRST_FAST_BUILD  auto (default) | 0 pure Python | 1 an error when a module cannot be built
 KRRST_FAST_SANITIZE  e.g. address,undefined: build with these sanitizers

@@ -40,7 +40,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mb(device: torch.device | None = None) -> float:
-    """Peak memory in MB (10^6 bytes) so far: allocated by torch on a GPU, resident set of the process on a CPU."""
+    """Peak memory in MB (10^6 bytes) so far: of torch on a GPU, of the process on a CPU."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     # Linux counts ru_maxrss in KiB, macOS in bytes.

@@ -2,7 +2,7 @@
 
 
 class KrrstError(Exception):
-    """Base of every error this library raises on purpose; the command line prints it in one line."""
+    """Base of every error raised on purpose; the command line prints it in one line."""
 
 
 class NotPositiveDefiniteError(KrrstError, ArithmeticError):

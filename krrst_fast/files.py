@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
-    An existing folder at `path` is replaced only with `overwrite`, and only once the new one is whole.
+    An existing folder is replaced only with `overwrite`, and only once the new one is whole.
 
     Raises:
         ConfigError: `path` exists and `overwrite` is false.
@@ -68,7 +68,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raise ConfigError if `path` is a file, or a folder with something in it that may not be replaced."""
+    """Raise ConfigError if `path` is a file, or a folder whose contents may not be replaced."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: the output is to be a folder, and a file of that name exists")
     if path.exists() and any(path.iterdir()) and not overwrite:
@@ -83,7 +83,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Path:
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Save a dict of tensors and plain values; a reader sees the old file or the new one, never a part."""
+    """Save a dict of tensors and plain values; a reader sees the old file or the new one, whole."""
     with atomic_path(path) as temporary:
         torch.save(dict(state), temporary)
 
@@ -113,7 +113,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused, being no JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
