@@ -1,1 +1,6 @@
-"""models."""
+"""Networks with a feature map `embed(x)` and a linear head: `forward(x) = fc(embed(x))`."""
+
+from krrst_fast.models.build import ModelConfig, build
+from krrst_fast.models.network import Network
+
+__all__ = ["ModelConfig", "Network", "build"]

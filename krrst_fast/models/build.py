@@ -1,0 +1,73 @@
+"""One network from its settings and a seed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from krrst_fast.config import require
+from krrst_fast.errors import ConfigError
+from krrst_fast.models.convnet import ConvNet, Norm
+from krrst_fast.models.network import Network
+from krrst_fast.models.resnet import ResNet, Stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network."""
+
+    kind: Literal["convnet", "resnet10", "resnet18", "resnet50"] = "convnet"
+    widths: tuple[int, ...] = (128, 256, 512)
+    """Channels of each block of a convnet; the others have theirs fixed."""
+    norm: Norm = "batch"
+    """Normalisation of a convnet; the others use batch norm."""
+    stem: Stem = "small"
+    """First layer of a resnet: 3x3 with stride 1 for small images, or 7x7 with a max-pool."""
+
+    def __post_init__(self) -> None:
+        kinds = ("convnet", "resnet10", "resnet18", "resnet50")
+        require(self.kind in kinds, self, "kind", f"one of {', '.join(kinds)}")
+        require(len(self.widths) > 0, self, "widths", "at least one number of channels")
+        require(min(self.widths) > 0, self, "widths", "positive")
+        norms = ("batch", "instance", "none")
+        require(self.norm in norms, self, "norm", f"one of {', '.join(norms)}")
+        require(self.stem in ("small", "imagenet"), self, "stem", "small or imagenet")
+
+
+def build(
+    config: ModelConfig, *, image_size: int, num_outputs: int, seed: int, channels: int = 3
+) -> Network:
+    """A freshly initialised network on the CPU, in training mode.
+
+    Args:
+        config: which network.
+        image_size: height and width of the images it will see.
+        num_outputs: P, the outputs of its linear head; 0 for no head (forward is embed).
+        seed: the same seed gives the same bits; the global random state is left as it was.
+        channels: channels of the images.
+
+    Raises:
+        ConfigError: the images are too small for that many poolings, or a number is negative.
+    """
+    if num_outputs < 0 or channels < 1:
+        raise ConfigError(
+            f"build: num_outputs must be >= 0 and channels >= 1, got {num_outputs} and {channels}"
+        )
+    depth = len(config.widths) if config.kind == "convnet" else 0
+    if image_size < 2**depth:
+        raise ConfigError(
+            f"build: a convnet of {depth} widths halves the image {depth} times and needs at least "
+            f"{2**depth} pixels, got image_size {image_size}"
+        )
+    # The default generator alone: torch.manual_seed would reseed the GPUs as well.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        if config.kind == "convnet":
+            return ConvNet(
+                config.widths,
+                config.norm,
+                image_size=image_size,
+                num_outputs=num_outputs,
+                channels=channels,
+            )
+        return ResNet(config.kind, config.stem, num_outputs=num_outputs, channels=channels)

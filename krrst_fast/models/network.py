@@ -1,0 +1,47 @@
+"""What every network has: a feature map, its dimension, and a linear head called `fc`."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module, ABC):
+    """A feature map `embed` followed by the head `fc`.
+
+    Attributes:
+        feature_dim: D, the number of features `embed` returns.
+        channels: the number of input channels.
+        image_size: height and width of the input, or None if any size will do.
+    """
+
+    def __init__(self, *, feature_dim: int, channels: int, image_size: int | None) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.channels = channels
+        self.image_size = image_size
+        self.fc: nn.Module = nn.Identity()
+
+    def set_head(self, num_outputs: int) -> None:
+        """A fresh linear head of `num_outputs`, or none at all where that is 0."""
+        self.fc = nn.Linear(self.feature_dim, num_outputs) if num_outputs else nn.Identity()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features of the images: [B, C, H, W] -> [B, D].
+
+        Raises:
+            ValueError: the images have another shape than this network takes.
+        """
+        size = self.image_size
+        square = x.dim() == 4 and (size is None or x.shape[2:] == (size, size))
+        if not square or x.shape[1] != self.channels:
+            need = f"[B, {self.channels}, {size or 'H'}, {size or 'W'}]"
+            raise ValueError(f"{type(self).__name__}: x must be {need}, got {tuple(x.shape)}")
+        return self._features(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of the head: [B, C, H, W] -> [B, P], or [B, D] without a head."""
+        return self.fc(self.embed(x))
+
+    @abstractmethod
+    def _features(self, x: Tensor) -> Tensor:
+        """The last feature map, [B, C', H', W'] with C' * H' * W' = D."""
