@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable
@@ -13,6 +14,14 @@ from typing import Any, Literal, TypeVar, Union
 from krrst_fast.errors import ConfigError
 
 T = TypeVar("T")
+
+_NAMES = {
+    Path: "a path",
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -36,19 +45,31 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: a key is unknown or missing, or a value has another type than the field.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise ConfigError(unknown_key(where + key, [where + name for name in fields]))
-    given = {key: _typed(hints[key], value, where + key) for key, value in values.items()}
-    for name, field in fields.items():
+    given = typed(cls, values, where)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         required = (
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
-        if required and name not in given:
-            raise ConfigError(f"config: {where + name} is missing")
+        if required and field.name not in given:
+            raise ConfigError(f"config: {where + field.name} is missing")
     return cls(**given)
+
+
+def typed(cls: type, values: Any, where: str = "") -> dict[str, Any]:
+    """Check and convert some of the fields of the dataclass `cls`; the others may be missing.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has another type than the field.
+    """
+    if not isinstance(values, dict):
+        what = where.removesuffix(".") or "the whole"
+        raise ConfigError(f"config: {what} must be a mapping of settings, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(unknown_key(f"{where}{key}", [where + name for name in names]))
+    return {key: _typed(hints[key], value, where + key) for key, value in values.items()}
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -63,7 +84,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _one_of(args, value, where)
     if origin is Literal:
-        if value not in args:
+        # 1 == True == 1.0, but none stands for another.
+        if not any(value == arg and type(value) is type(arg) for arg in args):
             raise ConfigError(f"config: {where} must be one of {list(args)}, got {value!r}")
         return value
     if origin is tuple:
@@ -78,8 +100,6 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        if not isinstance(value, dict):
-            raise ConfigError(f"config: {where} must be a section, got {value!r}")
         return from_dict(typing.cast(type[Any], hint), value, where + ".")
     return _scalar(hint, value, where)
 
@@ -103,12 +123,16 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"config: {where} must be {hint.__name__}, got {value!r}")
+        raise ConfigError(f"config: {where} must be {_NAMES.get(hint, hint)}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"config: {where} must be a finite number, got {value!r}")
     return value
 
 
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
     """A short fingerprint of every setting except the top-level ones in `ignore`."""
+    # Through from_dict, so that lr=1 and lr=1.0 are one setting.
+    config = from_dict(type(config), to_dict(config))
     values = {key: value for key, value in to_dict(config).items() if key not in ignore}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

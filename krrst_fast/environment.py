@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,22 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "extension": extension(),
     }
+
+
+def extension() -> str | None:
+    """The compiled modules that are here, such as "_C, _native"; None where there are none."""
+    names = [n for n in ("_C", "_C_cuda", "_native") if find_spec(f"krrst_fast.{n}")]
+    return ", ".join(names) or None
 
 
 def version() -> str:
     """The installed version of this library."""
-    return metadata.version("krrst-fast")
+    try:
+        return metadata.version("krrst-fast")
+    except metadata.PackageNotFoundError:  # a checkout that is on the path without being installed
+        return "not installed"
 
 
 def _cpu_name() -> str:
@@ -59,7 +70,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device: must be auto, cpu or cuda[:index], got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name!r} was asked for and torch sees no GPU")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: must be auto, cpu or cuda[:index], got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device: {name!r} was asked for and torch sees {count} GPUs")
     return device

@@ -1,16 +1,16 @@
 """Files that are either whole or not there: write to a temporary name, flush, rename."""
 
+import glob
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
 
@@ -23,10 +23,46 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that is this process's own; leftovers of killed processes are removed.
+
+    A folder that was moved aside and not yet replaced when its process was killed is moved back.
+    """
+    name, own = glob.escape(path.name), str(os.getpid())
+    for stale in sorted(path.parent.glob(f".{name}.*.old")) + sorted(
+        path.parent.glob(f".{name}.*.tmp")
+    ):
+        process = stale.name.split(".")[-2]
+        if process != own and _alive(process):
+            continue
+        if stale.suffix == ".old" and not path.exists():
+            stale.rename(path)
+        else:
+            _remove(stale)
+    return path.with_name(f".{path.name}.{own}.tmp")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         _sync(temporary)
@@ -37,18 +73,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool = False, marker: str = "") -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
-    An existing folder is replaced only with `overwrite`, and only once the new one is whole.
+    An existing folder is replaced only as `refuse_existing` allows, and only once the new one is
+    whole.
 
     Raises:
-        ConfigError: `path` exists and `overwrite` is false.
+        ConfigError: `path` exists and may not be replaced.
     """
-    refuse_existing(path, overwrite=overwrite)
+    path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
+    refuse_existing(path, overwrite=overwrite, marker=marker)
     temporary.mkdir()
     try:
         yield temporary
@@ -56,23 +93,31 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = temporary.with_suffix(".old")
             os.rename(path, old)
             os.rename(temporary, path)
-            shutil.rmtree(old)
+            _remove(old)
         else:
             os.rename(temporary, path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raise ConfigError if `path` is a file, or a folder whose contents may not be replaced."""
+def refuse_existing(path: Path, *, overwrite: bool = False, marker: str = "") -> None:
+    """Raise ConfigError if `path` is a file, or a folder whose contents may not be replaced.
+
+    With `overwrite` a folder may be replaced when it holds the file `marker`: so a folder that
+    some other program filled is never emptied by a slip of the keyboard.
+    """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: the output is to be a folder, and a file of that name exists")
-    if path.exists() and any(path.iterdir()) and not overwrite:
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise ConfigError(f"{path}: the output folder exists and is not empty")
+    if marker and not (path / marker).exists():
+        raise ConfigError(f"{path}: not replaced, because it holds no {marker} of an earlier run")
 
 
 def new_folder(path: Path, *, overwrite: bool = False) -> Path:
@@ -82,10 +127,53 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Path:
     return path
 
 
+class _Sink:
+    """A file for torch.save that remembers the OSError torch hides behind a RuntimeError."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Save a dict of tensors and plain values; a reader sees the old file or the new one, whole."""
+    """Save a dict of tensors and plain values; a reader sees the old file or the new one, whole.
+
+    Raises:
+        OSError: it could not be written, as on a full disk.
+    """
+    # Unbuffered: the file is closed without a last write that could fail a second time.
+    with atomic_path(path) as temporary, temporary.open("wb", buffering=0) as file:
+        sink = _Sink(file)
+        try:
+            torch.save(dict(state), sink)  # type: ignore[arg-type]
+        except RuntimeError:
+            if sink.error is None:
+                raise
+            raise OSError(sink.error.errno, sink.error.strerror, str(path)) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Save a safetensors file atomically.
+
+    Raises:
+        OSError: it could not be written, as on a full disk.
+    """
+    from safetensors.torch import save
+
+    # Through memory: the library's own writer turns a full disk into an error of its own.
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
-        torch.save(dict(state), temporary)
+        temporary.write_bytes(save(plain, dict(metadata)))
 
 
 def load_state(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -98,7 +186,9 @@ def load_state(path: Path, *, map_location: str | torch.device = "cpu") -> dict[
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(state, dict):
@@ -128,18 +218,33 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a log of JSON objects."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add one line to a log of JSON objects; a last line that a kill cut short is dropped."""
+    with path.open("ab+") as file:
+        end = file.tell()
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a log of JSON objects; a last line that a kill cut short is left out."""
+    """Read a log of JSON objects; a last line that a kill cut short is left out.
+
+    Raises:
+        DataError: another line is no JSON object.
+    """
     if not path.exists():
         return []
+    lines = path.read_bytes().split(b"\n")[:-1]
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        rows.append(json.loads(line))
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is not a JSON object")
+        rows.append(row)
     return rows

@@ -1,0 +1,33 @@
+"""What a run ran on."""
+
+import json
+
+import pytest
+import torch
+
+from krrst_fast import environment
+from krrst_fast.errors import ConfigError
+
+
+def test_describe_is_json_and_true() -> None:
+    described = environment.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["torch"] == torch.__version__
+    assert described["threads"] == torch.get_num_threads()
+    assert described["extension"] is None or "_C" in described["extension"]
+
+
+def test_pick_device() -> None:
+    assert environment.pick_device("cpu") == torch.device("cpu")
+    assert environment.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for wrong in ("gpu", "meta", "cuda:x", "", "mps"):
+        with pytest.raises(ConfigError, match=r"must be auto, cpu or cuda\[:index\], got"):
+            environment.pick_device(wrong)
+    with pytest.raises(ConfigError, match="cuda:99.*torch sees"):
+        environment.pick_device("cuda:99")
+
+
+def test_peak_memory_grows_with_what_is_used() -> None:
+    before = environment.peak_memory_mb()
+    torch.ones(50_000_000)
+    assert environment.peak_memory_mb() >= max(before, 200)
