@@ -1,0 +1,56 @@
+"""Which format a path holds."""
+
+from pathlib import Path
+
+from krrst_fast.data import cifar, digits, folder, npz, released, tars, tinyimagenet
+from krrst_fast.data.source import Source, held_out_as_test
+from krrst_fast.errors import DataError
+
+KNOWN = (
+    "CIFAR pickles, TinyImageNet, an image folder, WebDataset tars, npz archives, "
+    "X_tr_SIZE.pth tensors"
+)
+
+
+def open_source(source: str, size: int) -> Source:
+    """The splits of what lies at `source`, not yet decoded; the held-out one is called test.
+
+    Raises:
+        DataError: nothing is there, or nothing that is known.
+    """
+    if source == "digits":
+        return digits.read(size)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(f"prepare: {source}: there is no such file or folder")
+    return held_out_as_test(_of_folder(path, size) if path.is_dir() else _of_file(path, size))
+
+
+def _of_file(path: Path, size: int) -> Source:
+    if path.suffix == ".npz":
+        return npz.read([path])
+    if path.suffix == ".tar":
+        return tars.read([path], path.parent)
+    if tensors := released.find(path, size):
+        return released.read(tensors)
+    raise DataError(f"prepare: {path}: not a format that is known ({KNOWN}); unpack archives first")
+
+
+def _of_folder(path: Path, size: int) -> Source:
+    if pickles := cifar.find(path):
+        return cifar.read(pickles)
+    if tensors := released.find(path, size):
+        return released.read(tensors)
+    if archives := _files(path, "*.tar"):
+        return tars.read(archives, path)
+    if archives := _files(path, "*.npz"):
+        return npz.read(archives)
+    if tinyimagenet.matches(path):
+        return tinyimagenet.read(path)
+    return folder.read(path)
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    """Files of a pattern in the folder, or in its folders called train, val or test."""
+    folders = (path, *folder.split_folders(path).values())
+    return [file for place in folders for file in sorted(place.glob(pattern)) if file.is_file()]

@@ -1,0 +1,91 @@
+"""What every format gives: splits, each a stream of named images that are decoded one at a time."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy.typing as npt
+
+UNLABELLED = -1
+
+SPLITS = ("train", "val", "test")
+_SPLIT_OF = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image that is not decoded yet."""
+
+    name: str
+    """What an error message calls it."""
+    image: bytes | Path | npt.NDArray
+    """An image file, its bytes, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
+    label: int = UNLABELLED
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a source; `items` can be walked through once."""
+
+    name: str
+    items: Iterator[Item]
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image set as it lies on the disk."""
+
+    format: str
+    splits: tuple[Split, ...]
+    classes: tuple[str, ...] | None = None
+    """Names by label; None where the format knows integers only."""
+    ignored: tuple[str, ...] = ()
+    """Files found beside the images that are none."""
+
+
+def split_of(word: str) -> str | None:
+    """The split that a folder or a file called `word` holds, if the name says it."""
+    return _SPLIT_OF.get(word.lower())
+
+
+def split_in(name: str) -> str | None:
+    """The split that a word of a file name says: `imagenet-train-000003.tar` is of train."""
+    words = re.split(r"[^A-Za-z]+", name)
+    return next((split_of(word) for word in words if split_of(word)), None)
+
+
+def held_out_as_test(source: Source) -> Source:
+    """Call the held-out split test, and put the splits in order: train, val, test.
+
+    Where a source has both val and test, both keep their names.
+    """
+    names = {split.name for split in source.splits}
+    rename = {"val": "test"} if "test" not in names else {}
+    splits = [replace(split, name=rename.get(split.name, split.name)) for split in source.splits]
+    return replace(source, splits=tuple(sorted(splits, key=lambda s: SPLITS.index(s.name))))
+
+
+def natural(text: str) -> list[str | int]:
+    """A sort key that puts image_10 after image_9."""
+    parts = re.split(r"(\d+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def sample_order(path: Path) -> tuple[int, list[str | int]]:
+    """The order of image files over all classes: by the last number in the name, then by path.
+
+    The same samples then come in the same order whatever the format, and a prefix of the set holds
+    every class: `n01440764_0.JPEG` of each class comes before any `n01440764_1.JPEG`.
+    """
+    numbers = re.findall(r"\d+", path.stem)
+    return (int(numbers[-1]) if numbers else -1, natural(path.as_posix()))
