@@ -1,0 +1,58 @@
+# make test   all tests                      make lint   style, types, C++ format
+# make demo   the whole chain on digits      make clean  everything that make made
+#
+# Each of them first makes .venv: needs Python 3.11 or later and a C++ compiler, nothing else.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+KRRST := $(BIN)/krrst
+SOURCES := $(shell find csrc -type f)
+CPP := $(filter %.cpp %.h %.inc %.cu %.cuh,$(SOURCES))
+# torch's CPU builds bring no triton; the interpreter that tests the kernels without a GPU is in it.
+TRITON := triton==3.9.0
+
+.DELETE_ON_ERROR:
+.PHONY: test demo lint clean install
+
+install: .venv/.built
+
+test: install
+	$(BIN)/pytest -q --durations=10
+
+demo: install
+	rm -rf demo
+	$(KRRST) prepare digits demo/store --run digits
+	$(KRRST) target --run digits --store demo/store --out demo/target
+	$(KRRST) distill --run digits --store demo/store --target demo/target --out demo/run
+	$(KRRST) evaluate demo/run --run digits --store demo/store
+	$(KRRST) report demo/run
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+clean:
+	rm -rf .venv build dist demo *.egg-info krrst_fast/*.so
+
+# pip's editable install is never incremental, so each step has a stamp and does only its own part.
+.venv/.torch: constraints.txt
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"make: needs Python 3.11 or later, found {sys.version}; set PYTHON=")'
+	"$(PYTHON)" -m venv .venv
+	@echo "Installing torch and the build tools: some minutes."
+	$(PIP) install -c constraints.txt torch==2.13.0 numpy setuptools wheel pybind11 ninja < /dev/null
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) install $(TRITON) < /dev/null
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml setup.py
+	@echo "Installing krrst_fast and the packages it uses."
+	KRRST_FAST_BUILD=1 $(PIP) install -c constraints.txt --no-build-isolation \
+		-e '.[cli,data,report,test,bench,dev]' < /dev/null
+	@touch $@ .venv/.built
+
+.venv/.built: .venv/.installed $(SOURCES)
+	@echo "Building the extension."
+	KRRST_FAST_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace < /dev/null
+	@touch $@

@@ -1,0 +1,8 @@
+"""python -m krrst_fast: the `krrst` command."""
+
+import sys
+
+from krrst_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
