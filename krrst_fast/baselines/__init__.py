@@ -1,1 +1,5 @@
-"""baselines."""
+"""Rivals of a distilled set: each is a function that returns a set of the same size."""
+
+from krrst_fast.baselines.random_subset import random_subset, random_subset_labels
+
+__all__ = ["random_subset", "random_subset_labels"]

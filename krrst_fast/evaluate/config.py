@@ -1,0 +1,123 @@
+"""Settings of an evaluation. The defaults are the paper's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from krrst_fast.config import require
+from krrst_fast.data.augment import ViewConfig
+from krrst_fast.models import ModelConfig
+
+Method = Literal["none", "random_labels", "random_target", "distilled", "target"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pre-training of a fresh network on a few images: SGD at a constant rate, no augmentation."""
+
+    steps: int = 4000
+    """SGD steps, not epochs: the paper's 1000 epochs of 1000 images in batches of 256."""
+    batch_size: int = 256
+    """At most: a set of fewer images is one batch."""
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    label_lr: float = 0.01
+    """Rate of the cross-entropy rival, which the paper trains with other settings than the rest."""
+    label_weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, self, "steps", "at least 1")
+        require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        require(self.lr > 0, self, "lr", "positive")
+        require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
+        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
+        require(self.label_lr > 0, self, "label_lr", "positive")
+        require(self.label_weight_decay >= 0, self, "label_weight_decay", "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A linear classifier on frozen features."""
+
+    solver: Literal["sgd", "ridge"] = "sgd"
+    """"sgd": cross-entropy on the raw features as in the paper (momentum 0.9, no weight decay,
+    cosine decay). "ridge": regression to one-hot labels in closed form, for when labels are few."""
+    labels_per_class: int | None = None
+    """Labelled images of each class, drawn anew for each seed; None takes the whole train split."""
+    steps: int = 5000
+    batch_size: int = 512
+    lr: float = 0.2
+    ridge: float = 1e-2
+    """Of the ridge solver only: multiple of the mean diagonal of the centred gram."""
+
+    def __post_init__(self) -> None:
+        require(self.solver in ("sgd", "ridge"), self, "solver", "sgd or ridge")
+        enough = self.labels_per_class is None or self.labels_per_class >= 1
+        require(enough, self, "labels_per_class", "at least 1, or none for all")
+        require(self.steps >= 1, self, "steps", "at least 1")
+        require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        require(self.lr > 0, self, "lr", "positive")
+        require(self.ridge > 0, self, "ridge", "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Training of all weights on the labelled images: SGD with cosine decay, crop and flip."""
+
+    steps: int = 10_000
+    """0 leaves fine-tuning out."""
+    batch_size: int = 256
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    labels_per_class: int | None = None
+    """As in the probe: None takes the whole train split."""
+    views: ViewConfig = ViewConfig()
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, self, "steps", "at least 0")
+        require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        require(self.lr > 0, self, "lr", "positive")
+        require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
+        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
+        enough = self.labels_per_class is None or self.labels_per_class >= 1
+        require(enough, self, "labels_per_class", "at least 1, or none for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to pre-train on, what to test on, and how."""
+
+    run: Path
+    """A distillation run, or a distilled set alone; results go to its folder `evaluation/`."""
+    store: Path
+    """The labelled images the networks are tested on."""
+    source: Path | None = None
+    """The images the random rivals are drawn from; None reads the run's config.json."""
+    target: Path | None = None
+    """The target network; None reads the run's config.json."""
+    name: str | None = None
+    """Of the result, `evaluation/NAME.json`; None takes the name of the store."""
+    methods: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
+    seeds: int = 5
+    """Every method runs once for each seed, from the same weights, labels and batch order."""
+    first_seed: int = 0
+    model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    probe: ProbeConfig = ProbeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    device: str = "auto"
+    overwrite: bool = False
+    """Replace a result of that name that was made with other settings."""
+
+    def __post_init__(self) -> None:
+        known = len(self.methods) > 0 and all(method in METHODS for method in self.methods)
+        require(known, self, "methods", f"one or more of {', '.join(METHODS)}")
+        twice = len(set(self.methods)) < len(self.methods)
+        require(not twice, self, "methods", "given once each")
+        require(self.seeds >= 1, self, "seeds", "at least 1")
+        require(self.first_seed >= 0, self, "first_seed", "at least 0")
+        plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
+        require(plain, self, "name", "a file name without a folder")

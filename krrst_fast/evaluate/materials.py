@@ -1,0 +1,196 @@
+"""Everything an evaluation reads, opened and checked before any training starts."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from krrst_fast.config import to_dict
+from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.distilled_set import DistilledSet, load_distilled
+from krrst_fast.environment import pick_device, version
+from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.files import read_json
+from krrst_fast.targets import FrozenTarget, load_target
+
+_NEEDS_SOURCE: frozenset[Method] = frozenset({"random_labels", "random_target"})
+_NEEDS_TARGET: frozenset[Method] = frozenset({"random_target", "target"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Labelled images of one split."""
+
+    images: Tensor
+    """uint8 [N, C, H, W], on the device."""
+    labels: Tensor
+    """int64 [N], on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """The inputs of an evaluation; `source` and `target` only where a method needs them."""
+
+    config: EvaluateConfig
+    distilled: DistilledSet
+    store: ImageStore
+    source: ImageStore | None
+    target: FrozenTarget | None
+    device: torch.device
+    mean: tuple[float, ...]
+    """What real images are normalised by for the networks that are pre-trained here."""
+    std: tuple[float, ...]
+
+    @cached_property
+    def train(self) -> Split:
+        """The labelled images that probes and fine-tuning learn from."""
+        return self._split("train")
+
+    @cached_property
+    def test(self) -> Split:
+        """The labelled images that accuracy is measured on."""
+        return self._split("test" if "test" in self.store.splits else "val")
+
+    def _split(self, name: str) -> Split:
+        images = self.store.images(name).to(self.device)
+        return Split(images=images, labels=self.store.labels(name))
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the labelled images."""
+        return len(self.store.classes)
+
+    def mean_std(self, method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """How real images are normalised for the network of `method`."""
+        if method in _NEEDS_TARGET and self.target is not None:
+            return self.target.mean, self.target.std
+        return self.mean, self.std
+
+    def fingerprint(self, method: Method) -> str:
+        """Of all that a row of `method` depends on but its seed: equal means the same figures."""
+        settings = to_dict(self.config)
+        for key in ("run", "store", "source", "target", "name", "methods", "seeds"):
+            del settings[key]
+        del settings["first_seed"], settings["overwrite"]
+        parts: list[Any] = [settings, version(), method, self.mean_std(method)]
+        parts += [self._digests["store"], self._digests["distilled"]]
+        if method in _NEEDS_SOURCE:
+            parts.append(self._digests["source"])
+        if method in _NEEDS_TARGET:
+            parts.append(self._digests["target"])
+        return _digest(json.dumps(parts, sort_keys=True).encode())
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        digests = {"distilled": _of_tensors([self.distilled.images, self.distilled.targets])}
+        for name, store in (("store", self.store), ("source", self.source)):
+            if store is not None:
+                digests[name] = _digest((store.path / "index.json").read_bytes())
+        if self.target is not None:
+            digests["target"] = _of_tensors(list(self.target.model.state_dict().values()))
+        return digests
+
+
+def open_materials(config: EvaluateConfig) -> Materials:
+    """Open and check what `config` names.
+
+    Raises:
+        DataError: something is missing, unlabelled, of another image size, or too small.
+        ConfigError: the source or the target of the random rivals is not known.
+    """
+    wanted = set(config.methods)
+    distilled = load_distilled(config.run)
+    store = open_store(config.store)
+    _check_labelled(store, distilled)
+    source = target = None
+    if wanted & _NEEDS_SOURCE:
+        source = open_store(config.source or _from_run(config.run, "store", "source"))
+        _check_source(source, distilled, "random_labels" in wanted)
+    if wanted & _NEEDS_TARGET or _is_raw(distilled):
+        target = load_target(config.target or _from_run(config.run, "target", "target"))
+        if target.image_size != store.size:
+            raise DataError(
+                f"{store.path}: the images are {store.size} px, and the target network was "
+                f"trained on {target.image_size} px"
+            )
+    # Networks are pre-trained on raw images as they are, and still see real ones normalised.
+    scale = target if target is not None and _is_raw(distilled) else distilled
+    device = pick_device(config.device)
+    if target is not None:
+        target = target.to(device)
+    # The device the figures were made on, not the word "auto", belongs to their fingerprint.
+    config = replace(config, device=device.type)
+    return Materials(
+        config=config,
+        distilled=distilled,
+        store=store,
+        source=source,
+        target=target,
+        device=device,
+        mean=scale.mean,
+        std=scale.std,
+    )
+
+
+def _is_raw(distilled: DistilledSet) -> bool:
+    return set(distilled.mean) == {0.0} and set(distilled.std) == {1.0}
+
+
+def _check_labelled(store: ImageStore, distilled: DistilledSet) -> None:
+    size = distilled.images.shape[-1]
+    if store.size != size:
+        raise DataError(
+            f"{store.path}: the images are {store.size} px, and those of the distilled set {size} "
+            f"px; prepare the store with --size {size}"
+        )
+    if not store.has_labels:
+        raise DataError(f"{store.path}: has no labels, and an evaluation needs them")
+    if "train" not in store.splits or not {"test", "val"} & set(store.splits):
+        raise DataError(
+            f"{store.path}: an evaluation needs a train split and a test or val split, "
+            f"got {', '.join(store.splits)}"
+        )
+
+
+def _check_source(source: ImageStore, distilled: DistilledSet, needs_labels: bool) -> None:
+    size = distilled.images.shape[-1]
+    if source.size != size:
+        raise DataError(
+            f"{source.path}: the source images are {source.size} px, and those of the distilled "
+            f"set {size} px"
+        )
+    if len(distilled) > source.count("train"):
+        raise DataError(
+            f"{source.path}: a random subset needs {len(distilled)} images, and the train split "
+            f"has {source.count('train')}"
+        )
+    if needs_labels and not source.has_labels:
+        raise DataError(
+            f"{source.path}: has no labels, which random_labels needs; leave that method out"
+        )
+
+
+def _from_run(run: Path, key: str, setting: str) -> Path:
+    file = run / "config.json"
+    if not file.exists():
+        raise ConfigError(
+            f"evaluate: {run} has no config.json that names the {setting}; pass --{setting}"
+        )
+    values = read_json(file)
+    if not isinstance(values, dict) or not isinstance(values.get(key), str):
+        raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
+    return Path(values[key])
+
+
+def _of_tensors(tensors: list[Tensor]) -> str:
+    return _digest(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

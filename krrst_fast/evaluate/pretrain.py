@@ -1,0 +1,91 @@
+"""Pre-training of a fresh network on a few images, in place."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from krrst_fast.evaluate.config import PretrainConfig
+from krrst_fast.evaluate.sgd import batches, descend
+from krrst_fast.seeding import generator
+
+
+def pretrain(
+    net: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    config: PretrainConfig,
+    *,
+    seed: int,
+    tick: Callable[[], object] | None = None,
+) -> float:
+    """Train `net` to give each image's target representation, by mean squared error.
+
+    Args:
+        net: [B, 3, H, W] -> [B, P]; left in eval mode with the running BatchNorm statistics of
+            the images.
+        images: [M, 3, H, W], as the network sees them.
+        targets: [M, P].
+        config: Steps, batch size and SGD settings.
+        seed: Of the batch order.
+        tick: Called after every step.
+
+    Returns:
+        The loss of the last step.
+
+    Raises:
+        NonFiniteError: training diverged.
+    """
+
+    def loss_of(index: Tensor) -> Tensor:
+        return F.mse_loss(net(images[index]), targets[index])
+
+    return _fit(net, loss_of, len(images), config, config.lr, config.weight_decay, seed, tick)
+
+
+def pretrain_labels(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: PretrainConfig,
+    *,
+    seed: int,
+    tick: Callable[[], object] | None = None,
+) -> float:
+    """Train `net` [B, 3, H, W] -> [B, classes] on labels [M] by cross-entropy; else as `pretrain`.
+
+    The steps and the batch order are those of `pretrain`, the rate and the weight decay are
+    `config.label_lr` and `config.label_weight_decay`.
+    """
+
+    def loss_of(index: Tensor) -> Tensor:
+        return F.cross_entropy(net(images[index]), labels[index])
+
+    rate, decay = config.label_lr, config.label_weight_decay
+    return _fit(net, loss_of, len(images), config, rate, decay, seed, tick)
+
+
+def _fit(
+    net: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    config: PretrainConfig,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    tick: Callable[[], object] | None,
+) -> float:
+    net.train()
+    loss = descend(
+        net.parameters(),
+        loss_of,
+        batches(count, config.batch_size, config.steps, generator(seed, "pretrain")),
+        steps=config.steps,
+        lr=lr,
+        momentum=config.momentum,
+        weight_decay=weight_decay,
+        what="pretrain",
+        tick=tick,
+    )
+    net.eval()
+    return loss

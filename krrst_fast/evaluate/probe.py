@@ -1,0 +1,165 @@
+"""Linear probes: frozen features, and a linear classifier on them."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from krrst_fast.data.augment import plain_views
+from krrst_fast.errors import DataError, NonFiniteError
+from krrst_fast.evaluate.config import ProbeConfig
+from krrst_fast.evaluate.sgd import batches, descend
+from krrst_fast.krr import krr_fit
+from krrst_fast.seeding import generator
+
+_EMBED_BATCH = 512
+
+
+class Embeds(Protocol):
+    """A network with features."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D]."""
+        ...
+
+
+def draw_labelled(
+    labels: Tensor, classes: int, per_class: int | None, *, seed: int, where: str
+) -> Tensor:
+    """Positions of `per_class` random images of each class, in ascending order.
+
+    Args:
+        labels: [N] in 0..classes-1.
+        classes: Number of classes.
+        per_class: None takes every image.
+        seed: Of the draw.
+        where: Name of the data for the error.
+
+    Returns:
+        Indices into `labels`, int64 [classes * per_class], or [N].
+
+    Raises:
+        DataError: a class has fewer images than asked.
+    """
+    if per_class is None:
+        return torch.arange(len(labels))
+    draw = generator(seed, "labels")
+    picks = []
+    for label in range(classes):
+        members = (labels == label).nonzero().flatten()
+        if len(members) < per_class:
+            raise DataError(
+                f"{where}: class {label} has {len(members)} labelled images in the train split, "
+                f"and labels_per_class asks for {per_class}"
+            )
+        picks.append(members[torch.randperm(len(members), generator=draw)[:per_class]])
+    return torch.cat(picks).sort().values
+
+
+def embed(
+    net: Embeds,
+    images: Tensor,
+    index: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    """Features [len(index), D] of the uint8 `images` [N, 3, H, W], un-augmented.
+
+    The images are on the device of the network, and so are the features.
+
+    Raises:
+        NonFiniteError: a feature is NaN or infinite.
+    """
+    parts = []
+    with torch.no_grad():
+        for rows in index.split(_EMBED_BATCH):
+            parts.append(net.embed(plain_views(images, rows.to(images.device), mean, std)))
+    features = torch.cat(parts)
+    if not bool(torch.isfinite(features).all()):
+        raise NonFiniteError("the features hold NaN or infinity, so there is nothing to fit")
+    return features
+
+
+def probe_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    config: ProbeConfig,
+    *,
+    seed: int,
+    tick: Callable[[], object] | None = None,
+) -> float:
+    """Per cent of `test` that a linear classifier fitted on `train` names rightly.
+
+    Args:
+        train: Features [N, D].
+        train_labels: [N].
+        test: Features [T, D].
+        test_labels: [T].
+        classes: Number of classes.
+        config: Solver and its settings.
+        seed: Of the batch order ("sgd").
+        tick: Called after every SGD step, or once.
+    """
+    if config.solver == "ridge":
+        scores = ridge_scores(train, train_labels, test, classes, config.ridge)
+        if tick is not None:
+            tick()
+    else:
+        scores = sgd_scores(train, train_labels, test, classes, config, seed=seed, tick=tick)
+    return accuracy(scores, test_labels)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Per cent of the rows of `scores` [T, classes] whose largest entry is at the label."""
+    return 100 * int((scores.argmax(1) == labels).sum()) / len(labels)
+
+
+def ridge_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, ridge: float) -> Tensor:
+    """Ridge regression to one-hot labels with an unpenalised intercept: scores [T, classes].
+
+    Features are centred by the training mean and not scaled one by one: a standard deviation of
+    a feature over twenty images is mostly noise. `ridge` is a multiple of the mean diagonal of the
+    centred gram, which makes the scores independent of the overall scale of the features.
+    """
+    centre = train.mean(0)
+    one_hot = F.one_hot(labels, classes).to(train.dtype)
+    prior = one_hot.mean(0)
+    fit = krr_fit(train - centre, one_hot - prior, ridge=ridge, ridge_of="mean_diagonal")
+    return fit.predict(test - centre) + prior
+
+
+def sgd_scores(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    classes: int,
+    config: ProbeConfig,
+    *,
+    seed: int,
+    tick: Callable[[], object] | None = None,
+) -> Tensor:
+    """A linear layer trained by cross-entropy from zero weights: scores [T, classes]."""
+    weight = torch.zeros(classes, train.shape[1], device=train.device, requires_grad=True)
+    bias = torch.zeros(classes, device=train.device, requires_grad=True)
+
+    def loss_of(index: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(train[index], weight, bias), labels[index])
+
+    descend(
+        [weight, bias],
+        loss_of,
+        batches(len(train), config.batch_size, config.steps, generator(seed, "probe")),
+        steps=config.steps,
+        lr=config.lr,
+        cosine=True,
+        what="probe",
+        tick=tick,
+    )
+    with torch.no_grad():
+        return F.linear(test, weight, bias)

@@ -1,0 +1,113 @@
+"""The evaluation itself: every method with every seed, resumable, into one JSON file."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from krrst_fast.environment import describe
+from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.evaluate.materials import open_materials
+from krrst_fast.evaluate.table import Evaluation, Row, rows_from_json
+from krrst_fast.evaluate.trial import Trials
+from krrst_fast.files import append_jsonl, read_json, read_jsonl, write_json
+
+
+def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
+    """Measure how well networks pre-trained in several ways transfer to labelled images.
+
+    Within a seed all methods share the initial weights, the draw of labels and the order of the
+    batches, so their differences are paired. The random rivals draw their images anew for each
+    seed. Every finished row is kept in `evaluation/NAME.partial.jsonl`: an evaluation that was
+    stopped goes on where it was, and one that is asked for more seeds or methods adds them.
+
+    Args:
+        config: What to pre-train on, what to test on, and how.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The figures, which are also in `evaluation/NAME.json` of the run.
+
+    Raises:
+        DataError: images or labels are not what the methods need.
+        ConfigError: a setting is missing, or a result with other settings would be lost.
+        NonFiniteError: a training diverged.
+    """
+    materials = open_materials(config)
+    trials = Trials(materials)
+    name = config.name or config.store.resolve().name
+    folder = (config.run if config.run.is_dir() else config.run.parent) / "evaluation"
+    keys = {method: materials.fingerprint(method) for method in config.methods}
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    jobs = [(method, seed) for seed in seeds for method in config.methods]
+    partial = folder / f"{name}.partial.jsonl"
+    rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
+    missing = [job for job in jobs if job not in rows]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with _bar(sum(_ticks(config, method) for method, _ in missing), progress) as bar:
+        for method, seed in missing:
+            bar.set_description(f"{method} seed {seed}")
+            row = trials.run(method, seed, keys[method], bar.update)
+            append_jsonl(partial, asdict(row))
+            rows[method, seed] = row
+
+    ordered = tuple(rows[job] for job in jobs)
+    evaluation = Evaluation(
+        name=name,
+        config=config,
+        rows=ordered,
+        num_images=len(materials.distilled),
+        environment=describe(),
+        seconds=sum(row.seconds for row in ordered),
+    )
+    write_json(folder / f"{name}.json", evaluation.to_json())
+    partial.unlink(missing_ok=True)
+    return evaluation
+
+
+def _rows_at_hand(
+    config: EvaluateConfig,
+    output: Path,
+    partial: Path,
+    keys: dict[Method, str],
+    jobs: list[tuple[Method, int]],
+) -> dict[tuple[Method, int], Row]:
+    """Rows of this very evaluation that an earlier call has already computed."""
+    finished: list[Row] = []
+    if output.exists() and not config.overwrite:
+        finished = _rows_of(output)
+        for row in finished:
+            if (row.method, row.seed) not in jobs or row.fingerprint != keys[row.method]:
+                raise ConfigError(
+                    f"evaluate: {output} holds {row.method} with seed {row.seed} made with other "
+                    "settings or data; pass --overwrite to replace it or --name to keep both"
+                )
+    found = finished + rows_from_json(read_jsonl(partial))
+    return {
+        (row.method, row.seed): row
+        for row in found
+        if (row.method, row.seed) in jobs and row.fingerprint == keys[row.method]
+    }
+
+
+def _rows_of(output: Path) -> list[Row]:
+    try:
+        return rows_from_json(read_json(output)["rows"])
+    except (KeyError, TypeError):
+        raise DataError(f"{output}: not a result of krrst evaluate; move it away") from None
+
+
+def _ticks(config: EvaluateConfig, method: Method) -> int:
+    """Progress of a row: one for each SGD step, one for a closed-form probe."""
+    ticks = config.probe.steps if config.probe.solver == "sgd" else 1
+    if method != "target":
+        ticks += config.finetune.steps
+        ticks += config.pretrain.steps if method != "none" else 0
+    return ticks
+
+
+def _bar(total: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True)

@@ -1,0 +1,152 @@
+"""One row of an evaluation: a method with a seed, from initial weights to accuracies."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from krrst_fast.baselines.random_subset import random_index, random_subset, random_subset_labels
+from krrst_fast.data.augment import plain_views
+from krrst_fast.errors import KrrstError
+from krrst_fast.evaluate.config import Method
+from krrst_fast.evaluate.finetune import finetune
+from krrst_fast.evaluate.materials import Materials, Split
+from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels
+from krrst_fast.evaluate.probe import accuracy, draw_labelled, embed, probe_accuracy
+from krrst_fast.evaluate.table import Row
+from krrst_fast.models import Network, build
+from krrst_fast.seeding import derive
+
+Tick = Callable[[], object]
+
+
+class Trials:
+    """Runs one method with one seed after another on the same materials.
+
+    Raises:
+        DataError: a class has fewer labelled images than asked.
+    """
+
+    def __init__(self, materials: Materials) -> None:
+        self.materials = materials
+        self._target_features: dict[str, Tensor] = {}
+        config = materials.config
+        for per_class in (config.probe.labels_per_class, config.finetune.labels_per_class):
+            self._labelled(per_class, config.first_seed)
+
+    def run(self, method: Method, seed: int, fingerprint: str, tick: Tick) -> Row:
+        """Pre-train, probe and fine-tune."""
+        started = time.perf_counter()
+        loss = None
+        try:
+            if method == "target":
+                assert self.materials.target is not None
+                net = self.materials.target.model
+            else:
+                net, loss = self._start(method, seed, tick)
+            probe = self._probe(net, method, seed, tick)
+            tuned = None
+            if method != "target" and self.materials.config.finetune.steps:
+                tuned = self._finetune(net, method, seed, tick)
+        except KrrstError as error:
+            raise type(error)(f"evaluate: {method}, seed {seed}: {error}") from None
+        return Row(
+            method=method,
+            seed=seed,
+            probe=probe,
+            finetune=tuned,
+            pretrain_loss=loss,
+            seconds=time.perf_counter() - started,
+            fingerprint=fingerprint,
+        )
+
+    def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, float | None]:
+        """The network of `method`, pre-trained, in eval mode, and its last loss."""
+        given, source = self.materials, self.materials.source
+        config, device, count = given.config.pretrain, given.device, len(given.distilled)
+        if method == "none":
+            return self._fresh(0, seed).eval(), None
+        if method == "random_labels":
+            assert source is not None
+            labels = random_subset_labels(source, count, seed=seed).to(device)
+            index = random_index(source, count, seed=seed)
+            images = plain_views(source.images("train"), index, *given.mean_std(method))
+            net = self._fresh(len(source.classes), seed)
+            loss = pretrain_labels(net, images.to(device), labels, config, seed=seed, tick=tick)
+            return net, loss
+        chosen = given.distilled
+        if method == "random_target":
+            assert source is not None and given.target is not None
+            chosen = random_subset(source, given.target, count, seed=seed)
+        net = self._fresh(chosen.targets.shape[1], seed)
+        images, targets = chosen.images.to(device), chosen.targets.to(device)
+        return net, pretrain(net, images, targets, config, seed=seed, tick=tick)
+
+    def _fresh(self, num_outputs: int, seed: int) -> Network:
+        """The initial network of a seed: the body does not depend on the number of outputs."""
+        return build(
+            self.materials.config.model,
+            image_size=self.materials.store.size,
+            num_outputs=num_outputs,
+            seed=derive(seed, "network"),
+        ).to(self.materials.device)
+
+    def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
+        given = self.materials
+        index = self._labelled(given.config.probe.labels_per_class, seed)
+        device = given.device
+        return probe_accuracy(
+            self._features(net, method, given.train, index, "train"),
+            given.train.labels[index].to(device),
+            self._features(net, method, given.test, torch.arange(len(given.test.labels)), "test"),
+            given.test.labels.to(device),
+            given.classes,
+            given.config.probe,
+            seed=seed,
+            tick=tick,
+        )
+
+    def _features(
+        self, net: Network, method: Method, split: Split, index: Tensor, name: str
+    ) -> Tensor:
+        """Features of the images at `index`; the target's, which no seed changes, once only."""
+        fixed = method == "target" and len(index) == len(split.labels)
+        if fixed and name in self._target_features:
+            return self._target_features[name]
+        mean, std = self.materials.mean_std(method)
+        features = embed(net, split.images, index, mean=mean, std=std)
+        if fixed:
+            self._target_features[name] = features
+        return features
+
+    def _finetune(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
+        given = self.materials
+        config = given.config.finetune
+        tuned = self._fresh(given.classes, seed)
+        head = {name: value for name, value in tuned.state_dict().items() if name.startswith("fc.")}
+        body = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+        tuned.load_state_dict(body | head)
+        index = self._labelled(config.labels_per_class, seed)
+        mean, std = given.mean_std(method)
+        labels = given.train.labels[index]
+        finetune(
+            tuned,
+            given.train.images,
+            index,
+            labels,
+            config,
+            mean=mean,
+            std=std,
+            seed=seed,
+            tick=tick,
+        )
+        everything = torch.arange(len(given.test.labels))
+        features = embed(tuned, given.test.images, everything, mean=mean, std=std)
+        with torch.no_grad():
+            return accuracy(tuned.fc(features).cpu(), given.test.labels)
+
+    def _labelled(self, per_class: int | None, seed: int) -> Tensor:
+        given = self.materials
+        where = str(given.store.path)
+        return draw_labelled(given.train.labels, given.classes, per_class, seed=seed, where=where)
