@@ -1,7 +1,9 @@
 """What every test runs under: deterministic algorithms, and uninitialised memory full of NaN."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,3 +14,36 @@ def _nan_poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 40 random 8x8 images with labels of three classes; nothing may write to it."""
+    from krrst_fast.data import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("store")
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (40, 8, 8, 3), np.uint8), draw.integers(0, 3, 40)
+    np.savez(folder / "train.npz", images=images, labels=labels)
+    prepare(PrepareConfig(source=str(folder / "train.npz"), out=folder / "store", size=8))
+    return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a target of five outputs for the images of `tiny_store`."""
+    from krrst_fast.models import ModelConfig, build
+    from krrst_fast.targets import FrozenTarget
+
+    config = ModelConfig(widths=(4, 8))
+    target = FrozenTarget(
+        model=build(config, image_size=8, num_outputs=5, seed=0),
+        config=config,
+        num_outputs=5,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.3, 0.3, 0.3),
+        image_size=8,
+    )
+    path = tmp_path_factory.mktemp("target") / "target.safetensors"
+    target.save(path)
+    return path

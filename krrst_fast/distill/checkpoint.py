@@ -1,0 +1,90 @@
+"""Saving a run so that it can be taken up again with the same bits, and only by the same run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from krrst_fast.config import config_hash, to_dict
+from krrst_fast.distill.config import DistillConfig
+from krrst_fast.distill.step import State
+from krrst_fast.errors import CheckpointError, NonFiniteError
+from krrst_fast.files import load_state, read_jsonl, save_state, write_text
+
+FORMAT_VERSION = 1
+FREE_SETTINGS = ("out", "device", "checkpoint_every", "log_every")
+"""Settings that may change in the middle of a run: they say where and how often, not what."""
+
+
+def save_checkpoint(
+    path: Path, config: DistillConfig, state: State, totals: dict[str, float]
+) -> None:
+    """Replace the checkpoint by one of `state`; a kill leaves the old one or the new one.
+
+    Args:
+        path: the file.
+        config: of the run.
+        state: everything that an outer step changes.
+        totals: of the run so far: seconds, peak memory.
+
+    Raises:
+        NonFiniteError: the synthetic set holds NaN or infinity; the old checkpoint is kept.
+        OSError: the file cannot be written, as on a full disk; the old checkpoint is kept.
+    """
+    for name, tensor in (("images", state.x_syn), ("targets", state.y_syn)):
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"distill: the {name} hold NaN or infinity at step {state.step}")
+    saved = {
+        "format_version": FORMAT_VERSION,
+        "config": to_dict(config),
+        "config_hash": config_hash(config, ignore=FREE_SETTINGS),
+        "state": state.state_dict(),
+        "totals": totals,
+    }
+    save_state(path, saved)
+
+
+def load_checkpoint(path: Path, config: DistillConfig) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of a run with other settings.
+    """
+    saved = load_state(path)
+    version = saved.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r}, this version of krrst_fast reads {FORMAT_VERSION}"
+        )
+    require_same_run(path, saved["config"], config)
+    return saved
+
+
+def require_same_run(path: Path, saved: dict[str, Any], config: DistillConfig) -> None:
+    """Raise CheckpointError, naming the settings, if `saved` is another run than `config`."""
+    now, then = _flat(to_dict(config)), _flat(saved)
+    names = [name for name in now | then if name not in FREE_SETTINGS]
+    changes = [
+        f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in names
+        if now.get(name) != then.get(name)
+    ]
+    if changes:
+        raise CheckpointError(f"{path}: of a run with other settings: {'; '.join(changes)}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the rows that a killed run wrote after the step it is taken up at."""
+    rows = [row for row in read_jsonl(path) if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

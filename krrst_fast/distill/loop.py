@@ -1,0 +1,230 @@
+"""From a store and a target to a distilled set: the steps, the log, the checkpoints, the files."""
+
+import time
+from typing import Any
+
+from krrst_fast import environment
+from krrst_fast.config import to_dict
+from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.distill.checkpoint import (
+    cut_metrics,
+    load_checkpoint,
+    require_same_run,
+    save_checkpoint,
+)
+from krrst_fast.distill.config import DistillConfig
+from krrst_fast.distill.source import Source
+from krrst_fast.distill.start import (
+    as_distilled,
+    initial_set,
+    make_source,
+    make_state,
+    place_target,
+    target_variance,
+)
+from krrst_fast.distill.step import LinearDecay, State, StepReport, located, outer_step
+from krrst_fast.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.files import append_jsonl, new_folder, read_json, refuse_existing, write_json
+from krrst_fast.targets import FrozenTarget, load_target
+
+
+def distill(config: DistillConfig, *, resume: bool = False, progress: bool = True) -> DistilledSet:
+    """Condense the train split of a store into `config.num_images` images with their targets.
+
+    The run folder gets config.json, environment.json, metrics.jsonl, summary.json, checkpoint.pt,
+    initial.safetensors, and last of all distilled.safetensors.
+
+    Args:
+        config: the settings.
+        resume: go on from the folder's checkpoint; a finished run gives its result, and a run that
+            was killed before its first checkpoint, or never begun, starts. The result has the same
+            bits as that of a run that was not interrupted.
+        progress: show a bar, where there is a terminal.
+
+    Raises:
+        ConfigError: the output folder holds something else, or the target does not fit the store.
+        DataError: the store or the target cannot be read, or the store holds too few images.
+        CheckpointError: the run to be resumed has other settings, or its checkpoint is damaged.
+        NonFiniteError, NotPositiveDefiniteError: a step failed; the last checkpoint is left.
+    """
+    _check_folder(config, resume)
+    if (config.out / FILE_NAME).exists():
+        return load_distilled(config.out / FILE_NAME)
+    store, target = open_store(config.store), load_target(config.target)
+    _check_inputs(config, store, target)
+    device = environment.pick_device(config.device)
+    place_target(target, device)
+
+    new_folder(config.out, overwrite=resume)
+    write_json(config.out / "config.json", to_dict(config))
+    write_json(config.out / "environment.json", environment.describe())
+    initial = initial_set(config, store, target)
+    initial.save(config.out / "initial.safetensors")
+
+    source = make_source(config, store, target, device)
+    state = make_state(config, initial, device)
+    totals = _take_up(config, state, progress)
+    _run(config, state, source, totals, progress)
+
+    variance = target_variance(store, target, seed=config.seed)
+    write_json(config.out / "summary.json", _summary(config, totals, variance))
+    result = as_distilled(config, state, target)
+    result.save(config.out / FILE_NAME)
+    return result
+
+
+def _check_folder(config: DistillConfig, resume: bool) -> None:
+    """Refuse a folder in use, or one that holds no run or another run than the one to resume."""
+    if not resume:
+        refuse_existing(config.out)
+        return
+    if (config.out / "config.json").exists():
+        path = config.out / "config.json"
+        require_same_run(path, read_json(path), config)
+    elif config.out.is_dir() and any(not p.name.startswith(".") for p in config.out.iterdir()):
+        raise ConfigError(
+            f"{config.out}: holds files but no config.json: there is no run to resume"
+        )
+
+
+def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> None:
+    if target.image_size != store.size:
+        raise ConfigError(
+            f"distill: the target {config.target} takes {target.image_size}x{target.image_size} "
+            f"images, the store {config.store} holds {store.size}x{store.size}"
+        )
+    count = store.count("train")
+    if config.num_images > count:
+        raise DataError(
+            f"distill: fewer images than asked for: num_images is {config.num_images}, "
+            f"the store {config.store} has {count}"
+        )
+
+
+def _take_up(config: DistillConfig, state: State, progress: bool) -> dict[str, float]:
+    """Bring the state to the checkpoint, or make the first one. Returns the totals so far."""
+    path, metrics = config.out / "checkpoint.pt", config.out / "metrics.jsonl"
+    if path.exists():
+        saved = load_checkpoint(path, config)
+        state.load_state_dict(saved["state"])
+        cut_metrics(metrics, state.step)
+        return saved["totals"]
+    began = time.perf_counter()
+    warm_up(state, progress=progress)
+    totals = {
+        "seconds": 0.0,
+        "warm_up_seconds": time.perf_counter() - began,
+        "peak_memory_mb": environment.peak_memory_mb(state.x_syn.device),
+    }
+    save_checkpoint(path, config, state, totals)
+    cut_metrics(metrics, 0)
+    return totals
+
+
+def warm_up(state: State, *, progress: bool = False) -> None:
+    """Train each network of the pool a random number of steps in [1, T)."""
+    ages = state.pool.starting_ages(state.generator)
+    with _bar(progress, total=sum(ages), desc="pool warm-up", unit="step") as bar:
+        for slot, age in zip(state.pool.slots, ages):
+            while slot.age < age:
+                with located(0, slot):
+                    slot.fit(state.x_syn.detach(), state.y_syn.detach())
+                bar.update()
+
+
+def _run(
+    config: DistillConfig,
+    state: State,
+    source: Source,
+    totals: dict[str, float],
+    progress: bool,
+) -> None:
+    """The outer steps that are left. Adds to `totals`."""
+    rate = LinearDecay(
+        start=config.lr, final=config.lr * config.final_lr_fraction, steps=config.steps
+    )
+    log = _Log(config, state.step, totals)
+    with _bar(progress, total=config.steps, initial=state.step, desc="distill") as bar:
+        while state.step < config.steps:
+            report = outer_step(state, source, rate, ridge=config.ridge, ridge_of=config.ridge_of)
+            # The row before the checkpoint: a kill between them leaves a row too many, which is
+            # cut, and never one too few.
+            if _due(state.step, config.log_every, config.steps):
+                bar.set_postfix(log.write(report, state.step), refresh=False)
+            if _due(state.step, config.checkpoint_every, config.steps):
+                log.count_time()
+                save_checkpoint(config.out / "checkpoint.pt", config, state, totals)
+            bar.update()
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+class _Log:
+    """Writes the rows of metrics.jsonl and keeps the totals."""
+
+    def __init__(self, config: DistillConfig, step: int, totals: dict[str, float]) -> None:
+        self._path = config.out / "metrics.jsonl"
+        self._batch_size = config.batch_size
+        self._device = environment.pick_device(config.device)
+        self._totals = totals
+        self._counted = time.perf_counter()
+        self._row_step, self._row_seconds = step, totals["seconds"]
+
+    def count_time(self) -> None:
+        """Add the time since the last call to the totals."""
+        now = time.perf_counter()
+        self._totals["seconds"] += now - self._counted
+        self._counted = now
+        peak = environment.peak_memory_mb(self._device)
+        self._totals["peak_memory_mb"] = max(self._totals["peak_memory_mb"], peak)
+
+    def write(self, report: StepReport, step: int) -> dict[str, str]:
+        """Append the row of a step; returns what the progress bar shows of it."""
+        loss, ridge, condition = (
+            float(value) for value in (report.loss, report.ridge, report.condition)
+        )
+        self.count_time()
+        seconds = self._totals["seconds"]
+        images = (step - self._row_step) * self._batch_size
+        row = {
+            "step": step,
+            "loss": loss,
+            "ridge": ridge,
+            "condition": condition,
+            "slot": report.slot,
+            "slot_age": report.slot_age,
+            "lr": report.lr,
+            "images_per_second": images / max(seconds - self._row_seconds, 1e-9),
+            "seconds": seconds,
+            "peak_memory_mb": self._totals["peak_memory_mb"],
+        }
+        append_jsonl(self._path, row)
+        self._row_step, self._row_seconds = step, seconds
+        shown = {"loss": loss, "ridge": ridge, "cond": condition}
+        rate = {"images/s": f"{row['images_per_second']:.0f}"}
+        return {name: f"{value:.3g}" for name, value in shown.items()} | rate
+
+
+def _bar(progress: bool, **options: Any) -> Any:
+    from tqdm import tqdm
+
+    # None: no bar where standard error is not a terminal.
+    return tqdm(disable=None if progress else True, **options)
+
+
+def _summary(
+    config: DistillConfig, totals: dict[str, float], variance: float
+) -> dict[str, float | int]:
+    per_step = totals["seconds"] / config.steps
+    return {
+        "steps": config.steps,
+        "seconds": totals["seconds"],
+        "seconds_per_step": per_step,
+        "images_per_second": config.batch_size / per_step,
+        "warm_up_seconds": totals["warm_up_seconds"],
+        "peak_memory_mb": totals["peak_memory_mb"],
+        "target_variance": variance,
+    }

@@ -1,0 +1,159 @@
+"""The pool: networks at different ages, each trained a little on the synthetic set at every visit.
+
+At rest a network is in evaluation mode and asks for no gradients: its features can be taken as they
+are, and a backward pass through it reaches its input and nothing else. Only `Slot.fit` trains.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from krrst_fast.distill.config import PoolConfig
+from krrst_fast.errors import NonFiniteError
+from krrst_fast.models import Network, build
+from krrst_fast.seeding import derive
+
+
+class Slot:
+    """A place in the pool and the network that is in it now.
+
+    Attributes:
+        number: which slot this is.
+        network: the network, at rest.
+        age: the SGD steps it has had.
+        generation: how many networks were in the slot before it.
+    """
+
+    def __init__(self, number: int, pool: "Pool") -> None:
+        self.number = number
+        self.network, self.optimizer = pool.fresh(number, 0)
+        self.age = 0
+        self.generation = 0
+
+    def fit(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
+        """One full-batch SGD step on mean((W f(x_syn) - y_syn)^2), in training mode.
+
+        Args:
+            x_syn: images [M, C, H, W], without gradient.
+            y_syn: targets [M, P], without gradient.
+
+        Returns:
+            The loss before the step, a scalar.
+        """
+        with training(self.network):
+            loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.age += 1
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"the network's own loss is {loss.item()}; lower pool.lr")
+        return loss.detach()
+
+
+@contextmanager
+def training(network: nn.Module) -> Iterator[None]:
+    """Training mode with gradients for the parameters; at rest again afterwards."""
+    network.train().requires_grad_(True)
+    try:
+        yield
+    finally:
+        network.eval().requires_grad_(False)
+
+
+def place(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
+    """Move a network to where it runs, in the memory layout that is fast there.
+
+    On a CPU one with the channels last makes convolution and average pooling together 1.4 times as
+    fast in single precision; the activations follow the weights.
+    """
+    network.to(device, dtype)
+    return network.to(memory_format=torch.channels_last) if device.type == "cpu" else network
+
+
+class Pool:
+    """`config.size` slots and the rule that renews them.
+
+    Args:
+        config: the settings.
+        image_size: height and width of the images.
+        channels: of the images.
+        num_outputs: P, the width of the targets.
+        seed: of the initial weights; each network's own seed follows from it.
+        device: where the networks live.
+        dtype: of their parameters.
+    """
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        *,
+        image_size: int,
+        num_outputs: int,
+        channels: int = 3,
+        seed: int = 0,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config = config
+        self._shape = {"image_size": image_size, "num_outputs": num_outputs, "channels": channels}
+        self._seed, self._device, self._dtype = seed, device, dtype
+        self.slots = [Slot(number, self) for number in range(config.size)]
+
+    def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
+        """The untrained network number `generation` of a slot, at rest, and its optimiser."""
+        seed = derive(self._seed, "network", number, generation)
+        network = build(self.config.model, **self._shape, seed=seed)
+        place(network, self._device, self._dtype).eval().requires_grad_(False)
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=self.config.lr,
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        return network, optimizer
+
+    def starting_ages(self, generator: torch.Generator) -> list[int]:
+        """For each slot the number of SGD steps, in [1, T), that it is to start with."""
+        size = (self.config.size,)
+        return torch.randint(1, self.config.online_steps, size, generator=generator).tolist()
+
+    def draw(self, generator: torch.Generator) -> Slot:
+        """A slot, each as likely as the others."""
+        return self.slots[int(torch.randint(len(self.slots), (), generator=generator))]
+
+    def advance(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
+        """One SGD step of the slot's network, or a fresh network if it has had all its steps."""
+        if slot.age < self.config.online_steps and not self._spent(slot):
+            slot.fit(x_syn, y_syn)
+            return
+        slot.generation += 1
+        slot.network, slot.optimizer = self.fresh(slot.number, slot.generation)
+        slot.age = 0
+
+    def _spent(self, slot: Slot) -> bool:
+        """The released code never sets the counter of a full slot back to zero."""
+        return self.config.reset == "released" and slot.generation > 0
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Everything that changes, slot by slot."""
+        return [
+            {
+                "age": slot.age,
+                "generation": slot.generation,
+                "network": dict(slot.network.state_dict()),
+                "optimizer": slot.optimizer.state_dict(),
+            }
+            for slot in self.slots
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Take up what `state_dict` gave."""
+        for slot, saved in zip(self.slots, state, strict=True):
+            slot.age, slot.generation = saved["age"], saved["generation"]
+            slot.network.load_state_dict(saved["network"])
+            slot.optimizer.load_state_dict(saved["optimizer"])

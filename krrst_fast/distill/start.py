@@ -1,0 +1,126 @@
+"""What a run starts from: the first synthetic set, the real images, the pool; and what it ends as."""
+
+import json
+
+import torch
+from torch import Tensor
+
+from krrst_fast.config import config_hash, to_dict
+from krrst_fast.data.augment import plain_views
+from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.checkpoint import FREE_SETTINGS
+from krrst_fast.distill.config import DistillConfig
+from krrst_fast.distill.pool import Pool, place
+from krrst_fast.distill.source import Epochs, Source
+from krrst_fast.distill.step import State
+from krrst_fast.distilled_set import DistilledSet
+from krrst_fast.seeding import generator
+from krrst_fast.targets import FrozenTarget
+
+CHUNK = 256
+VARIANCE_IMAGES = 1024
+
+
+def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> DistilledSet:
+    """Where the synthetic set starts: random real images, un-augmented, and the target's outputs."""
+    draw = generator(config.seed, "initial")
+    index = torch.randperm(store.count("train"), generator=draw)[: config.num_images]
+    images = plain_views(store.images("train"), index, target.mean, target.std)
+    targets = represent(target, images)
+    if config.init_images == "noise":
+        images = torch.randn(images.shape, generator=draw)
+    if config.init_targets == "random":
+        centre, spread = targets.mean(0), targets.std(0, correction=0)
+        targets = centre + spread * torch.randn(targets.shape, generator=draw)
+    if config.image_space == "raw":
+        std, mean = torch.tensor(target.std), torch.tensor(target.mean)
+        images = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    mean_of, std_of = display_scale(config, target)
+    meta = {"method": "initial", "seed": str(config.seed)}
+    return DistilledSet(images=images, targets=targets, mean=mean_of, std=std_of, meta=meta)
+
+
+def display_scale(
+    config: DistillConfig, target: FrozenTarget
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and std that make pixels of the synthetic images."""
+    if config.image_space == "raw":
+        return (0.0,) * len(target.mean), (1.0,) * len(target.std)
+    return tuple(target.mean), tuple(target.std)
+
+
+def place_target(target: FrozenTarget, device: torch.device) -> None:
+    """Move the target to the device, in the memory layout that is fast there."""
+    place(target.model, device, torch.float32)
+
+
+def represent(target: FrozenTarget, images: Tensor) -> Tensor:
+    """The target's outputs [N, P] on normalised images [N, C, H, W], a chunk at a time."""
+    device = next(target.model.parameters()).device
+    return torch.cat([target(chunk.to(device)).cpu().float() for chunk in images.split(CHUNK)])
+
+
+def target_variance(store: ImageStore, target: FrozenTarget, *, seed: int) -> float:
+    """The variance of the target's outputs over images, averaged over outputs: the loss's scale."""
+    draw = generator(seed, "variance")
+    index = torch.randperm(store.count("train"), generator=draw)[:VARIANCE_IMAGES]
+    images = plain_views(store.images("train"), index, target.mean, target.std)
+    return represent(target, images).var(0, correction=0).mean().item()
+
+
+def make_source(
+    config: DistillConfig, store: ImageStore, target: FrozenTarget, device: torch.device
+) -> Source:
+    """The store on the device, with the target run on every batch."""
+
+    def run_target(index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
+        return target(batch.float())
+
+    return Source(
+        images=store.images("train").to(device),
+        mean=tuple(target.mean),
+        std=tuple(target.std),
+        view=config.views,
+        represent=run_target,
+        epochs=Epochs(store.count("train"), config.seed),
+        batch_size=config.batch_size,
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def make_state(config: DistillConfig, initial: DistilledSet, device: torch.device) -> State:
+    """The state before the pool's warm-up."""
+    dtype = getattr(torch, config.dtype)
+    pool = Pool(
+        config.pool,
+        image_size=initial.images.shape[-1],
+        channels=initial.images.shape[1],
+        num_outputs=initial.targets.shape[1],
+        seed=config.seed,
+        device=device,
+        dtype=dtype,
+    )
+    return State(
+        initial.images.to(device, dtype),
+        initial.targets.to(device, dtype),
+        pool,
+        generator(config.seed, "steps"),
+    )
+
+
+def as_distilled(config: DistillConfig, state: State, target: FrozenTarget) -> DistilledSet:
+    """The synthetic set as it is now, with the settings it was made by."""
+    mean, std = display_scale(config, target)
+    settings = {k: v for k, v in to_dict(config).items() if k not in FREE_SETTINGS}
+    return DistilledSet(
+        images=state.x_syn.detach().cpu().float(),
+        targets=state.y_syn.detach().cpu().float(),
+        mean=mean,
+        std=std,
+        meta={
+            "method": "krr-st",
+            "step": str(state.step),
+            "config": json.dumps(settings, sort_keys=True),
+            "config_hash": config_hash(config, ignore=FREE_SETTINGS),
+        },
+    )
