@@ -73,10 +73,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool = False, marker: str = "") -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
-    An existing folder is replaced only with `overwrite`, and only once the new one is whole.
+    An existing folder is replaced only as `refuse_existing` allows, and only once the new one is
+    whole.
 
     Raises:
         ConfigError: `path` exists and may not be replaced.
@@ -84,7 +85,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    refuse_existing(path, overwrite=overwrite)
+    refuse_existing(path, overwrite=overwrite, marker=marker)
     temporary.mkdir()
     try:
         yield temporary
@@ -103,12 +104,20 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _remove(temporary)
 
 
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raise ConfigError if `path` is a file, or a folder whose contents may not be replaced."""
+def refuse_existing(path: Path, *, overwrite: bool = False, marker: str = "") -> None:
+    """Raise ConfigError if `path` is a file, or a folder whose contents may not be replaced.
+
+    With `overwrite` a folder may be replaced when it holds the file `marker`: so a folder that
+    some other program filled is never emptied by a slip of the keyboard.
+    """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: the output is to be a folder, and a file of that name exists")
-    if path.exists() and any(path.iterdir()) and not overwrite:
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise ConfigError(f"{path}: the output folder exists and is not empty")
+    if marker and not (path / marker).exists():
+        raise ConfigError(f"{path}: not replaced, because it holds no {marker} of an earlier run")
 
 
 def new_folder(path: Path, *, overwrite: bool = False) -> Path:

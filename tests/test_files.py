@@ -92,14 +92,16 @@ def test_kill_between_the_two_renames_gives_the_old_folder_back(tmp_path: Path) 
     assert (tmp_path / "store/index.json").read_text() == "old"
 
 
-def test_atomic_folder_replaces_only_with_overwrite(tmp_path: Path) -> None:
+def test_atomic_folder_replaces_only_with_overwrite_and_only_its_own(tmp_path: Path) -> None:
     out = tmp_path / "store"
-    for name in ("first", "second"):
-        with files.atomic_folder(out, overwrite=True) as temporary:
-            (temporary / name).write_text(name)
-    with pytest.raises(ConfigError, match="exists and is not empty"):
-        files.atomic_folder(out).__enter__()
-    assert [p.name for p in out.iterdir()] == ["second"]
+    with files.atomic_folder(out) as temporary:
+        (temporary / "index.json").write_text("1")
+    with files.atomic_folder(out, overwrite=True, marker="index.json") as temporary:
+        (temporary / "other").write_text("2")
+    assert [p.name for p in out.iterdir()] == ["other"]
+    with pytest.raises(ConfigError, match="holds no index.json"):
+        files.atomic_folder(out, overwrite=True, marker="index.json").__enter__()
+    assert (out / "other").read_text() == "2"
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
@@ -109,8 +111,8 @@ def test_the_current_folder_is_refused_like_any_other(
     (tmp_path / "precious").write_text("")
     monkeypatch.chdir(tmp_path)
     for path in (Path("."), Path("sub/..")):
-        with pytest.raises(ConfigError, match="exists and is not empty"):
-            files.atomic_folder(path).__enter__()
+        with pytest.raises(ConfigError, match="holds no index.json"):
+            files.atomic_folder(path, overwrite=True, marker="index.json").__enter__()
 
 
 def test_new_folder(tmp_path: Path) -> None:
