@@ -1,5 +1,15 @@
 """Self-supervised pre-training of the target network, and the frozen result."""
 
+from krrst_fast.targets.augment import SSLAugmentConfig, augment_pair
+from krrst_fast.targets.config import TargetConfig
 from krrst_fast.targets.frozen import FrozenTarget, load_target
+from krrst_fast.targets.train import train_target
 
-__all__ = ["FrozenTarget", "load_target"]
+__all__ = [
+    "FrozenTarget",
+    "SSLAugmentConfig",
+    "TargetConfig",
+    "augment_pair",
+    "load_target",
+    "train_target",
+]

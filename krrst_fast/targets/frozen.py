@@ -10,7 +10,7 @@ from torch import Tensor
 
 from krrst_fast.config import from_dict, to_dict
 from krrst_fast.errors import CheckpointError, ConfigError
-from krrst_fast.files import atomic_path
+from krrst_fast.files import save_tensors
 from krrst_fast.models import ModelConfig, Network, build
 from krrst_fast.targets.weights import check_finite, read_safetensors
 
@@ -72,8 +72,6 @@ class FrozenTarget:
 
     def save(self, path: Path) -> None:
         """Write weights and settings as one safetensors file, atomically."""
-        from safetensors.torch import save_file
-
         info = {
             "format_version": FORMAT_VERSION,
             "model": to_dict(self.config),
@@ -84,9 +82,8 @@ class FrozenTarget:
             "std": list(self.std),
             "meta": self.meta,
         }
-        state = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
-        with atomic_path(path) as temporary:
-            save_file(state, temporary, metadata={"krrst_fast.target": json.dumps(info)})
+        metadata = {"krrst_fast.target": json.dumps(info)}
+        save_tensors(path, self.model.state_dict(), metadata)
 
 
 def load_target(path: Path) -> FrozenTarget:

@@ -1,0 +1,74 @@
+"""The settings of a target network and of its training."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from krrst_fast.config import require
+from krrst_fast.models import ModelConfig
+from krrst_fast.targets.augment import SSLAugmentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """One target network: trained without labels on the train split of a store, or loaded."""
+
+    store: Path
+    """Folder of the images."""
+    out: Path
+    """Folder of the run; the target is in its target.safetensors."""
+    weights: Path | None = None
+    """Load these .pth, .pt or .safetensors weights (torchvision's names) and train nothing."""
+    num_outputs: int = 0
+    """Outputs of a linear head, the representation; 0 takes the network's features."""
+    loss: Literal["barlow_twins", "simclr", "vicreg"] = "barlow_twins"
+    off_diagonal: float = 0.005
+    """Weight of the off-diagonal correlations in barlow_twins."""
+    temperature: float = 0.5
+    """Of the similarities in simclr."""
+    steps: int = 40_000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images a step, two views of each."""
+    lr: float = 1e-3
+    """Peak rate of AdamW, after the warm-up; it falls to 0 as a cosine."""
+    weight_decay: float = 1e-4
+    """Of the weight matrices and convolutions; biases and norms have none."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly."""
+    projector: tuple[int, ...] = (2048, 2048, 2048)
+    """Widths of the MLP between representation and loss, dropped after training; may be empty."""
+    mean: tuple[float, ...] | None = None
+    """Normalise the images by this mean instead of the store's (for weights from elsewhere)."""
+    std: tuple[float, ...] | None = None
+    """Likewise the standard deviation."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu or cuda[:index]."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between rows of metrics.jsonl."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(kind="resnet18"))
+    augment: SSLAugmentConfig = field(default_factory=SSLAugmentConfig)
+
+    def __post_init__(self) -> None:
+        losses = ("barlow_twins", "simclr", "vicreg")
+        require(self.loss in losses, self, "loss", f"one of {', '.join(losses)}")
+        require(self.num_outputs >= 0, self, "num_outputs", "at least 0")
+        require(self.off_diagonal >= 0, self, "off_diagonal", "at least 0")
+        require(self.temperature > 0, self, "temperature", "above 0")
+        require(self.steps >= 1, self, "steps", "at least 1")
+        require(self.batch_size >= 2, self, "batch_size", "at least 2")
+        require(self.lr > 0, self, "lr", "above 0")
+        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
+        low, high = 0, self.steps - 1
+        require(low <= self.warmup_steps <= high, self, "warmup_steps", f"from 0 to {high}")
+        require(all(width > 0 for width in self.projector), self, "projector", "positive widths")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            require(values is None or len(values) > 0, self, name, "a number a channel")
+        require(self.std is None or min(self.std) > 0, self, "std", "positive")
+        require(self.seed >= 0, self, "seed", "at least 0")
+        require(self.checkpoint_every >= 1, self, "checkpoint_every", "at least 1")
+        require(self.log_every >= 1, self, "log_every", "at least 1")
