@@ -1,0 +1,354 @@
+"""Curves of a run as inline SVG that takes its colours and fonts from the page around it."""
+
+import html
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = NDArray[np.float64]
+
+# matplotlib knows no CSS variable: each role is drawn in a colour of its own, replaced at the end.
+INK, MUTED, GRID, ACCENT, RIVAL = "#000001", "#000002", "#000003", "#000004", "#000005"
+ROLES = {INK: "ink", MUTED: "muted", GRID: "line", ACCENT: "accent", RIVAL: "rival"}
+
+WIDTH, HEIGHT = 5.4, 3.3
+DRAWN_POINTS = 600
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "text.color": INK,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "path.simplify": True,
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One drawn figure: inline SVG, its title, and what it shows in words."""
+
+    title: str
+    svg: str
+    caption: str
+
+
+def column(rows: Sequence[dict[str, Any]], key: str) -> Series:
+    """The values of `key` as floats [len(rows)]; NaN where a row has none."""
+    values = [row.get(key) for row in rows]
+    return np.array([np.nan if v is None else float(v) for v in values], dtype=np.float64)
+
+
+def has_data(values: Series, *, positive: bool = False) -> bool:
+    """Whether there are two values to draw a line through."""
+    usable = np.isfinite(values) & ((values > 0) | (not positive))
+    return int(usable.sum()) >= 2
+
+
+def running_median(x: Series, y: Series, *, share: float = 0.06) -> tuple[Series, Series]:
+    """Medians of `y` in windows of a `share` of the points, at no more than 300 places."""
+    half = max(2, round(len(y) * share / 2))
+    centres = np.unique(np.linspace(0, len(y) - 1, min(len(y), 300)).round().astype(int))
+    medians = [np.median(y[max(0, c - half) : c + half + 1]) for c in centres]
+    return x[centres], np.array(medians)
+
+
+def thinned(x: Series, y: Series) -> tuple[Series, Series]:
+    """At most `DRAWN_POINTS` points that keep the lowest and the highest of each stretch."""
+    if len(y) <= DRAWN_POINTS:
+        return x, y
+    stretches = np.array_split(np.arange(len(y)), DRAWN_POINTS // 2)
+    kept = np.unique([s[pick(y[s])] for s in stretches for pick in (np.argmin, np.argmax)])
+    return x[kept], y[kept]
+
+
+def age_bins(age: Series, loss: Series) -> list[tuple[str, Series]]:
+    """Losses by slot age in doubling bins: 0, 1, 2-3, 4-7, ...; empty bins are left out."""
+    bins, low, high = [], 0, 1
+    while low <= age.max():
+        inside = loss[(age >= low) & (age < high)]
+        if len(inside):
+            last = min(high - 1, int(age.max()))
+            bins.append((str(low) if last == low else f"{low}\u2013{last}", inside))
+        low, high = high, high * 2
+    return bins
+
+
+def outer_loss(step: Series, loss: Series, variance: float | None) -> Curve:
+    """The outer loss on a log scale, with its share of the target variance as a second reading."""
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        _raw_and_median(axes, step, loss)
+        axes.set_yscale("log")
+        _readable_log(axes)
+        axes.set_xlabel("outer step")
+        axes.set_ylabel("loss (mean squared error)")
+        if variance:
+            scale = variance / 100
+            share = axes.secondary_yaxis(
+                "right", functions=(lambda v: np.divide(v, scale), lambda v: np.multiply(v, scale))
+            )
+            share.set_ylabel("% of the target variance")
+            share.spines["right"].set_visible(False)
+            _readable_log(share)
+
+    x, y = _finite(step, loss, positive=True)
+    median = running_median(x, y)[1]
+    caption = (
+        f"Running median {number(median[0])} at step {x[0]:,.0f}, {number(median[-1])} at "
+        f"step {x[-1]:,.0f}; every logged loss stands faint behind it."
+    )
+    if variance:
+        caption += (
+            f" The right scale is the same loss against the variance of the target's outputs, "
+            f"{number(variance)}: 100 % is what predicting their mean would score."
+        )
+    return _curve("Outer loss", draw, caption)
+
+
+def loss_by_age(step: Series, loss: Series, age: Series) -> Curve | None:
+    """The loss against the age of the pool network it was measured on, in the run's second half."""
+    late = (step >= np.nanmax(step) / 2) & np.isfinite(loss) & np.isfinite(age)
+    bins = age_bins(age[late], loss[late]) if late.any() else []
+    if len(bins) < 2:
+        return None
+    labels = [label for label, _ in bins]
+    low, middle, high = np.array([np.quantile(v, (0.25, 0.5, 0.75)) for _, v in bins]).T
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        places = np.arange(len(bins))
+        axes.vlines(places, low, high, color=ACCENT, linewidth=5, alpha=0.3)
+        axes.plot(places, middle, "o", color=ACCENT, markersize=6)
+        axes.set_xticks(places, labels, **_slanted(labels))
+        axes.set_xlim(-0.6, len(bins) - 0.4)
+        axes.set_ylim(bottom=0)
+        axes.grid(False, axis="x")
+        axes.set_xlabel("age of the pool network (own training steps)")
+        axes.set_ylabel("loss (mean squared error)")
+
+    caption = (
+        f"Median (dot) and middle half (bar) of {int(late.sum()):,} logged losses, second half of "
+        f"the run. Networks of age {labels[0]}: median {number(middle[0])}; of age {labels[-1]}: "
+        f"{number(middle[-1])}. A slot that starts afresh throws the loss back to the left end."
+    )
+    return _curve("Loss by age of the pool network", draw, caption)
+
+
+def stacked(
+    title: str,
+    step: Series,
+    panels: Sequence[tuple[str, Series, bool]],
+    caption: str,
+    *,
+    xlabel: str = "outer step",
+    colour: str = ACCENT,
+) -> Curve | None:
+    """Series over the same steps, one panel each; `panels` holds (label, values, log scale)."""
+    shown = [panel for panel in panels if has_data(panel[1], positive=panel[2])]
+    if not shown:
+        return None
+
+    def draw(figure: "Figure") -> None:
+        grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (label, values, log) in zip(grid, shown):
+            _raw_and_median(axes, step, values, positive=log, colour=colour)
+            if log:
+                axes.set_yscale("log")
+                _readable_log(axes)
+            axes.set_title(label, loc="left", fontsize=10.5, color=MUTED)
+        grid[-1].set_xlabel(xlabel)
+
+    return _curve(title, draw, caption)
+
+
+def _raw_and_median(
+    axes: "Axes", step: Series, values: Series, *, positive: bool = False, colour: str = ACCENT
+) -> None:
+    x, y = _finite(step, values, positive=positive)
+    smooth = len(y) < 20 or float(np.abs(np.diff(y)).sum()) <= 1.5 * float(np.ptp(y))
+    if smooth:
+        axes.plot(*thinned(x, y), color=colour)
+    else:
+        axes.plot(*thinned(x, y), color=colour, linewidth=0.7, alpha=0.3)
+        axes.plot(*running_median(x, y), color=colour)
+    axes.margins(x=0.02)
+
+
+def _finite(x: Series, y: Series, *, positive: bool = False) -> tuple[Series, Series]:
+    usable = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not positive))
+    return x[usable], y[usable]
+
+
+def _readable_log(axes: Any) -> None:
+    """Ticks at 1, 2 and 5 in plain digits: a run seldom spans the decades the default labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    decades = np.log10(high / low) if low > 0 else 1.0
+    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _slanted(labels: Sequence[str]) -> dict[str, Any]:
+    crowded = sum(len(label) + 2 for label in labels) > 48
+    return {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+
+
+def number(value: float) -> str:
+    """Three significant digits, with a power of ten only where plain digits would not be read."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if mantissa == "1" else f"{mantissa}×{power}"
+
+
+def _curve(title: str, draw: Callable[["Figure"], None], caption: str) -> Curve:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with _style(title):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        FigureCanvasSVG(figure)
+        draw(figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return Curve(title=title, svg=_inline(text.getvalue(), title), caption=caption)
+
+
+@contextmanager
+def _style(salt: str) -> Iterator[None]:
+    import matplotlib
+
+    # The salt makes ids that are the same in every run and differ between figures of a page.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        yield
+
+
+def _inline(svg: str, title: str) -> str:
+    """The bare <svg> element: no prolog, no metadata, colours by role, no address of any kind."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = svg.replace("xlink:href", "href")
+    head = f'<svg viewBox="\\1" role="img" aria-label="{html.escape(title)}">'
+    svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', head, svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    for colour, role in ROLES.items():
+        svg = svg.replace(colour, f"var(--{role})")
+    svg = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d.group()), svg)
+    return re.sub(r"\s*\n\s*", "\n", svg).strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotRow:
+    """One line of a dot plot: a value a seed, their mean and the half-width drawn around it."""
+
+    label: str
+    values: Mapping[int, float]
+    mean: float
+    spread: float | None
+    role: str = "muted"
+    note: str = ""
+
+
+def dot_plot(
+    rows: Sequence[DotRow],
+    *,
+    title: str,
+    unit: str,
+    zero: bool = False,
+    linked: tuple[str, str] | None = None,
+) -> str:
+    """A dot a seed, above them a diamond at the mean on a bar of its spread.
+
+    Args:
+        zero: draw the line of no difference and make room for it.
+        linked: the labels of two rows whose dots of the same seed are joined.
+    """
+    left, right, top, pitch = 128, 432, 4, 40
+    bottom = top + pitch * len(rows)
+    low, high = _range(rows, zero)
+
+    def at(value: float) -> float:
+        return round(left + (right - left) * (value - low) / (high - low), 1)
+
+    height = {row.label: top + pitch * (i + 0.5) for i, row in enumerate(rows)}
+    parts = [f'<svg viewBox="0 0 440 {bottom + 40}" role="img" aria-label="{html.escape(title)}">']
+    for tick in _ticks(low, high):
+        strong = " zero" if zero and tick == 0 else ""
+        parts.append(f'<path class="rule{strong}" d="M{at(tick)} {top}V{bottom}"/>')
+        parts.append(f'<text class="tick" x="{at(tick)}" y="{bottom + 15}">{_plain(tick)}</text>')
+    axis = f'x="{(left + right) / 2}" y="{bottom + 33}"'
+    parts.append(f'<text class="tick" {axis}>{html.escape(unit)}</text>')
+    if linked and all(label in height for label in linked):
+        first, second = (next(r for r in rows if r.label == label) for label in linked)
+        for seed in sorted(first.values.keys() & second.values.keys()):
+            a, b = at(first.values[seed]), at(second.values[seed])
+            ends = f"M{a} {height[linked[0]] + 8}L{b} {height[linked[1]] + 8}"
+            parts.append(f'<path class="link" d="{ends}"/>')
+    for row in rows:
+        parts += _dot_row(row, height[row.label], at, unit)
+    return "\n".join([*parts, "</svg>"])
+
+
+def _dot_row(row: DotRow, y: float, at: Callable[[float], float], unit: str) -> Iterator[str]:
+    label, note = html.escape(row.label), html.escape(row.note)
+    yield f'<g class="row {row.role}"><text class="name" x="0" y="{y + 4}">{label}</text>'
+    if row.note:
+        yield f"<title>{label}: {note}</title>"
+    for seed, value in sorted(row.values.items()):
+        told = f"{label}, seed {seed}: {value:.1f} {html.escape(unit)}"
+        yield f'<circle cx="{at(value)}" cy="{y + 8}" r="4"><title>{told}</title></circle>'
+    if row.spread is not None:
+        ends = f"M{at(row.mean - row.spread)} {y - 6}H{at(row.mean + row.spread)}"
+        yield f'<path class="spread" d="{ends}"/>'
+    yield f'<path class="mean" d="M{at(row.mean)} {y - 12.5}l5 6.5l-5 6.5l-5 -6.5z"/></g>'
+
+
+def _range(rows: Sequence[DotRow], zero: bool) -> tuple[float, float]:
+    ends = [value for row in rows for value in row.values.values()]
+    ends += [r.mean + s for r in rows if r.spread is not None for s in (-r.spread, r.spread)]
+    ends += [row.mean for row in rows] + ([0.0] if zero else [])
+    margin = max(0.06 * (max(ends) - min(ends)), 0.3)
+    return min(ends) - margin, max(ends) + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    from matplotlib.ticker import MaxNLocator
+
+    values = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in values if low <= tick <= high]
+
+
+def _plain(tick: float) -> str:
+    return f"{round(tick, 6):g}".replace("-", "\u2212")

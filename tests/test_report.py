@@ -1,0 +1,499 @@
+"""The report: its numbers are those of the run folder, its images decode, and it loads nothing."""
+
+import base64
+import io
+import re
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from krrst_fast import figures
+from krrst_fast.contact_sheet import amplified, columns, sheets, tile
+from krrst_fast.distilled_set import DistilledSet
+from krrst_fast.errors import DataError, KrrstError
+from krrst_fast.evaluate.config import EvaluateConfig, FinetuneConfig
+from krrst_fast.evaluate.table import Evaluation, Row
+from krrst_fast.files import append_jsonl, read_json, write_json
+from krrst_fast.report import write_report
+from krrst_fast.run_folder import read_run
+from krrst_fast.verdict import headline_of, interval_factor, signed, view_of
+
+SEEDS = 5
+PROBE = {
+    "none": [76.0, 74.5, 79.0, 77.5, 75.5],
+    "random_target": [81.0, 79.5, 84.0, 82.5, 80.5],
+    "distilled": [84.0, 82.0, 87.5, 85.0, 83.5],
+    "target": [85.0, 83.0, 88.0, 86.5, 84.0],
+}
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a test asks of a page: tables, figures, references, and the text of some elements."""
+
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    attributes: list[tuple[str, str, str]] = field(default_factory=list)
+    images: list[dict[str, str]] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    text: dict[str, list[str]] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    _open: list[str] = field(default_factory=list)
+    _rows: list[list[str]] = field(default_factory=list)
+    _caption: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in given.items()]
+        for name in given.get("class", "").split():
+            self.classes[name] = self.classes.get(name, 0) + 1
+        if tag == "img":
+            self.images.append(given)
+        if tag not in ("meta", "img", "link", "br"):
+            self._open.append(tag)
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("th", "td"):
+            self._rows[-1].append("")
+        if tag in ("h1", "li", "code", "figcaption", "dd"):
+            self.text.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+        if tag == "table":
+            self.tables[self._caption.strip()] = self._rows
+
+    def handle_data(self, data: str) -> None:
+        if "caption" in self._open:
+            self._caption += data
+        if "th" in self._open or "td" in self._open:
+            self._rows[-1][-1] += data
+        for tag in ("h1", "li", "code", "figcaption", "dd"):
+            if tag in self._open:
+                self.text[tag][-1] += data
+
+
+def parse(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+def make_set(*, seed: int = 0, count: int = 7, size: int = 8, shift: float = 0.0) -> DistilledSet:
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, size, size), generator=draw) / 255
+    return DistilledSet(
+        images=(pixels - 0.5) / 0.25 + shift,
+        targets=torch.randn(count, 4, generator=draw),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+
+
+def make_evaluation(run: Path, probe: dict[str, list[float]], *, name: str = "digits") -> None:
+    config = EvaluateConfig(
+        run=run,
+        store=Path("store"),
+        methods=tuple(probe),
+        seeds=len(probe["distilled"]),
+        finetune=FinetuneConfig(steps=3),
+    )
+    rows = [
+        Row(
+            method=method,
+            seed=seed,
+            probe=value,
+            finetune=None if method == "target" else value + 5 + 0.5 * seed,
+            pretrain_loss=None,
+            seconds=1.0,
+            fingerprint="0",
+        )
+        for method, values in probe.items()
+        for seed, value in enumerate(values)
+    ]
+    evaluation = Evaluation(
+        name=name, config=config, rows=tuple(rows), num_images=7, environment={}, seconds=20.0
+    )
+    (run / "evaluation").mkdir(exist_ok=True)
+    write_json(run / "evaluation" / f"{name}.json", evaluation.to_json())
+
+
+def make_rows(path: Path, steps: range) -> None:
+    for step in steps:
+        row = {
+            "step": step,
+            "loss": 0.08 / step**0.5,
+            "ridge": 0.01,
+            "condition": 1e5 + step,
+            "slot": step % 3,
+            "slot_age": step % 20,
+            "lr": 1e-2 * (1 - step / 100),
+            "images_per_second": 1000.0,
+            "seconds": 0.25 * step,
+            "peak_memory_mb": 500.0,
+        }
+        append_jsonl(path, row)
+
+
+def make_run(folder: Path, **settings: Any) -> Path:
+    run, target = folder / "run", folder / "target"
+    run.mkdir()
+    target.mkdir()
+    pool = {"size": 3, "online_steps": 20, "model": {"kind": "convnet", "widths": [8, 16]}}
+    config = {"store": "store", "target": str(target), "num_images": 7, "steps": 60, "pool": pool}
+    write_json(run / "config.json", {**config, "batch_size": 250, **settings})
+    write_json(run / "environment.json", {"python": "3.11", "cpu": "A <fast> one", "threads": 2})
+    write_json(run / "summary.json", {"seconds_per_step": 0.25, "target_variance": 0.4})
+    make_rows(run / "metrics.jsonl", range(1, 61))
+    for step in range(0, 50, 10):
+        row = {"step": step, "loss": 9.0 - step / 10, "embedding_std": 0.9, "effective_rank": 12.0}
+        append_jsonl(target / "metrics.jsonl", row)
+    write_json(target / "config.json", {"loss": "barlow_twins", "steps": 50})
+    make_set().save(run / "initial.safetensors")
+    make_set(shift=0.1).save(run / "distilled.safetensors")
+    make_evaluation(run, PROBE)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run and its page, which no test may change."""
+    folder = make_run(tmp_path_factory.mktemp("whole"))
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture
+def page(run: Path) -> Page:
+    return parse(run / "report.html")
+
+
+def test_tables_hold_the_numbers_of_the_evaluation(run: Path, page: Page) -> None:
+    summary = read_json(run / "evaluation" / "digits.json")["summary"]
+    header, *rows = page.tables["7 images, 5 seeds"]
+    assert header == ["Method", "Linear probe", "difference", "Fine-tuning", "difference"]
+    assert len(rows) == len(summary) == len(PROBE)
+    for row, expected in zip(rows, summary):
+        for task, (accuracy, difference) in zip(("probe", "finetune"), (row[1:3], row[3:5])):
+            found = expected[task]
+            if found is None:
+                assert accuracy == "not run"
+                continue
+            mean, std = map(float, accuracy.split(" ± "))
+            assert abs(mean - found["mean"]) <= 0.05001
+            assert abs(std - found["std"]) <= 0.05001
+            if found["difference"] is None:
+                assert difference == "–"
+            else:
+                mean, error = map(float, difference.replace("−", "-").split(" ± "))
+                assert abs(mean - found["difference"]["mean"]) <= 0.05001
+                assert abs(error - found["difference"]["standard_error"]) <= 0.05001
+    by_seed = page.tables["Linear probe in %"]
+    assert by_seed[0] == ["Method"] + [f"seed {seed}" for seed in range(SEEDS)]
+    assert [[float(value) for value in row[1:]] for row in by_seed[1:]] == list(PROBE.values())
+
+
+def test_headline_states_the_paired_difference(page: Page) -> None:
+    differences = np.array(PROBE["distilled"]) - np.array(PROBE["random_target"])
+    mean, error = differences.mean(), differences.std(ddof=1) / SEEDS**0.5
+    (headline,) = page.text["h1"]
+    assert f"beats 7 random real ones with the same target network by {mean:.1f}" in headline
+    assert f"{mean:.1f} ± {error:.1f} points of linear-probe accuracy on digits" in headline
+    assert "(5 paired seeds)" in headline
+
+
+@pytest.mark.parametrize(
+    ("ours", "claim"),
+    [
+        ([81.2, 79.1, 84.4, 82.2, 80.8], "does not measurably beat"),
+        ([79.0, 77.0, 82.5, 80.0, 78.5], "loses to"),
+        ([82.0], "was compared once with"),
+    ],
+)
+def test_headline_is_honest(tmp_path: Path, ours: list[float], claim: str) -> None:
+    probe = {method: values[: len(ours)] for method, values in PROBE.items()}
+    make_evaluation(tmp_path, {**probe, "distilled": ours})
+    path = tmp_path / "evaluation" / "digits.json"
+    headline = headline_of([view_of(read_json(path), path)])
+    difference = np.mean(np.array(ours) - np.array(probe["random_target"]))
+    assert headline is not None and claim in headline.before
+    assert f"{abs(difference):.1f}" in headline.figure
+
+
+def test_interval_is_students() -> None:
+    """Against the quantiles of samples of t = mean / standard error, drawn from normal values."""
+    draw = np.random.default_rng(0)
+    for seeds in (2, 3, 5, 10):
+        samples = draw.normal(size=(200_000, seeds))
+        t = samples.mean(1) / (samples.std(1, ddof=1) / seeds**0.5)
+        inside = np.mean(np.abs(t) <= interval_factor(seeds))
+        assert abs(inside - 0.95) < 0.003, (seeds, inside)
+    assert 2.0 < interval_factor(500) < interval_factor(14)
+
+
+def test_a_dot_for_every_seed(page: Page) -> None:
+    probe, tuned = len(PROBE), len(PROBE) - 1
+    # Accuracies of every method, and differences of all but the rival.
+    assert page.tags.count("circle") == SEEDS * (probe + tuned + probe - 1 + tuned - 1)
+    assert page.classes["link"] == 2 * SEEDS
+
+
+def test_dots_stand_at_their_values() -> None:
+    rows = [
+        figures.DotRow(label="a", values={0: 10.0, 1: 20.0}, mean=15.0, spread=2.5),
+        figures.DotRow(label="b", values={0: 30.0}, mean=30.0, spread=None),
+    ]
+    svg = figures.dot_plot(rows, title="t", unit="u")
+    x = [float(value) for value in re.findall(r'<circle cx="([\d.]+)"', svg)]
+    assert abs((x[1] - x[0]) - (x[2] - x[1])) < 0.21
+    ticks = [
+        (float(v), float(t)) for v, t in re.findall(r'"tick" x="([\d.]+)" y="\d+">([\d.]+)<', svg)
+    ]
+    a, b = np.polyfit([t for _, t in ticks], [v for v, _ in ticks], 1)
+    assert np.allclose(x, [a * v + b for v in (10, 20, 30)], atol=0.3)
+
+
+def test_page_loads_nothing(run: Path, page: Page) -> None:
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
+        if not value.startswith("data:"):
+            for reference in re.findall(r"url\(([^)]*)\)|(\w+://)", value):
+                assert reference[0].startswith("#"), (tag, name, value[:80])
+    source = (run / "report.html").read_text(encoding="utf-8")
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert "http" not in source and "file:" not in source
+
+
+def test_every_id_is_unique_and_every_reference_is_met(page: Page) -> None:
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 0
+    wanted = {value[1:] for _, name, value in page.attributes if name == "href"}
+    for _, _, value in page.attributes:
+        wanted |= set(re.findall(r"url\(#([^)]*)\)", value))
+    wanted |= {v for _, n, v in page.attributes if n in ("aria-labelledby", "aria-describedby")}
+    assert wanted <= set(ids)
+
+
+def test_page_is_accessible(page: Page) -> None:
+    assert ("html", "lang", "en") in page.attributes
+    assert len(page.images) == 3 and all(len(image["alt"]) > 20 for image in page.images)
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert len(labels) == page.tags.count("svg") == 10
+    headers = [value for tag, name, value in page.attributes if (tag, name) == ("th", "scope")]
+    assert len(headers) == page.tags.count("th")
+    assert all(page.tables), "every table has a caption"
+
+
+def decoded(uri: str) -> np.ndarray:
+    head, _, data = uri.partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def test_sheets_hold_the_pixels(page: Page) -> None:
+    for image, made in zip(page.images, (make_set(), make_set(shift=0.1))):
+        sheet, pixels = decoded(image["src"]), made.pixels().numpy()
+        assert sheet.shape == (int(image["height"]), int(image["width"]), 4)
+        across = columns(7)
+        scale = next(s for s in range(1, 200) if (s * 9) * across >= 720)
+        for index in range(7):
+            y, x = index // across * (scale * 9), index % across * (scale * 9)
+            square = sheet[y : y + 8 * scale, x : x + 8 * scale]
+            assert (square[..., 3] == 255).all()
+            big = np.kron(pixels[index], np.ones((scale, scale, 1), dtype=np.uint8))
+            assert (square[..., :3] == big).all()
+        assert (sheet[..., 3] == 0).any(), "gaps are clear"
+    # A shift of 0.1 deviations of 0.25 is 0.025 everywhere; amplified it reaches white.
+    difference = decoded(page.images[2]["src"])
+    assert set(difference[difference[..., 3] == 255][:, :3].flatten().tolist()) == {255}
+    captions = [text for text in page.text["figcaption"] if "Now minus start" in text]
+    assert len(captions) == 1 and "times 20," in captions[0] and "2.5\u00a0%" in captions[0]
+
+
+def test_difference_is_amplified_around_grey() -> None:
+    change = np.zeros((1, 10, 10, 3))
+    change[0, 0] = -0.02
+    change[0, 1] = 0.01
+    shown, factor = amplified(change)
+    assert factor == 25
+    assert shown[0, 0].tolist() == [[0, 0, 0]] * 10
+    assert shown[0, 1].tolist() == [[192, 192, 192]] * 10
+    assert (shown[0, 2:] == 128).all()
+    nothing, factor = amplified(np.zeros((1, 2, 2, 3)))
+    assert factor == 1 and (nothing == 128).all()
+
+
+def test_at_most_a_hundred_images_are_shown() -> None:
+    many = make_set(count=130, size=4)
+    (sheet,) = sheets(None, many)
+    assert "first 100 of 130" in sheet.caption and "30 are not shown" in sheet.caption
+    # Ten rows of ten images of four pixels and a gap as wide as a pixel, but for the last gap.
+    assert sheet.width == sheet.height == 10 * 5 * 15 - 15
+    assert (decoded(sheet.uri) == tile(many.pixels()[:100].numpy())).all()
+
+
+def test_grey_images_are_shown_in_grey() -> None:
+    one = DistilledSet(
+        images=torch.full((1, 1, 3, 5), 0.2), targets=torch.zeros(1, 2), mean=(0.0,), std=(1.0,)
+    )
+    (sheet,) = sheets(None, one)
+    assert set(decoded(sheet.uri)[..., :3].flatten().tolist()) == {51}
+    assert sheet.width * 3 == sheet.height * 5
+
+
+def test_parts_that_are_missing_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for name in ("environment.json", "metrics.jsonl", "summary.json", "distilled.safetensors"):
+        (run / name).unlink()
+    (run / "initial.safetensors").unlink()
+    (run / "evaluation" / "digits.json").unlink()
+    (tmp_path / "target" / "metrics.jsonl").unlink()
+    page = parse(write_report(run))
+    told = "\n".join(page.text["li"])
+    for part in ("environment.json", "metrics.jsonl", "distilled.safetensors", "initial.safe"):
+        assert part in told
+    assert "evaluation/*.json" in told and str(tmp_path / "target" / "metrics.jsonl") in told
+    assert f"krrst evaluate {run} --store STORE" in page.text["code"]
+    assert f"krrst distill --config {run}/config.json --resume" in page.text["code"]
+    assert "not been measured" in page.text["h1"][0]
+    assert not page.images and page.tags.count("svg") == 0
+
+
+def test_each_part_may_be_missing_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert read_run(run).missing == []
+    for path in sorted(path for path in run.rglob("*.*") if path.is_file()):
+        held = path.read_bytes()
+        path.unlink()
+        (told,) = read_run(run).missing
+        name = "evaluation/*.json" if path.parent != run else path.name
+        assert name in told.what and told.command.startswith("krrst ")
+        path.write_bytes(held)
+
+
+def test_a_stopped_evaluation_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "evaluation" / "cifar10.partial.jsonl").write_text("{}\n")
+    (told,) = read_run(run).missing
+    assert "cifar10" in told.what and "--name cifar10" in told.command
+
+
+def test_user_text_is_escaped(tmp_path: Path) -> None:
+    attack = "<script>alert('1')</script>"
+    run = make_run(tmp_path, store=attack, note={attack: [attack]})
+    make_evaluation(run, PROBE, name="<b>x")
+    write_json(
+        run / "evaluation" / "a.json",
+        read_json(run / "evaluation" / "digits.json") | {"name": attack},
+    )
+    page = parse(write_report(run))
+    assert "script" not in page.tags and "b" not in page.tags[page.tags.index("h1") :]
+    settings = dict(row for row in page.tables["config.json"][1:])
+    assert settings["store"] == attack
+    assert settings[f"note.{attack}"] == attack
+    assert settings["pool.model.widths"] == "8, 16"
+    assert "on <b>x (" in page.text["h1"][0]
+    assert ("div", "aria-label", f"Accuracies, {attack}") in page.attributes
+
+
+def test_of_a_step_done_twice_the_later_row_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    once, held = read_run(run).rows, (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").unlink()
+    for step in range(30, 50):
+        append_jsonl(run / "metrics.jsonl", {"step": step, "loss": 99.0})
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(held)
+    assert read_run(run).rows == once and len(once) == 60
+
+
+def test_the_same_run_gives_the_same_page(run: Path, tmp_path: Path) -> None:
+    again = write_report(run, tmp_path / "again.html")
+    assert again.read_bytes() == (run / "report.html").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.html"]
+
+
+def test_rows_without_numbers_do_no_harm(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    append_jsonl(run / "metrics.jsonl", {"step": 61, "loss": None, "condition": float("inf")})
+    append_jsonl(run / "metrics.jsonl", {"step": 62, "loss": float("nan"), "lr": 0.0})
+    page = parse(write_report(run))
+    assert page.tags.count("svg") == 10
+    assert "nan" not in "".join(page.text["dd"]).lower()
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not a distillation run: it holds neither"):
+        write_report(tmp_path)
+    run = make_run(tmp_path)
+    with pytest.raises(DataError, match="its config.json has no num_images and target"):
+        write_report(tmp_path / "target")
+    (run / "evaluation" / "digits.json").write_text("[1]")
+    with pytest.raises(DataError, match="must hold a JSON object, got a list"):
+        write_report(run)
+    (run / "evaluation" / "digits.json").write_text("{}")
+    with pytest.raises(DataError, match="not a result of krrst evaluate"):
+        write_report(run)
+    with pytest.raises(DataError, match="cannot be written"):
+        (run / "evaluation" / "digits.json").unlink()
+        write_report(run, tmp_path / "no" / "page.html")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(KrrstError, match=r"needs jinja2.*pip install 'krrst-fast\[report\]'"):
+        write_report(make_run(tmp_path))
+
+
+def test_running_median_and_thinning_keep_the_shape() -> None:
+    x = np.arange(5000, dtype=np.float64)
+    y = np.where(x % 100 == 0, 50.0, 1.0 + x / 5000)
+    places, medians = figures.running_median(x, y)
+    middle = slice(10, -10)
+    assert len(places) == 300
+    assert np.allclose(medians[middle], 1.0 + places[middle] / 5000, atol=0.01)
+    kept_x, kept_y = figures.thinned(x, y)
+    assert len(kept_x) <= figures.DRAWN_POINTS
+    assert kept_y.max() == 50.0 and kept_y.min() == y.min()
+    assert (np.diff(kept_x) > 0).all()
+    few = figures.thinned(x[:50], y[:50])
+    assert (few[0] == x[:50]).all() and (few[1] == y[:50]).all()
+
+
+def test_losses_are_binned_by_age() -> None:
+    age = np.array([0, 1, 1, 2, 3, 4, 7, 8, 11], dtype=np.float64)
+    bins = figures.age_bins(age, age * 10)
+    assert [label for label, _ in bins] == ["0", "1", "2–3", "4–7", "8–11"]
+    assert [values.tolist() for _, values in bins] == [[0], [10, 10], [20, 30], [40, 70], [80, 110]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0213, "0.0213"), (1.0, "1"), (12345.6, "12,346"), (2e5, "2×10⁵"), (1e-6, "10⁻⁶"), (0, "0")],
+)
+def test_numbers_read_well(value: float, text: str) -> None:
+    assert figures.number(value) == text
+
+
+def test_signs() -> None:
+    assert signed(-0.25, 0.5) == "−0.2 ± 0.5"
+    assert signed(-0.04, None) == "+0.0"
+    assert signed(3.04, 0.75) == "+3.0 ± 0.8"
