@@ -56,10 +56,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     _need_extra()
     run, out = Path(run), Path(out) if out is not None else Path(run) / "report.html"
-    page = _render(read_run(run))
-    if not out.parent.is_dir():
-        raise DataError(f"write_report: {out.parent} is not a folder, so {out} cannot be written")
-    write_text(out, page)
+    found = read_run(run)
+    if not out.parent.is_dir() or out.is_dir():
+        raise DataError(f"write_report: {out} cannot be written: it must be a file in a folder")
+    write_text(out, _render(found))
     return out
 
 
@@ -96,7 +96,7 @@ def _render(run: Run) -> str:
         curves=_curves(run),
         curves_note=_curves_note(run.config),
         target_curves=_target_curves(run),
-        target_note=_target_note(run.target_config),
+        target_note=_target_note(run),
         cost=_cost(run),
         cost_caption=_cost_caption(run),
         tables=_tables(run),
@@ -222,7 +222,7 @@ def _curves(run: Run) -> list[Curve]:
             step,
             [("condition number, estimate", condition, True), ("ridge, absolute", ridge, True)],
             "The estimated condition number of the ridged gram that is solved, and the ridge on "
-            "its diagonal. float32 carries about 1.7×10⁷.",
+            "its diagonal. Towards 10⁷ a float32 solve runs out of digits.",
         )
     )
     curves.append(
@@ -278,20 +278,36 @@ def _target_curves(run: Run) -> list[Curve]:
     return [curve for curve in curves if curve is not None]
 
 
-def _target_note(config: Mapping[str, Any]) -> str:
-    if "loss" not in config or "steps" not in config:
-        return "How the network whose representations are distilled was trained."
-    loss = str(config["loss"]).replace("_", " ")
-    return (
-        "How the network whose representations are distilled was trained: "
-        f"{loss}, {config['steps']:,} steps."
-    )
+def _target_note(run: Run) -> str:
+    config, found = run.target_config, run.target_summary
+    note = ""
+    if config.get("weights"):
+        note = f"The network whose representations are distilled was loaded: {config['weights']}."
+    elif "loss" in config and "steps" in config:
+        loss = str(config["loss"]).replace("_", " ")
+        note = (
+            "How the network whose representations are distilled was trained: "
+            f"{loss}, {config['steps']:,} steps"
+        )
+        seconds = found.get("seconds")
+        value, unit = _scaled(float(seconds), "s") if seconds is not None else (0.0, "")
+        note += f", {number(value)} {unit}." if unit else "."
+    elif run.target_rows:
+        note = "How the network whose representations are distilled was trained."
+    if {"dim", "effective_rank", "embedding_std"} <= found.keys():
+        note += (
+            f" On real images, not augmented, its representations have a standard deviation of "
+            f"{number(found['embedding_std'])} (1 is full spread) over an effective "
+            f"{found['effective_rank']:.0f} of {found['dim']} dimensions."
+        )
+    return note
 
 
 def _tables(run: Run) -> list[dict[str, Any]]:
     tables: list[tuple[str, str, Mapping[str, Any]]] = [
         ("Settings of the distillation", "config.json", run.config),
         ("Settings of the target network", "config.json of the target", run.target_config),
+        ("Summary of the target network", "summary.json of the target", run.target_summary),
         ("Where it ran", "environment.json", run.environment),
         ("Summary", "summary.json", run.summary),
     ]

@@ -33,6 +33,7 @@ class Run:
     evaluations: list[EvaluationView] = field(default_factory=list)
     target_rows: list[dict[str, Any]] = field(default_factory=list)
     target_config: dict[str, Any] = field(default_factory=dict)
+    target_summary: dict[str, Any] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
 
     def lacks(self, what: str, command: str) -> None:
@@ -149,7 +150,10 @@ def _read_target(run: Run) -> None:
     run.target_rows = _by_step(read_jsonl(folder / "metrics.jsonl"))
     if (folder / "config.json").exists():
         run.target_config = _object(folder / "config.json")
-    if not run.target_rows:
+    if (folder / "summary.json").exists():
+        run.target_summary = _object(folder / "summary.json")
+    # A target made of existing weights has no curves to miss.
+    if not run.target_rows and not run.target_config.get("weights"):
         run.lacks(
             f"The pre-training curves of the target network ({folder / 'metrics.jsonl'}).",
             "krrst target",
