@@ -1,5 +1,6 @@
 """Everything that a step of self-supervised training reads and changes."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -168,6 +169,7 @@ class Trainer:
         """Go on from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.projector.load_state_dict(state["projector"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The optimizer would keep the very tensors of the dict, and change them.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.generator.set_state(state["generator"])
         self.step = state["step"]
