@@ -186,9 +186,10 @@ def load_state(path: Path, *, map_location: str | torch.device = "cpu") -> dict[
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
-    except OSError:
-        raise
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        # Also an OSError, from a seek past the start; one that names the file is about opening it.
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(state, dict):

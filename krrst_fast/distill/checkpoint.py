@@ -61,8 +61,10 @@ def load_checkpoint(path: Path, config: DistillConfig) -> dict[str, Any]:
     return saved
 
 
-def require_same_run(path: Path, saved: dict[str, Any], config: DistillConfig) -> None:
+def require_same_run(path: Path, saved: Any, config: DistillConfig) -> None:
     """Raise CheckpointError, naming the settings, if `saved` is another run than `config`."""
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path}: does not hold the settings of a run")
     now, then = _flat(to_dict(config)), _flat(saved)
     names = [name for name in now | then if name not in FREE_SETTINGS]
     changes = [

@@ -1,7 +1,10 @@
 """From a store and a target to a distilled set: the steps, the log, the checkpoints, the files."""
 
 import time
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from krrst_fast import environment
 from krrst_fast.config import to_dict
@@ -24,7 +27,7 @@ from krrst_fast.distill.start import (
 )
 from krrst_fast.distill.step import LinearDecay, State, StepReport, located, outer_step
 from krrst_fast.distilled_set import FILE_NAME, DistilledSet, load_distilled
-from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.errors import CheckpointError, ConfigError, DataError
 from krrst_fast.files import append_jsonl, new_folder, read_json, refuse_existing, write_json
 from krrst_fast.targets import FrozenTarget, load_target
 
@@ -60,7 +63,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     write_json(config.out / "config.json", to_dict(config))
     write_json(config.out / "environment.json", environment.describe())
     initial = initial_set(config, store, target)
-    initial.save(config.out / "initial.safetensors")
+    _begin_alike(config.out / "initial.safetensors", initial)
 
     source = make_source(config, store, target, device)
     state = make_state(config, initial, device)
@@ -89,10 +92,12 @@ def _check_folder(config: DistillConfig, resume: bool) -> None:
 
 
 def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> None:
-    if target.image_size != store.size:
+    size = target.image_size
+    takes, holds = (target.channels, size, size), (store.channels, store.size, store.size)
+    if takes != holds:
         raise ConfigError(
-            f"distill: the target {config.target} takes {target.image_size}x{target.image_size} "
-            f"images, the store {config.store} holds {store.size}x{store.size}"
+            f"distill: the target {config.target} takes {_times(takes)} images, "
+            f"the store {config.store} holds {_times(holds)}"
         )
     count = store.count("train")
     if config.num_images > count:
@@ -100,6 +105,24 @@ def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget
             f"distill: fewer images than asked for: num_images is {config.num_images}, "
             f"the store {config.store} has {count}"
         )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _begin_alike(path: Path, initial: DistilledSet) -> None:
+    """Save the first set; a resumed run must begin with the one that is there already."""
+    if path.exists():
+        before = load_distilled(path)
+        for then, now in ((before.images, initial.images), (before.targets, initial.targets)):
+            # Not bit by bit: the run may go on on another device.
+            if then.shape != now.shape or not torch.allclose(then, now, rtol=1e-2, atol=1e-2):
+                raise CheckpointError(
+                    f"{path.parent}: the store or the target has changed since this run began"
+                )
+        return
+    initial.save(path)
 
 
 def _take_up(config: DistillConfig, state: State, progress: bool) -> dict[str, float]:
@@ -183,9 +206,8 @@ class _Log:
 
     def write(self, report: StepReport, step: int) -> dict[str, str]:
         """Append the row of a step; returns what the progress bar shows of it."""
-        loss, ridge, condition = (
-            float(value) for value in (report.loss, report.ridge, report.condition)
-        )
+        solve = report.solve
+        loss, ridge, condition = map(float, (report.loss, solve.ridge, solve.condition))
         self.count_time()
         seconds = self._totals["seconds"]
         images = (step - self._row_step) * self._batch_size
@@ -194,6 +216,7 @@ class _Log:
             "loss": loss,
             "ridge": ridge,
             "condition": condition,
+            "retries": int(solve.retries),
             "slot": report.slot,
             "slot_age": report.slot_age,
             "lr": report.lr,

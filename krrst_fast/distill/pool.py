@@ -71,7 +71,9 @@ def place(network: Network, device: torch.device, dtype: torch.dtype) -> Network
     fast in single precision; the activations follow the weights.
     """
     network.to(device, dtype)
-    return network.to(memory_format=torch.channels_last) if device.type == "cpu" else network
+    if device.type == "cpu":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 class Pool:

@@ -13,7 +13,8 @@ from krrst_fast.seeding import generator as seeded
 Represent = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(index [B], offset [B, 2], flip [B], batch [B, C, H, W]) -> the target's outputs [B, P].
 
-The first three name the view, so that outputs which are kept can be looked up; the batch is the view.
+The first three name the views, so that outputs which were kept can be looked up; the batch holds
+the views themselves.
 """
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: the first synthetic set, the real images, the pool; and what it ends as."""
+"""What a run starts from: the first synthetic set, the real images, the pool. And its result."""
 
 import json
 
@@ -22,7 +22,7 @@ VARIANCE_IMAGES = 1024
 
 
 def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> DistilledSet:
-    """Where the synthetic set starts: random real images, un-augmented, and the target's outputs."""
+    """Where the synthetic set starts: random real images as they are, and the target's outputs."""
     draw = generator(config.seed, "initial")
     index = torch.randperm(store.count("train"), generator=draw)[: config.num_images]
     images = plain_views(store.images("train"), index, target.mean, target.std)

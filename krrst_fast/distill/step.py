@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from krrst_fast.distill.pool import Pool, Slot
 from krrst_fast.distill.source import Source
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
-from krrst_fast.ops.krr import krr_mse
-
-RidgeOf = Literal["trace", "mean_diagonal", "absolute"]
+from krrst_fast.ops.krr import RidgeOf, SolveInfo, krr_mse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +72,11 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What an outer step saw. The tensors are scalars, left on the device."""
+    """What an outer step saw. Its tensors are left on the device."""
 
     loss: Tensor
-    ridge: Tensor
-    """What was added to the diagonal of the gram."""
-    condition: Tensor
-    """An estimate of the condition number of the ridged gram."""
+    solve: SolveInfo
+    """Ridge, retries and an estimate of the condition number."""
     slot: int
     slot_age: int
     """SGD steps the network had had when its features were taken."""
@@ -96,18 +92,20 @@ def outer_step(
         NonFiniteError: the loss is NaN or infinite, or the network's training diverged.
         NotPositiveDefiniteError: the gram has no factor even with a larger ridge.
     """
+    x_syn, y_syn = state.x_syn, state.y_syn  # [M, C, H, W], [M, P]
     x_real, y_real = source.draw(state.step, state.generator)  # [B, C, H, W], [B, P]
     slot = state.pool.draw(state.generator)
     age, lr = slot.age, rate(state.step)
 
     # A network at rest is in evaluation mode and its parameters ask for no gradient.
-    f_syn = slot.network.embed(state.x_syn)  # [M, D]
+    f_syn = slot.network.embed(x_syn)  # [M, D]
     with torch.no_grad():
         f_real = slot.network.embed(x_real)  # [B, D]
 
     with located(state.step + 1, slot):
-        options = {"ridge": ridge, "ridge_of": ridge_of, "bias": 1.0, "return_info": True}
-        loss, solve = krr_mse(f_syn, state.y_syn, f_real, y_real, **options)
+        loss, solve = krr_mse(
+            f_syn, y_syn, f_real, y_real, ridge=ridge, ridge_of=ridge_of, bias=1.0, return_info=True
+        )
         require_finite(loss)
 
     state.optimizer.zero_grad(set_to_none=True)
@@ -116,12 +114,11 @@ def outer_step(
     state.optimizer.step()
 
     with located(state.step + 1, slot):
-        state.pool.advance(slot, state.x_syn.detach(), state.y_syn.detach())
+        state.pool.advance(slot, x_syn.detach(), y_syn.detach())
     state.step += 1
     return StepReport(
         loss=loss.detach(),
-        ridge=solve.ridge,
-        condition=solve.condition,
+        solve=solve,
         slot=slot.number,
         slot_age=age,
         lr=lr,

@@ -1,0 +1,183 @@
+"""The pool: what a visit does to a network, when it is renewed, and that it can be saved."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from krrst_fast.distill.config import PoolConfig
+from krrst_fast.distill.pool import Pool
+from krrst_fast.errors import ConfigError, NonFiniteError
+from krrst_fast.models import ModelConfig
+from krrst_fast.seeding import generator
+
+MODEL = ModelConfig(widths=(4, 8))
+DRAW = torch.Generator().manual_seed(0)
+X = torch.randn(6, 3, 8, 8, generator=DRAW)
+Y = torch.randn(6, 5, generator=DRAW)
+
+
+def _pool(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Pool:
+    config = PoolConfig(**({"size": 2, "online_steps": 3, "model": MODEL} | options))
+    device = torch.device("cpu")
+    return Pool(config, image_size=8, num_outputs=5, seed=seed, device=device, dtype=dtype)
+
+
+def _weights(slot) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for value in slot.network.state_dict().values()])
+
+
+def test_a_fit_is_the_sgd_step_written_out():
+    pool = _pool(dtype=torch.float64, momentum=0.9, weight_decay=0.01, lr=0.05)
+    slot, x, y = pool.slots[0], X.double(), Y.double()
+    mine = copy.deepcopy(slot.network).train().requires_grad_(True)
+    velocity = [torch.zeros_like(p) for p in mine.parameters()]
+    for _ in range(3):
+        expected = ((mine.fc(mine.embed(x)) - y) ** 2).mean()
+        gradients = torch.autograd.grad(expected, list(mine.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(mine.parameters(), velocity, gradients):
+                v.mul_(0.9).add_(g + 0.01 * p)
+                p.sub_(0.05 * v)
+        loss = slot.fit(x, y)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    for (name, got), want in zip(slot.network.state_dict().items(), mine.state_dict().values()):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12, msg=name)
+    assert slot.age == 3
+
+
+def test_a_network_at_rest_is_frozen():
+    pool = _pool()
+    slot = pool.slots[1]
+    for _ in range(2):
+        assert not slot.network.training
+        for p in slot.network.parameters():
+            assert p.grad is None and not p.requires_grad
+        before = _weights(slot)
+        x = X.clone().requires_grad_()
+        slot.network.embed(x).square().sum().backward()
+        assert x.grad is not None and torch.equal(_weights(slot), before)
+        slot.fit(X, Y)
+
+
+def test_fitting_learns():
+    pool = _pool(online_steps=1000)
+    losses = [float(pool.slots[0].fit(X, Y)) for _ in range(100)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_full_slot_is_renewed_and_counts_from_zero():
+    pool = _pool(reset="paper")
+    slot = pool.slots[0]
+    ages, generations = [], []
+    for _ in range(9):
+        pool.advance(slot, X, Y)
+        ages.append(slot.age)
+        generations.append(slot.generation)
+    assert ages == [1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert generations == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_the_released_rule_renews_a_full_slot_at_every_visit():
+    pool = _pool(reset="released")
+    slot = pool.slots[0]
+    ages, seen = [], set()
+    for _ in range(7):
+        pool.advance(slot, X, Y)
+        ages.append(slot.age)
+        seen.add(_weights(slot).sum().item())
+    assert ages == [1, 2, 3, 0, 0, 0, 0]
+    assert slot.generation == 4 and len(seen) == 7
+    assert pool.slots[1].age == 0 and pool.slots[1].generation == 0
+
+
+def test_a_renewed_slot_holds_the_fresh_network_and_no_momentum():
+    pool = _pool()
+    slot = pool.slots[0]
+    for _ in range(4):
+        pool.advance(slot, X, Y)
+    fresh, _ = pool.fresh(0, 1)
+    expected = torch.cat([v.double().flatten() for v in fresh.state_dict().values()])
+    assert torch.equal(_weights(slot), expected)
+    assert not slot.optimizer.state_dict()["state"]
+
+
+def test_networks_differ_by_slot_generation_and_seed_and_by_nothing_else():
+    def weights(seed: int, number: int, generation: int) -> float:
+        return _pool(seed).fresh(number, generation)[0].fc.weight.double().sum().item()
+
+    cases = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
+    assert len({weights(*case) for case in cases}) == 4
+    assert [weights(*case) for case in cases] == [weights(*case) for case in cases]
+
+
+def test_starting_ages_are_from_one_to_below_t():
+    pool = _pool(size=300, online_steps=5, model=ModelConfig(widths=(1,)))
+    ages = pool.starting_ages(generator(0, "test"))
+    assert sorted(set(ages)) == [1, 2, 3, 4]
+    assert ages == pool.starting_ages(generator(0, "test"))
+    assert ages != pool.starting_ages(generator(1, "test"))
+
+
+def test_every_slot_is_drawn_as_often_as_the_others():
+    pool, draw, count = _pool(size=4), generator(0, "test"), 4000
+    drawn = torch.tensor([pool.draw(draw).number for _ in range(count)]).bincount(minlength=4)
+    # Five standard deviations of a binomial.
+    allowed = 5 * math.sqrt(count * 0.25 * 0.75)
+    assert (drawn - count / 4).abs().max() < allowed
+
+
+def test_a_saved_pool_goes_on_with_the_same_bits(tmp_path):
+    first, second = _pool(), _pool(seed=7)
+    for _ in range(5):
+        first.advance(first.slots[0], X, Y)
+    torch.save(first.state_dict(), tmp_path / "pool.pt")
+    second.load_state_dict(torch.load(tmp_path / "pool.pt", weights_only=True))
+    for pool in (first, second):
+        # No further than the slots' present networks: later ones come from the pool's own seed.
+        for slot in pool.slots:
+            pool.advance(slot, X, Y)
+            pool.advance(slot, X, Y)
+    for one, other in zip(first.slots, second.slots):
+        assert torch.equal(_weights(one), _weights(other))
+        assert (one.age, one.generation) == (other.age, other.generation)
+        assert not other.network.training
+        assert not any(p.requires_grad for p in other.network.parameters())
+
+
+def test_a_network_that_diverges_is_reported():
+    pool = _pool(lr=1e30, online_steps=100)
+    with pytest.raises(NonFiniteError, match="the network's own loss is .*; lower pool.lr"):
+        for _ in range(20):
+            pool.advance(pool.slots[0], X, Y)
+    assert not pool.slots[0].network.training
+
+
+def test_batch_statistics_are_learnt_in_fits_and_used_in_features():
+    pool = _pool()
+    slot = pool.slots[0]
+    norms = [module for module in slot.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    slot.fit(X, Y)
+    means = [norm.running_mean.clone() for norm in norms]
+    assert all(mean.abs().max() > 0 for mean in means)
+    whole = slot.network.embed(X)
+    torch.testing.assert_close(whole[:2], slot.network.embed(X[:2]))
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, means))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"size": 0}, "PoolConfig: size must be at least 1, got 0"),
+        ({"online_steps": 1}, "online_steps must be at least 2"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
+        ({"reset": "never"}, "reset must be paper or released, got 'never'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        PoolConfig(**change)
