@@ -114,13 +114,16 @@ def outer_loss(step: Series, loss: Series, variance: float | None) -> Curve:
             )
             share.set_ylabel("% of the target variance")
             share.spines["right"].set_visible(False)
-            _readable_log(share)
+            _readable_log(share, axes)
 
     x, y = _finite(step, loss, positive=True)
     median = running_median(x, y)[1]
+    behind = "every logged loss stands"
+    if len(y) > DRAWN_POINTS:
+        behind = "of the logged losses the lowest and the highest of each stretch stand"
     caption = (
         f"Running median {number(median[0])} at step {x[0]:,.0f}, {number(median[-1])} at "
-        f"step {x[-1]:,.0f}; every logged loss stands faint behind it."
+        f"step {x[-1]:,.0f}; {behind} faint behind it."
     )
     if variance:
         caption += (
@@ -197,6 +200,7 @@ def _raw_and_median(
         axes.plot(*thinned(x, y), color=colour, linewidth=0.7, alpha=0.3)
         axes.plot(*running_median(x, y), color=colour)
     axes.margins(x=0.02)
+    _readable_steps(axes)
 
 
 def _finite(x: Series, y: Series, *, positive: bool = False) -> tuple[Series, Series]:
@@ -204,13 +208,27 @@ def _finite(x: Series, y: Series, *, positive: bool = False) -> tuple[Series, Se
     return x[usable], y[usable]
 
 
-def _readable_log(axes: Any) -> None:
-    """Ticks at 1, 2 and 5 in plain digits: a run seldom spans the decades the default labels."""
+def _readable_steps(axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 1e4 else f"{value:g}")
+    )
+
+
+def _readable_log(axes: Any, parent: "Axes | None" = None) -> None:
+    """Ticks within a decade in plain digits: a run seldom spans the decades the default labels.
+
+    A secondary axis learns its limits only when it is drawn, and spans what its `parent` spans.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    low, high = axes.get_ylim()
-    decades = np.log10(high / low) if low > 0 else 1.0
-    subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    low, high = (parent or axes).get_ylim()
+    decades = np.log10(high / low)
+    subs = [1.0] if decades > 2.5 else [1.0, 2.0, 5.0]
+    if decades < 0.8:
+        subs = [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.yaxis.set_minor_locator(NullLocator())
