@@ -129,7 +129,7 @@ def _headline(run: Run) -> Headline:
         return headline
     count, loss = _count(run), _last_loss(run)
     state = "Distilled" if run.distilled else "Still distilling"
-    images = f"{count:,} images" if count is not None else "images"
+    images = f"{_whole(count)} images" if count is not None else "images"
     reached = f", outer loss {number(loss)}" if loss is not None else ""
     return Headline(
         before=f"{state}: {images} after {run.steps_done:,} outer steps{reached}; "
@@ -145,10 +145,10 @@ def _stats(run: Run) -> list[Stat]:
     if count is not None:
         shape = run.distilled.images.shape if run.distilled else None
         note = f"{shape[3]} \u00d7 {shape[2]} pixels" if shape is not None else ""
-        stats.append(Stat(label="Distilled images", value=f"{count:,}", note=note))
+        stats.append(Stat(label="Distilled images", value=_whole(count), note=note))
     if run.rows:
         planned = run.config.get("steps")
-        note = f"of {planned:,}" if planned else ""
+        note = f"of {_whole(planned)}" if planned else ""
         stats.append(Stat(label="Outer steps", value=f"{run.steps_done:,}", note=note))
     if loss is not None:
         note = f"{100 * loss / variance:.1f} % of the target variance" if variance else "median"
@@ -177,6 +177,11 @@ def _cost(run: Run) -> list[Stat]:
             value, unit = _scaled(float(value), unit)
             items.append(Stat(label=label, value=number(value), unit=unit))
     return items
+
+
+def _whole(value: Any) -> str:
+    """A count with its thousands apart; anything else as it is."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _scaled(value: float, unit: str) -> tuple[float, str]:
@@ -245,8 +250,8 @@ def _curves_note(config: Mapping[str, Any]) -> str:
         return ""
     return (
         f"The loss is measured on one of {pool['size']} pool networks a step, each of them trained "
-        f"on the images for up to {pool['online_steps']:,} steps before a fresh one takes its "
-        "place: read it by the age of the network as well as along the run."
+        f"on the images for up to {_whole(pool['online_steps'])} steps before a fresh one takes "
+        "its place: read it by the age of the network as well as along the run."
     )
 
 
@@ -287,7 +292,7 @@ def _target_note(run: Run) -> str:
         loss = str(config["loss"]).replace("_", " ")
         note = (
             "How the network whose representations are distilled was trained: "
-            f"{loss}, {config['steps']:,} steps"
+            f"{loss}, {_whole(config['steps'])} steps"
         )
         seconds = found.get("seconds")
         value, unit = _scaled(float(seconds), "s") if seconds is not None else (0.0, "")

@@ -145,7 +145,7 @@ def _read_evaluations(run: Run) -> None:
 def _read_target(run: Run) -> None:
     if "target" not in run.config:
         return
-    target = Path(run.config["target"])
+    target = Path(str(run.config["target"]))
     folder = target if target.suffix != ".safetensors" else target.parent
     run.target_rows = _by_step(read_jsonl(folder / "metrics.jsonl"))
     if (folder / "config.json").exists():

@@ -22,7 +22,7 @@ ROLES = {"random_target": "rival", "distilled": "accent", "target": "ink"}
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom: a handful of seeds needs them.
 _T975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16)
-_T975_MORE = 2.1
+_T975_MORE = 2.145
 
 
 @dataclass(frozen=True, kw_only=True)
