@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from krrst_fast.errors import ConfigError
-from krrst_fast.models import ModelConfig, build
+from krrst_fast.models import ModelConfig, build, place
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -143,3 +143,15 @@ def test_impossible_settings_are_named():
         ModelConfig(norm="group")
     with pytest.raises(ConfigError, match="stem must be small or imagenet"):
         ModelConfig(stem="large")
+
+
+@pytest.mark.parametrize("kind", ["convnet", "resnet10"])
+def test_the_fast_layout_changes_neither_parameters_nor_results(kind):
+    config = ModelConfig(kind=kind, widths=(4, 8))
+    plain = build(config, image_size=16, num_outputs=2, seed=7)
+    placed = place(build(config, image_size=16, num_outputs=2, seed=7), "cpu")
+    first = next(p for p in placed.parameters() if p.dim() == 4 and p.shape[1] > 1)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), placed.parameters()))
+    torch.testing.assert_close(placed.embed(IMAGES), plain.embed(IMAGES), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(placed(IMAGES), plain(IMAGES), rtol=1e-4, atol=1e-4)

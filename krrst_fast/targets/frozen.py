@@ -11,7 +11,7 @@ from torch import Tensor
 from krrst_fast.config import from_dict, to_dict
 from krrst_fast.errors import CheckpointError, ConfigError
 from krrst_fast.files import save_tensors
-from krrst_fast.models import ModelConfig, Network, build
+from krrst_fast.models import ModelConfig, Network, build, place
 from krrst_fast.targets.weights import check_finite, read_safetensors
 
 TARGET_FILE = "target.safetensors"
@@ -67,7 +67,7 @@ class FrozenTarget:
 
     def to(self, device: torch.device | str) -> "FrozenTarget":
         """Move the network to `device`, in place as torch modules do; returns itself."""
-        self.model.to(device)
+        place(self.model, device)
         return self
 
     def save(self, path: Path) -> None:
@@ -117,7 +117,7 @@ def load_target(path: Path) -> FrozenTarget:
             std=tuple(info["std"]),
             image_size=info["image_size"],
             meta=info["meta"],
-        )
+        ).to("cpu")
     except (KeyError, TypeError, ConfigError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: damaged target file ({reason})") from error

@@ -12,7 +12,7 @@ from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.files import append_jsonl, new_folder, write_json
-from krrst_fast.models import Network, build
+from krrst_fast.models import Network, build, place
 from krrst_fast.targets.augment import check_channels
 from krrst_fast.targets.checkpoint import (
     check_folder,
@@ -69,7 +69,7 @@ def train_target(
     _check_inputs(config, store)
     device = environment.pick_device(config.device)
     run = None if config.weights else Trainer(config, store, mean, std, device)
-    model = run.model if run else _loaded(config, store).to(device)
+    model = run.model if run else place(_loaded(config, store), device)
 
     new_folder(config.out, overwrite=resume)
     write_json(config.out / "config.json", to_dict(config))
