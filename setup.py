@@ -20,7 +20,7 @@ SANITIZE = os.environ.get("KRRST_FAST_SANITIZE", "")
 TORCH_MIN, TORCH_ABI = (2, 10), "0x020a000000000000"
 # No -march=native (one binary serves every machine; csrc/cpu picks at run time), no -ffast-math (it
 # sets flush-to-zero for the whole process), no -fopenmp (torch owns the threads).
-CXX_FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-fno-math-errno", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-std=c++17", "-Wall", "-fno-math-errno", "-fvisibility=hidden"]
 
 
 def give_up(reason: str) -> None:
@@ -34,6 +34,11 @@ def sanitizer_flags() -> list[str]:
     if not SANITIZE:
         return []
     return [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
+def version() -> str:
+    with open("pyproject.toml", encoding="utf-8") as file:
+        return re.search(r'^version = "(.+)"', file.read(), re.MULTILINE)[1]
 
 
 def torch_module(cpp_extension):
@@ -56,8 +61,9 @@ def native_module():
 
     return Extension(
         "krrst_fast._native",
-        sorted(glob("csrc/native/*.cpp")),
+        [*sorted(glob("csrc/native/*.cpp")), "csrc/cpu/views.cpp"],
         include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
+        define_macros=[("KRRST_FAST_VERSION", f'"{version()}"')],
         extra_compile_args=[*CXX_FLAGS, *sanitizer_flags()],
         extra_link_args=sanitizer_flags(),
         language="c++",
@@ -81,7 +87,8 @@ def extensions():
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < TORCH_MIN:
         give_up(f"torch {torch.__version__} is older than 2.10")
         return [], {}
-    return [torch_module(cpp_extension), native_module()], {
+    modules = [m for m in (torch_module(cpp_extension), native_module()) if m.sources]
+    return modules, {
         "build_ext": cpp_extension.BuildExtension
     }
 

@@ -1,0 +1,37 @@
+// Packed matrix products on raw pointers: no torch headers, so that each instruction set compiles in
+// a second. A "panel" is `width` rows of an operand stored [depth][width]: for each depth index the
+// width values lie side by side, zero-padded. One layout serves both operands of a product: a tile
+// reads one panel by vectors and up to `rows` values of the other by broadcast.
+#pragma once
+#include <cstdint>
+
+namespace krrst::cpu {
+
+template <typename T>
+struct Gemm {
+  int64_t width;  // panel width
+  int64_t rows;   // rows of a tile, a divisor of width
+
+  // panel[k * width + r] = x[r * row_stride + k * depth_stride], r < count, zero for count <= r < width.
+  void (*pack)(const T* x, int64_t row_stride, int64_t depth_stride, int64_t count, int64_t depth, T* panel);
+
+  // c[r * ldc + j] (+)= sum_k x[k * x_stride + r] * panel[k * width + j], r < count <= rows, j < width.
+  void (*tile)(int64_t depth, const T* x, int64_t x_stride, int64_t count, const T* panel, T* c, int64_t ldc,
+               bool accumulate);
+};
+
+struct Kernels {
+  const char* isa;
+  Gemm<float> f32;
+  Gemm<double> f64;
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+// The widest set this processor runs, chosen once; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it (tests).
+const Kernels& kernels();
+
+template <typename T>
+const Gemm<T>& gemm();
+
+}  // namespace krrst::cpu

@@ -1,0 +1,71 @@
+"""Who computes: the implementations, fastest first, and why each one refuses a call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from krrst_fast import library, reference
+
+BackendName = Literal["auto", "cpp", "torch", "reference"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the parts a closed form is made of.
+
+    Attributes:
+        refuses: why it cannot compute on tensors like this one, or None.
+        gram: `reference.gram`.
+        matmul: a @ b for matrices, of any number of columns.
+    """
+
+    name: str
+    refuses: Callable[[Tensor], str | None]
+    gram: Callable[[Tensor, float, float], Tensor]
+    matmul: Callable[[Tensor, Tensor], Tensor]
+
+
+def _cpp_refuses(x: Tensor) -> str | None:
+    if not library.has_extension():
+        return f"the extension is {library.EXTENSION}"
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, and it computes on the CPU"
+    return None
+
+
+# Measured against MKL on one core: reading `a` by rows pays below 16 columns, by columns below 256.
+_ROW_MAJOR_COLUMNS = range(2, 16)
+_COLUMN_MAJOR_COLUMNS = range(2, 256)
+
+
+def _cpp_matmul(a: Tensor, b: Tensor) -> Tensor:
+    thin = _COLUMN_MAJOR_COLUMNS if a.stride(0) == 1 else _ROW_MAJOR_COLUMNS
+    if b.shape[1] in thin and a.shape[0] > 2 * b.shape[1]:
+        return torch.ops.krrst_fast.thin_matmul(a, b)
+    return a @ b
+
+
+BACKENDS = (
+    Backend("cpp", _cpp_refuses, torch.ops.krrst_fast.gram, _cpp_matmul),
+    Backend("torch", lambda x: None, reference.gram, torch.matmul),
+)
+
+
+def choose(name: str, x: Tensor, op: str) -> Backend:
+    """The backend called `name`, or for "auto" the first that does not refuse tensors like `x`.
+
+    Raises:
+        ValueError: there is no such backend, or it refuses; the message has its reason.
+    """
+    for backend in BACKENDS:
+        if name in ("auto", backend.name):
+            reason = backend.refuses(x)
+            if reason is None:
+                return backend
+            if name != "auto":
+                raise ValueError(f"{op}: backend {name!r} cannot compute this: {reason}")
+    names = ["auto", *(backend.name for backend in BACKENDS), "reference"]
+    raise ValueError(f"{op}: backend must be one of {names}, got {name!r}")

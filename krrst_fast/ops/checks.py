@@ -1,0 +1,103 @@
+"""What the public functions ask of their inputs, once, before anything is computed."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from krrst_fast.errors import NonFiniteError
+from krrst_fast.plan import FORMS
+from krrst_fast.reference import RIDGE_OF
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def matrices(op: str, **tensors: Tensor) -> None:
+    """Every tensor is a float32 or float64 matrix, and all share one dtype and one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}")
+        if x.ndim != 2:
+            raise ValueError(f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {first_name} and {name} must have one dtype, got {first.dtype} and {x.dtype}"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{op}: {first_name} and {name} must be on one device, "
+                f"got {first.device} and {x.device}"
+            )
+
+
+def same_size(op: str, first: str, x: Tensor, second: str, y: Tensor, dim: int) -> None:
+    """x and y agree in dimension `dim` (0: rows, 1: columns)."""
+    if x.shape[dim] != y.shape[dim]:
+        raise ValueError(
+            f"{op}: {first} and {second} must have the same number of {('rows', 'columns')[dim]}, "
+            f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+
+
+def kernel(op: str, scale: float, bias: float) -> None:
+    """scale * <x, y> + bias is a kernel."""
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    if not (math.isfinite(bias) and bias >= 0):
+        raise ValueError(f"{op}: bias must be zero or more and finite, got {bias}")
+
+
+def ridge(op: str, value: float | Tensor, ridge_of: str) -> None:
+    """The ridge is a scalar; as a number it is positive (a tensor's value is not looked at)."""
+    if ridge_of not in RIDGE_OF:
+        raise ValueError(f"{op}: ridge_of must be one of {list(RIDGE_OF)}, got {ridge_of!r}")
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{op}: a ridge tensor must be a floating scalar, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: ridge must be a number or a scalar tensor, got {value!r}")
+    elif not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: ridge must be positive and finite, got {value}")
+
+
+def form(op: str, name: str) -> None:
+    """The closed form is one of ours, or "auto"."""
+    if name not in ("auto", *FORMS):
+        raise ValueError(f"{op}: form must be one of {['auto', *FORMS]}, got {name!r}")
+
+
+def finite(op: str, result: Tensor, **inputs: Tensor) -> None:
+    """A non-finite result on the CPU is traced to the input it came from.
+
+    On a GPU the question would stall the stream, and under torch.compile break the graph: there the
+    NaN stays in the result.
+    """
+    if result.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    # A sum is finite only if its terms are (and a finite sum that overflows is worth a look too).
+    if not math.isfinite(result.sum().item() if result.ndim else result.item()):
+        _blame(op, **inputs)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would round the products of a solve to 8 bits: off for as long as it lasts."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _blame(op: str, **inputs: Tensor) -> NoReturn:
+    for name, x in inputs.items():
+        if not x.isfinite().all():
+            row = int((~x.isfinite()).any(dim=1).nonzero()[0])
+            raise NonFiniteError(f"{op}: {name} holds NaN or infinity, first in row {row}")
+    raise NonFiniteError(f"{op}: finite inputs overflowed; scale the features down or use float64")

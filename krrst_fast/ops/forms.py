@@ -1,0 +1,240 @@
+"""The three closed forms of kernel ridge regression and their gradients.
+
+With A = K_ss + lam I, alpha = A^-1 Y_s, W = F_s^T alpha and R = dLoss/dPrediction, the adjoint
+solution is beta = A^-1 K_rs^T R = dLoss/dY_s, and dLoss/dlam = -<alpha, beta>. The forms differ in
+which products carry F_s: "k" keeps K_rs, "w" keeps W, "primal" solves (F_s^T F_s + lam I) W = F_s^T Y_s.
+A scale multiplies every product of features; the constant of the affine kernel enters as a rank-one
+term, never as a column of ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krrst_fast.backends import Backend
+from krrst_fast.library import ridge_factor
+
+
+class Solve(NamedTuple):
+    """What one forward pass leaves for the backward pass.
+
+    Attributes:
+        factor: lower Cholesky factor, [M, M] or in primal form [D (+ 1), D (+ 1)].
+        coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
+        product: K_rs [B, M] in form k, F_s^T alpha [D, P] in form w, else the coefficients again.
+        base: lam at ridge = 1 [].
+        lam: the ridge that was added [].
+        retries: how often the ridge was raised [].
+        pivots: the diagonal of the factor.
+    """
+
+    factor: Tensor
+    coefficients: Tensor
+    product: Tensor
+    base: Tensor
+    lam: Tensor
+    retries: Tensor
+    pivots: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar; None where none was asked for."""
+
+    f_syn: Tensor | None
+    y_syn: Tensor | None
+    f_real: Tensor | None
+    lam: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; `lam` also when the ridge follows the trace of the features."""
+
+    f_syn: bool
+    y_syn: bool
+    f_real: bool
+    lam: bool
+
+    @property
+    def adjoint(self) -> bool:
+        return self.f_syn or self.y_syn or self.lam
+
+
+class Kernel(NamedTuple):
+    """scale * <x, y> + bias, and the ridge on its gram."""
+
+    scale: float
+    bias: float
+    ridge: float | Tensor
+    ridge_of: str
+    retries: int
+
+    def base(self, trace: Tensor, m: int) -> Tensor:
+        """What the ridge multiplies."""
+        if self.ridge_of == "absolute":
+            return torch.ones_like(trace)
+        return trace if self.ridge_of == "trace" else trace / max(m, 1)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x.mul_(scale)
+
+
+def _dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
+    k_ss = ops.gram(f_syn, kernel.scale, kernel.bias)  # [M, M]
+    base = kernel.base(k_ss.diagonal().sum(), len(k_ss))
+    factor, *rest = ridge_factor(k_ss, kernel.ridge * base, kernel.retries)
+    alpha = torch.cholesky_solve(y_syn, factor)  # [M, P]
+    return Solve(factor, alpha, alpha, base, *rest)
+
+
+def solve_k(
+    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
+) -> tuple[Tensor, Solve]:
+    """Prediction [B, P] through K_rs [B, M]."""
+    solve = _dual(ops, kernel, f_syn, y_syn)
+    k_rs = _scaled(f_real @ f_syn.mT, kernel.scale)  # [B, M]
+    if kernel.bias:
+        k_rs.add_(kernel.bias)
+    return k_rs @ solve.coefficients, solve._replace(product=k_rs)
+
+
+def backward_k(
+    ops: Backend,
+    kernel: Kernel,
+    solve: Solve,
+    f_syn: Tensor,
+    y_syn: Tensor,
+    f_real: Tensor,
+    r: Tensor,
+    needs: Needs,
+) -> Gradients:
+    """dF_s = scale (alpha R^T F_r - (beta alpha^T + alpha beta^T) F_s)."""
+    alpha, k_rs = solve.coefficients, solve.product
+    d_f_syn = d_f_real = beta = d_lam = None
+    if needs.f_real:
+        d_f_real = _scaled((r @ alpha.mT) @ f_syn, kernel.scale)
+    if needs.adjoint:
+        beta = torch.cholesky_solve(k_rs.mT @ r, solve.factor)  # [M, P]
+        d_lam = -(alpha * beta).sum() if needs.lam else None
+    if needs.f_syn:
+        assert beta is not None
+        outer = beta @ alpha.mT  # [M, M]
+        symmetric = outer + outer.mT
+        del outer
+        d_f_syn = (alpha @ r.mT) @ f_real
+        d_f_syn = _scaled(d_f_syn.addmm_(symmetric, f_syn, alpha=-1.0), kernel.scale)
+    return Gradients(d_f_syn, beta, d_f_real, d_lam)
+
+
+def solve_w(
+    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
+) -> tuple[Tensor, Solve]:
+    """Prediction [B, P] through W = F_s^T alpha [D, P]."""
+    solve = _dual(ops, kernel, f_syn, y_syn)
+    w = ops.matmul(f_syn.mT, solve.coefficients)  # [D, P]
+    prediction = _scaled(ops.matmul(f_real, w), kernel.scale)
+    if kernel.bias:
+        prediction.add_(solve.coefficients.sum(0), alpha=kernel.bias)
+    return prediction, solve._replace(product=w)
+
+
+def backward_w(
+    ops: Backend,
+    kernel: Kernel,
+    solve: Solve,
+    f_syn: Tensor,
+    y_syn: Tensor,
+    f_real: Tensor,
+    r: Tensor,
+    needs: Needs,
+) -> Gradients:
+    """dF_s = scale [alpha, -beta] [dW - F_s^T beta, W]^T with dW = F_r^T R: one product, inner size 2P."""
+    alpha, w = solve.coefficients, solve.product
+    d_f_syn = d_f_real = beta = d_lam = None
+    if needs.f_real:
+        d_f_real = _scaled(r @ w.mT, kernel.scale)
+    if needs.adjoint:
+        dw = ops.matmul(f_real.mT, r)  # [D, P]
+        adjoint = _scaled(ops.matmul(f_syn, dw), kernel.scale)  # [M, P]
+        if kernel.bias:
+            adjoint.add_(r.sum(0), alpha=kernel.bias)
+        beta = torch.cholesky_solve(adjoint, solve.factor)  # [M, P]
+        d_lam = -(alpha * beta).sum() if needs.lam else None
+    if needs.f_syn:
+        assert beta is not None
+        dw.sub_(ops.matmul(f_syn.mT, beta))
+        left, right = torch.cat((alpha, -beta), 1), torch.cat((dw, w), 1)  # [M, 2P], [D, 2P]
+        d_f_syn = _scaled(left @ right.mT, kernel.scale)
+    return Gradients(d_f_syn, beta, d_f_real, d_lam)
+
+
+def _features_t(
+    ops: Backend, kernel: Kernel, f: Tensor, y: Tensor
+) -> Tensor:
+    """Phi^T y [D (+ 1), P] for Phi = [sqrt(scale) F, sqrt(bias)]."""
+    product = _scaled(ops.matmul(f.mT, y), kernel.scale**0.5)
+    if not kernel.bias:
+        return product
+    return torch.cat((product, kernel.bias**0.5 * y.sum(0, keepdim=True)))
+
+
+def _features(ops: Backend, kernel: Kernel, f: Tensor, w: Tensor) -> Tensor:
+    """Phi w [N, P]."""
+    product = _scaled(ops.matmul(f, w[: f.shape[1]]), kernel.scale**0.5)
+    return product.add_(w[-1], alpha=kernel.bias**0.5) if kernel.bias else product
+
+
+def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
+    """Phi^T Phi, the border of the constant last."""
+    gram = ops.gram(f_syn.mT, kernel.scale, 0.0)  # [D, D]
+    if not kernel.bias:
+        return gram
+    m, d = f_syn.shape
+    bordered = gram.new_empty((d + 1, d + 1))
+    bordered[:d, :d] = gram
+    bordered[d, :d] = bordered[:d, d] = (kernel.scale * kernel.bias) ** 0.5 * f_syn.sum(0)
+    bordered[d, d] = m * kernel.bias
+    return bordered
+
+
+def solve_primal(
+    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
+) -> tuple[Tensor, Solve]:
+    """Prediction [B, P] through W = (Phi_s^T Phi_s + lam I)^-1 Phi_s^T Y_s."""
+    gram = _primal_gram(ops, kernel, f_syn)
+    base = kernel.base(gram.diagonal().sum(), len(f_syn))
+    factor, *rest = ridge_factor(gram, kernel.ridge * base, kernel.retries)
+    w = torch.cholesky_solve(_features_t(ops, kernel, f_syn, y_syn), factor)  # [D (+ 1), P]
+    return _features(ops, kernel, f_real, w), Solve(factor, w, w, base, *rest)
+
+
+def backward_primal(
+    ops: Backend,
+    kernel: Kernel,
+    solve: Solve,
+    f_syn: Tensor,
+    y_syn: Tensor,
+    f_real: Tensor,
+    r: Tensor,
+    needs: Needs,
+) -> Gradients:
+    """With V = M^-1 Phi_r^T R: dY_s = Phi_s V, dPhi_s = (Y_s - Phi_s W) V^T - (Phi_s V) W^T."""
+    w, d = solve.coefficients, f_syn.shape[1]
+    d_f_syn = d_f_real = d_y_syn = d_lam = None
+    if needs.f_real:
+        d_f_real = _scaled(r @ w[:d].mT, kernel.scale**0.5)
+    if needs.adjoint:
+        v = torch.cholesky_solve(_features_t(ops, kernel, f_real, r), solve.factor)
+        d_y_syn = _features(ops, kernel, f_syn, v)  # [M, P]
+        d_lam = -(v * w).sum() if needs.lam else None
+    if needs.f_syn:
+        assert d_y_syn is not None
+        residual = y_syn - _features(ops, kernel, f_syn, w)  # [M, P]
+        left, right = torch.cat((residual, -d_y_syn), 1), torch.cat((v[:d], w[:d]), 1)
+        d_f_syn = _scaled(left @ right.mT, kernel.scale**0.5)
+    return Gradients(d_f_syn, d_y_syn, d_f_real, d_lam)
+
+
+SOLVE = {"k": solve_k, "w": solve_w, "primal": solve_primal}
+BACKWARD = {"k": backward_k, "w": backward_w, "primal": backward_primal}

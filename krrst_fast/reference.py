@@ -1,0 +1,118 @@
+"""Every operator in plain, differentiable PyTorch: the specification, the oracle and the baseline.
+
+Letters: M synthetic images, B real images, D features, P target features.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RIDGE_OF = ("trace", "mean_diagonal", "absolute")
+
+
+def gram(x: Tensor, scale: float, bias: float) -> Tensor:
+    """K[n, m] = scale * <x[n], x[m]> + bias for x [N, D].
+
+    scale = bias = 1 is the linear kernel of the features with a constant 1 appended.
+    """
+    return scale * (x @ x.mT) + bias
+
+
+def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a [N, K] and a b [K, P] of few columns."""
+    return a @ b
+
+
+def absolute_ridge(k: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge: bool) -> Tensor:
+    """The number that is added to the diagonal of k [M, M].
+
+    "trace": ridge * trace(k); "mean_diagonal": ridge * trace(k) / M; "absolute": ridge.
+    `detach_ridge` takes trace(k) as a constant, as the KRR-ST paper's code does.
+    """
+    if ridge_of == "absolute":
+        return torch.as_tensor(ridge, dtype=k.dtype, device=k.device)
+    trace = k.diagonal().sum()
+    if detach_ridge:
+        trace = trace.detach()
+    return ridge * (trace if ridge_of == "trace" else trace / max(len(k), 1))
+
+
+def ridge_solve(k: Tensor, y: Tensor, ridge: float | Tensor, ridge_of: str) -> Tensor:
+    """(k + lam I)^-1 y for k [M, M], y [M, P]; lam as in `absolute_ridge`, not detached."""
+    lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
+    return torch.linalg.solve(k + lam * torch.eye(len(k), dtype=k.dtype, device=k.device), y)
+
+
+def krr_predict(
+    f_syn: Tensor,
+    y_syn: Tensor,
+    f_real: Tensor,
+    *,
+    ridge: float | Tensor,
+    ridge_of: str,
+    detach_ridge: bool,
+    bias: float,
+    scale: float,
+) -> Tensor:
+    """K_rs (K_ss + lam I)^-1 Y_s, the prediction [B, P] of kernel ridge regression.
+
+    K_ss = scale F_s F_s^T + bias, K_rs = scale F_r F_s^T + bias. (arXiv 2310.06511, equation 4.)
+    """
+    k_ss = gram(f_syn, scale, bias)
+    lam = absolute_ridge(k_ss, ridge, ridge_of, detach_ridge)
+    eye = torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device)
+    k_rs = scale * (f_real @ f_syn.mT) + bias
+    return k_rs @ torch.linalg.solve(k_ss + lam * eye, y_syn)
+
+
+def krr_mse(
+    f_syn: Tensor,
+    y_syn: Tensor,
+    f_real: Tensor,
+    y_real: Tensor,
+    *,
+    ridge: float | Tensor,
+    ridge_of: str,
+    detach_ridge: bool,
+    bias: float,
+    scale: float,
+) -> Tensor:
+    """mean((krr_predict - Y_r)^2) over all B * P entries: the outer loss of KRR-ST."""
+    prediction = krr_predict(
+        f_syn,
+        y_syn,
+        f_real,
+        ridge=ridge,
+        ridge_of=ridge_of,
+        detach_ridge=detach_ridge,
+        bias=bias,
+        scale=scale,
+    )
+    return (prediction - y_real).square().mean()
+
+
+def views(
+    images: Tensor,
+    index: Tensor,
+    offset: Tensor,
+    flip: Tensor,
+    padding: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """out[b] = (crop(pad(images[index[b]]), offset[b]) / 255 - mean) / std, flipped where flip[b].
+
+    images uint8 [N, C, H, W], index [B], offset [B, 2] (dy, dx), flip [B]; pad puts `padding` zero
+    pixels on every side, crop takes H x W from (dy, dx) on. Returns float32 [B, C, H, W].
+    """
+    _, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images[index], [padding] * 4)  # [B, C, H + 2p, W + 2p]
+    rows = offset[:, 0, None] + torch.arange(height, device=images.device)  # [B, H]
+    columns = torch.arange(width, device=images.device).expand(len(index), width)
+    columns = offset[:, 1, None] + torch.where(flip[:, None], columns.flip(1), columns)  # [B, W]
+    batch = torch.arange(len(index), device=images.device)[:, None, None]
+    crop = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None]]  # [B, H, W, C]
+    pixels = crop.permute(0, 3, 1, 2).contiguous().float() / 255
+    centre, scale = (pixels.new_tensor(v).view(channels, 1, 1) for v in (mean, std))
+    return (pixels - centre) / scale
