@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from krrst_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from krrst_fast.models import ModelConfig, build
@@ -73,6 +74,18 @@ def test_impossible_targets_are_refused():
     target.model.fc.bias[2] = torch.nan
     with pytest.raises(NonFiniteError, match="fc.bias holds NaN"):
         FrozenTarget(**vars(target))
+
+
+def test_a_file_with_nan_is_named(tmp_path):
+    path = tmp_path / "target.safetensors"
+    _target().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    state["fc.bias"][0] = torch.nan
+    save_file(state, path, metadata=metadata)
+    with pytest.raises(NonFiniteError, match="target.safetensors: .*fc.bias holds NaN"):
+        load_target(path)
 
 
 def test_unreadable_targets_are_named(tmp_path):

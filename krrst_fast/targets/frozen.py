@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.config import from_dict, to_dict
-from krrst_fast.errors import CheckpointError, ConfigError
+from krrst_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from krrst_fast.files import save_tensors
 from krrst_fast.models import ModelConfig, Network, build, place
 from krrst_fast.targets.weights import check_finite, read_safetensors
@@ -91,6 +91,7 @@ def load_target(path: Path) -> FrozenTarget:
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
+        NonFiniteError: a weight is NaN or infinite.
     """
     path = Path(path)
     if path.is_dir():
@@ -118,6 +119,8 @@ def load_target(path: Path) -> FrozenTarget:
             image_size=info["image_size"],
             meta=info["meta"],
         ).to("cpu")
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{path}: {error}") from None
     except (KeyError, TypeError, ConfigError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: damaged target file ({reason})") from error
