@@ -2,6 +2,9 @@
 
 import io
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,15 @@ from krrst_fast.errors import DataError
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a quarter of a GiB as RGB."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Pillow's warnings of odd metadata are dropped; that of a decompression bomb is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def pixels(image: bytes | Path | npt.NDArray, size: int) -> npt.NDArray[np.uint8]:
@@ -28,7 +40,7 @@ def pixels(image: bytes | Path | npt.NDArray, size: int) -> npt.NDArray[np.uint8
     """
     if isinstance(image, np.ndarray):
         return _fit(_from_array(image), size)
-    data = image.read_bytes() if isinstance(image, Path) else image
+    data = _bytes_of(image) if isinstance(image, Path) else image
     try:
         with Image.open(io.BytesIO(data)) as opened:
             _refuse_bomb(opened.width, opened.height)
@@ -43,6 +55,13 @@ def pixels(image: bytes | Path | npt.NDArray, size: int) -> npt.NDArray[np.uint8
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "no image format that Pillow knows"
         raise DataError(f"not a readable image ({reason})") from error
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from error
 
 
 def _refuse_bomb(width: int, height: int) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from krrst_fast.data import cifar, digits, folder, npz, released, tars, tinyimagenet
-from krrst_fast.data.source import Source, held_out_as_test
+from krrst_fast.data.source import DIGITS, Source, held_out_as_test
 from krrst_fast.errors import DataError
 
 KNOWN = (
@@ -18,7 +18,7 @@ def open_source(source: str, size: int) -> Source:
     Raises:
         DataError: nothing is there, or nothing that is known.
     """
-    if source == "digits":
+    if source == DIGITS:
         return digits.read(size)
     path = Path(source).expanduser()
     if not path.exists():

@@ -71,10 +71,8 @@ def load(path: Path) -> Tensor:
         value = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except OSError:
-        raise
     except Exception as error:
-        # A damaged file makes torch.load fail in many ways.
+        # A damaged file makes torch.load fail in many ways, an OSError without a name among them.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{path}: not a readable tensor file ({reason})") from error
     if not isinstance(value, Tensor) or value.ndim == 0:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy.typing as npt
 
 UNLABELLED = -1
+DIGITS = "digits"
+"""The source that is a word, not a path: scikit-learn's handwritten digits."""
 
 SPLITS = ("train", "val", "test")
 _SPLIT_OF = {

@@ -116,6 +116,9 @@ def _from_index(path: Path, index: dict[str, Any]) -> ImageStore:
             f"{path}: the store has format {index['format_version']}, "
             f"this version reads up to {FORMAT_VERSION}"
         )
+    splits = {str(k): (int(start), int(stop)) for k, (start, stop) in index["splits"].items()}
+    if any(not 0 <= start <= stop <= int(index["count"]) for start, stop in splits.values()):
+        raise DataError(f"{path / INDEX}: the splits {splits} reach past the images")
     return ImageStore(
         path=path,
         size=int(index["size"]),
@@ -123,7 +126,7 @@ def _from_index(path: Path, index: dict[str, Any]) -> ImageStore:
         classes=tuple(str(name) for name in index["classes"]),
         mean=tuple(float(value) for value in index["mean"]),
         std=tuple(float(value) for value in index["std"]),
-        splits={str(k): (int(start), int(stop)) for k, (start, stop) in index["splits"].items()},
+        splits=splits,
         skipped=tuple(index["skipped"]),
         has_labels=LABELS in index["crc32"],
     )
@@ -183,7 +186,7 @@ class StoreWriter:
         checksums, classes = {IMAGES: self._crc}, self.classes or ()
         labels = np.array(self._labels, "<i8")
         if (labels != UNLABELLED).any():
-            labels.tofile(self.folder / LABELS)
+            (self.folder / LABELS).write_bytes(labels.tobytes())
             checksums[LABELS] = zlib.crc32(labels.tobytes())
             classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
         first = next(iter(self._histograms))

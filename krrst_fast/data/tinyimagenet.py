@@ -26,9 +26,8 @@ def read(path: Path) -> Source:
     unlisted = [p.name for p, _ in val.images if p.name not in val_classes]
     missing = set(val_classes) - {p.name for p, _ in val.images}
     if unlisted or missing:
-        name, where = (
-            (unlisted[0], "only on the disk") if unlisted else (min(missing), "only there")
-        )
+        name = unlisted[0] if unlisted else min(missing)
+        where = "not listed" if unlisted else "listed and missing"
         raise DataError(f"{path / _ANNOTATIONS}: does not match val/images: {name} is {where}")
     splits = (
         folder.split("train", ((p, label_of[group or ""]) for p, group in train.images)),
