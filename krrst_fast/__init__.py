@@ -1,1 +1,63 @@
-"""Fast kernel ridge regression on network features, and dataset distillation with it (KRR-ST)."""
+"""Fast kernel ridge regression on network features, and dataset distillation with it (KRR-ST).
+
+>>> from krrst_fast import krr_mse
+>>> loss = krr_mse(f_syn, y_syn, f_real, y_real, ridge=1e-6, bias=1.0)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from krrst_fast.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        KrrstError,
+        NonFiniteError,
+        NotPositiveDefiniteError,
+    )
+    from krrst_fast.krr import KRRFit, krr_fit
+    from krrst_fast.ops.gram import gram
+    from krrst_fast.ops.krr import SolveInfo, krr_mse, krr_predict
+    from krrst_fast.ops.ridge_solve import ridge_solve
+    from krrst_fast.ops.views import views
+    from krrst_fast.planner import Plan, plan
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "KRRFit",
+    "KrrstError",
+    "NonFiniteError",
+    "NotPositiveDefiniteError",
+    "Plan",
+    "SolveInfo",
+    "gram",
+    "krr_fit",
+    "krr_mse",
+    "krr_predict",
+    "plan",
+    "ridge_solve",
+    "views",
+]
+
+_HOMES = {
+    "krrst_fast.krr": ("KRRFit", "krr_fit"),
+    "krrst_fast.ops.gram": ("gram",),
+    "krrst_fast.ops.krr": ("SolveInfo", "krr_mse", "krr_predict"),
+    "krrst_fast.ops.ridge_solve": ("ridge_solve",),
+    "krrst_fast.ops.views": ("views",),
+    "krrst_fast.planner": ("Plan", "plan"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: data workers import `krrst_fast._native`, and the command line prints its help, without
+    # paying for torch.
+    if name == "__version__":
+        return import_module("krrst_fast.environment").version()
+    if name not in __all__:
+        raise AttributeError(f"module 'krrst_fast' has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "krrst_fast.errors")
+    return getattr(import_module(home), name)

@@ -62,10 +62,11 @@ def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor,
         raise NonFiniteError(
             "ridge_factor: the gram holds NaN or infinity; look at the features that came in"
         )
+    dtype = str(k.dtype).removeprefix("torch.")
     raise NotPositiveDefiniteError(
-        f"ridge_factor: k + {ridge.item():.3g} * I [{len(k)}, {len(k)}] has a non-positive pivot at "
-        f"row {max(info.item() - 1, 0)} ({str(k.dtype).removeprefix('torch.')}) after raising the "
-        f"ridge {retries} times from {lam.item():.3g}; pass a larger ridge or float64"
+        f"ridge_factor: k + {ridge.item():.3g} * I [{len(k)}, {len(k)}] ({dtype}) has a non-positive "
+        f"pivot at row {max(info.item() - 1, 0)} after raising the ridge {retries} times from "
+        f"{lam.item():.3g}; pass a larger ridge or float64"
     )
 
 
@@ -92,7 +93,7 @@ def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, 
         NonFiniteError: k or lam holds NaN or infinity.
         NotPositiveDefiniteError: no factor even with the largest ridge.
     """
-    # Through the dispatcher only where a graph is traced: it costs as much as a small factorisation.
+    # The dispatcher costs as much as a small factorisation: only where a graph is traced.
     if torch.compiler.is_compiling():
         return torch.ops.krrst_fast.ridge_factor(k, lam, retries)
     return _ridge_factor(k, lam, retries)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.plan import FORMS
+from krrst_fast.planner import FORMS
 from krrst_fast.reference import RIDGE_OF
 
 DTYPES = (torch.float32, torch.float64)
@@ -26,7 +26,8 @@ def matrices(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
         if x.dtype != first.dtype:
             raise TypeError(
-                f"{op}: {first_name} and {name} must have one dtype, got {first.dtype} and {x.dtype}"
+                f"{op}: {first_name} and {name} must have one dtype, "
+                f"got {first.dtype} and {x.dtype}"
             )
         if x.device != first.device:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 With A = K_ss + lam I, alpha = A^-1 Y_s, W = F_s^T alpha and R = dLoss/dPrediction, the adjoint
 solution is beta = A^-1 K_rs^T R = dLoss/dY_s, and dLoss/dlam = -<alpha, beta>. The forms differ in
-which products carry F_s: "k" keeps K_rs, "w" keeps W, "primal" solves (F_s^T F_s + lam I) W = F_s^T Y_s.
+which products carry F_s: "k" keeps K_rs, "w" keeps W, "primal" solves
+(F_s^T F_s + lam I) W = F_s^T Y_s.
 A scale multiplies every product of features; the constant of the affine kernel enters as a rank-one
 term, never as a column of ones.
 """
@@ -80,7 +81,8 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x.mul_(scale)
 
 
-def _dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
+def fit_dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
+    """alpha [M, P], before anything is predicted."""
     k_ss = ops.gram(f_syn, kernel.scale, kernel.bias)  # [M, M]
     base = kernel.base(k_ss.diagonal().sum(), len(k_ss))
     factor, *rest = ridge_factor(k_ss, kernel.ridge * base, kernel.retries)
@@ -92,7 +94,7 @@ def solve_k(
     ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
 ) -> tuple[Tensor, Solve]:
     """Prediction [B, P] through K_rs [B, M]."""
-    solve = _dual(ops, kernel, f_syn, y_syn)
+    solve = fit_dual(ops, kernel, f_syn, y_syn)
     k_rs = _scaled(f_real @ f_syn.mT, kernel.scale)  # [B, M]
     if kernel.bias:
         k_rs.add_(kernel.bias)
@@ -131,7 +133,7 @@ def solve_w(
     ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
 ) -> tuple[Tensor, Solve]:
     """Prediction [B, P] through W = F_s^T alpha [D, P]."""
-    solve = _dual(ops, kernel, f_syn, y_syn)
+    solve = fit_dual(ops, kernel, f_syn, y_syn)
     w = ops.matmul(f_syn.mT, solve.coefficients)  # [D, P]
     prediction = _scaled(ops.matmul(f_real, w), kernel.scale)
     if kernel.bias:
@@ -149,7 +151,7 @@ def backward_w(
     r: Tensor,
     needs: Needs,
 ) -> Gradients:
-    """dF_s = scale [alpha, -beta] [dW - F_s^T beta, W]^T with dW = F_r^T R: one product, inner size 2P."""
+    """dF_s = scale [alpha, -beta] [dW - F_s^T beta, W]^T with dW = F_r^T R: one product."""
     alpha, w = solve.coefficients, solve.product
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
@@ -169,9 +171,7 @@ def backward_w(
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
-def _features_t(
-    ops: Backend, kernel: Kernel, f: Tensor, y: Tensor
-) -> Tensor:
+def _features_t(ops: Backend, kernel: Kernel, f: Tensor, y: Tensor) -> Tensor:
     """Phi^T y [D (+ 1), P] for Phi = [sqrt(scale) F, sqrt(bias)]."""
     product = _scaled(ops.matmul(f.mT, y), kernel.scale**0.5)
     if not kernel.bias:
@@ -198,15 +198,21 @@ def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
     return bordered
 
 
-def solve_primal(
-    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
-) -> tuple[Tensor, Solve]:
-    """Prediction [B, P] through W = (Phi_s^T Phi_s + lam I)^-1 Phi_s^T Y_s."""
+def fit_primal(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
+    """W = (Phi_s^T Phi_s + lam I)^-1 Phi_s^T Y_s [D (+ 1), P], before anything is predicted."""
     gram = _primal_gram(ops, kernel, f_syn)
     base = kernel.base(gram.diagonal().sum(), len(f_syn))
     factor, *rest = ridge_factor(gram, kernel.ridge * base, kernel.retries)
     w = torch.cholesky_solve(_features_t(ops, kernel, f_syn, y_syn), factor)  # [D (+ 1), P]
-    return _features(ops, kernel, f_real, w), Solve(factor, w, w, base, *rest)
+    return Solve(factor, w, w, base, *rest)
+
+
+def solve_primal(
+    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
+) -> tuple[Tensor, Solve]:
+    """Prediction [B, P] through W."""
+    solve = fit_primal(ops, kernel, f_syn, y_syn)
+    return _features(ops, kernel, f_real, solve.coefficients), solve
 
 
 def backward_primal(

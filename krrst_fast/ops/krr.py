@@ -12,7 +12,7 @@ from krrst_fast.backends import BackendName, choose
 from krrst_fast.library import RIDGE_FACTOR
 from krrst_fast.ops import checks
 from krrst_fast.ops.forms import BACKWARD, SOLVE, Kernel, Needs, Solve
-from krrst_fast.plan import Form, plan
+from krrst_fast.planner import Form, plan
 
 RidgeOf = Literal["trace", "mean_diagonal", "absolute"]
 
@@ -292,6 +292,7 @@ class _Krr(torch.autograd.Function):
             if through_trace:
                 # lam = ridge * base, and d trace(K_ss) / dF_s = 2 scale F_s
                 slope = raised * ridge * kernel.base(torch.ones_like(raised), len(f_syn))
+                assert grads.f_syn is not None
                 grads.f_syn.addcmul_(f_syn, slope, value=2.0 * scale)
         d_y_real = -r if needs_y_real else None
         d_y_syn = grads.y_syn if needs_y_syn else None

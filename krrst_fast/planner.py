@@ -6,9 +6,6 @@ from typing import Literal
 Form = Literal["k", "w", "primal"]
 FORMS: tuple[Form, ...] = ("k", "w", "primal")
 
-W_SLACK = 1.0
-"""W is taken when it costs at most this much more than K: it is the more tolerant of rounding."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -39,10 +36,11 @@ def plan(*, m: int, b: int, d: int, p: int) -> Plan:
     for name, size in (("m", m), ("b", b), ("d", d), ("p", p)):
         if size < 0:
             raise ValueError(f"plan: {name} must not be negative, got {size}")
-    flops: dict[Form, float] = {"k": _k(m, b, d, p), "w": _w(m, b, d, p), "primal": _primal(m, b, d, p)}
+    sizes = (m, b, d, p)
+    flops: dict[Form, float] = {"k": _k(*sizes), "w": _w(*sizes), "primal": _primal(*sizes)}
     if m > d and flops["primal"] < min(flops["k"], flops["w"]):
         return Plan("primal", flops, f"M = {m} > D = {d}: the D x D system is the smaller one")
-    if flops["w"] <= W_SLACK * flops["k"]:
+    if flops["w"] <= flops["k"]:
         ratio = flops["w"] / flops["k"] if flops["k"] else 1.0
         return Plan("w", flops, f"P = {p}: the skinny products cost {ratio:.2f} of form k")
     return Plan("k", flops, f"P = {p} is large: products with [D, P] cost more than K_rs [B, M]")
