@@ -5,6 +5,7 @@ from torch import Tensor
 
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.start import represent
 from krrst_fast.distilled_set import DistilledSet
 from krrst_fast.errors import DataError
 from krrst_fast.seeding import generator
@@ -37,7 +38,7 @@ def random_subset(
     images = plain_views(store.images("train"), index, target.mean, target.std)
     return DistilledSet(
         images=images,
-        targets=target(images).cpu(),
+        targets=represent(target, images),
         mean=target.mean,
         std=target.std,
         meta={"method": "random_subset", "seed": str(seed), "source": str(store.path)},

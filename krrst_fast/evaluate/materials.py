@@ -19,7 +19,7 @@ from krrst_fast.evaluate.config import EvaluateConfig, Method
 from krrst_fast.files import read_json
 from krrst_fast.targets import FrozenTarget, load_target
 
-_NEEDS_SOURCE: frozenset[Method] = frozenset({"random_labels", "random_target"})
+_NEEDS_SOURCE: frozenset[Method] = frozenset({"none", "random_labels", "random_target"})
 _NEEDS_TARGET: frozenset[Method] = frozenset({"random_target", "target"})
 
 
@@ -55,7 +55,7 @@ class Materials:
     @cached_property
     def test(self) -> Split:
         """The labelled images that accuracy is measured on."""
-        return self._split("test" if "test" in self.store.splits else "val")
+        return self._split(_test_split(self.store))
 
     def _split(self, name: str) -> Split:
         images = self.store.images(name).to(self.device)
@@ -151,11 +151,19 @@ def _check_labelled(store: ImageStore, distilled: DistilledSet) -> None:
         )
     if not store.has_labels:
         raise DataError(f"{store.path}: has no labels, and an evaluation needs them")
-    if "train" not in store.splits or not {"test", "val"} & set(store.splits):
-        raise DataError(
-            f"{store.path}: an evaluation needs a train split and a test or val split, "
-            f"got {', '.join(store.splits)}"
-        )
+    _test_split(store)
+
+
+def _test_split(store: ImageStore) -> str:
+    """The split that accuracy is measured on."""
+    filled = [name for name in store.splits if store.count(name) > 0]
+    for name in ("test", "val"):
+        if name in filled and "train" in filled:
+            return name
+    raise DataError(
+        f"{store.path}: an evaluation needs images in a train split and in a test or val split, "
+        f"got {', '.join(filled) or 'none'}"
+    )
 
 
 def _check_source(source: ImageStore, distilled: DistilledSet, needs_labels: bool) -> None:

@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
 
     Args:
         config: What to pre-train on, what to test on, and how.
-        progress: Show a progress bar on stderr.
+        progress: Show a bar, where there is a terminal.
 
     Returns:
         The figures, which are also in `evaluation/NAME.json` of the run.
@@ -110,4 +110,5 @@ def _ticks(config: EvaluateConfig, method: Method) -> int:
 def _bar(total: int, progress: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True)
+    # None: no bar where standard error is not a terminal.
+    return tqdm(total=total, unit="step", disable=None if progress else True, dynamic_ncols=True)

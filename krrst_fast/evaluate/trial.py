@@ -8,14 +8,15 @@ from torch import Tensor
 
 from krrst_fast.baselines.random_subset import random_index, random_subset, random_subset_labels
 from krrst_fast.data.augment import plain_views
+from krrst_fast.data.store import ImageStore
 from krrst_fast.errors import KrrstError
 from krrst_fast.evaluate.config import Method
 from krrst_fast.evaluate.finetune import finetune
 from krrst_fast.evaluate.materials import Materials, Split
-from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels
+from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.probe import accuracy, draw_labelled, embed, probe_accuracy
 from krrst_fast.evaluate.table import Row
-from krrst_fast.models import Network, build
+from krrst_fast.models import Network, build, place
 from krrst_fast.seeding import derive
 
 Tick = Callable[[], object]
@@ -25,12 +26,13 @@ class Trials:
     """Runs one method with one seed after another on the same materials.
 
     Raises:
-        DataError: a class has fewer labelled images than asked.
+        DataError: a class has fewer labelled images than asked, or a test image has no label.
     """
 
     def __init__(self, materials: Materials) -> None:
         self.materials = materials
         self._target_features: dict[str, Tensor] = {}
+        self._all_tests = torch.arange(len(materials.test.labels))
         config = materials.config
         for per_class in (config.probe.labels_per_class, config.finetune.labels_per_class):
             self._labelled(per_class, config.first_seed)
@@ -63,34 +65,45 @@ class Trials:
 
     def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, float | None]:
         """The network of `method`, pre-trained, in eval mode, and its last loss."""
-        given, source = self.materials, self.materials.source
+        given = self.materials
         config, device, count = given.config.pretrain, given.device, len(given.distilled)
         if method == "none":
-            return self._fresh(0, seed).eval(), None
+            net = self._fresh(0, seed)
+            settle_norms(net, self._random_images(seed))
+            return net, None
         if method == "random_labels":
-            assert source is not None
-            labels = random_subset_labels(source, count, seed=seed).to(device)
-            index = random_index(source, count, seed=seed)
-            images = plain_views(source.images("train"), index, *given.mean_std(method))
-            net = self._fresh(len(source.classes), seed)
-            loss = pretrain_labels(net, images.to(device), labels, config, seed=seed, tick=tick)
-            return net, loss
+            labels = random_subset_labels(self._source, count, seed=seed).to(device)
+            net = self._fresh(len(self._source.classes), seed)
+            images = self._random_images(seed)
+            return net, pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
         chosen = given.distilled
         if method == "random_target":
-            assert source is not None and given.target is not None
-            chosen = random_subset(source, given.target, count, seed=seed)
+            assert given.target is not None
+            chosen = random_subset(self._source, given.target, count, seed=seed)
         net = self._fresh(chosen.targets.shape[1], seed)
         images, targets = chosen.images.to(device), chosen.targets.to(device)
         return net, pretrain(net, images, targets, config, seed=seed, tick=tick)
 
+    @property
+    def _source(self) -> ImageStore:
+        assert self.materials.source is not None
+        return self.materials.source
+
+    def _random_images(self, seed: int) -> Tensor:
+        """The random real images of a seed [M, 3, H, W], as the networks see them."""
+        given, images = self.materials, self._source.images("train")
+        index = random_index(self._source, len(given.distilled), seed=seed)
+        return plain_views(images, index, given.mean, given.std).to(given.device)
+
     def _fresh(self, num_outputs: int, seed: int) -> Network:
         """The initial network of a seed: the body does not depend on the number of outputs."""
-        return build(
+        net = build(
             self.materials.config.model,
             image_size=self.materials.store.size,
             num_outputs=num_outputs,
             seed=derive(seed, "network"),
-        ).to(self.materials.device)
+        )
+        return place(net, self.materials.device)
 
     def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
         given = self.materials
@@ -99,7 +112,7 @@ class Trials:
         return probe_accuracy(
             self._features(net, method, given.train, index, "train"),
             given.train.labels[index].to(device),
-            self._features(net, method, given.test, torch.arange(len(given.test.labels)), "test"),
+            self._features(net, method, given.test, self._all_tests, "test"),
             given.test.labels.to(device),
             given.classes,
             given.config.probe,
@@ -141,8 +154,7 @@ class Trials:
             seed=seed,
             tick=tick,
         )
-        everything = torch.arange(len(given.test.labels))
-        features = embed(tuned, given.test.images, everything, mean=mean, std=std)
+        features = embed(tuned, given.test.images, self._all_tests, mean=mean, std=std)
         with torch.no_grad():
             return accuracy(tuned.fc(features).cpu(), given.test.labels)
 

@@ -1,0 +1,140 @@
+"""Means, deviations, paired differences and the table, against figures worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from krrst_fast.errors import ConfigError
+from krrst_fast.evaluate.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    Method,
+    PretrainConfig,
+    ProbeConfig,
+)
+from krrst_fast.evaluate.table import Evaluation, Row, paired_difference, rows_from_json
+
+FIGURES: dict[Method, tuple[float, ...]] = {
+    "none": (70.0, 74.0, 75.0),
+    "random_target": (80.0, 84.0, 79.0),
+    "distilled": (83.0, 85.0, 84.0),
+}
+
+
+def evaluation(seeds: int = 3, finetune: bool = False) -> Evaluation:
+    methods = tuple(FIGURES)
+    rows = [
+        Row(
+            method=method,
+            seed=seed,
+            probe=FIGURES[method][seed],
+            finetune=FIGURES[method][seed] + 10 if finetune else None,
+            pretrain_loss=None if method == "none" else 0.25,
+            seconds=1.5,
+            fingerprint="0",
+        )
+        for seed in range(seeds)
+        for method in methods
+    ]
+    config = EvaluateConfig(run=Path("run"), store=Path("digits"), methods=methods, seeds=seeds)
+    return Evaluation(
+        name="digits",
+        config=config,
+        rows=tuple(rows),
+        num_images=30,
+        environment={"cpu": "any"},
+        seconds=13.5,
+    )
+
+
+def test_summary_by_hand() -> None:
+    summary = evaluation().summary("distilled", "probe")
+    assert summary is not None and summary.difference is not None
+    assert summary.mean == pytest.approx(84.0)
+    assert summary.std == pytest.approx(1.0)
+    # Differences 3, 1, 5: mean 3, standard deviation 2, standard error 2 / sqrt(3).
+    assert summary.difference.mean == pytest.approx(3.0)
+    assert summary.difference.standard_error == pytest.approx(2 / math.sqrt(3))
+    assert summary.difference.count == 3
+
+
+def test_rival_has_no_difference_and_absent_task_no_summary() -> None:
+    result = evaluation()
+    rival = result.summary("random_target", "probe")
+    assert rival is not None and rival.difference is None
+    assert result.summary("distilled", "finetune") is None
+    assert result.summary("target", "probe") is None
+    assert result.tasks() == ("probe",)
+
+
+def test_paired_difference_takes_common_seeds_only() -> None:
+    difference = paired_difference({0: 1.0, 1: 2.0, 5: 100.0}, {1: 1.5, 0: 2.5, 7: 0.0})
+    assert difference is not None
+    assert (difference.mean, difference.count) == (-0.5, 2)
+    assert difference.standard_error == pytest.approx(1.0)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_one_seed_has_no_spread() -> None:
+    summary = evaluation(seeds=1).summary("distilled", "probe")
+    assert summary is not None and summary.difference is not None
+    assert summary.std is None
+    assert summary.difference.standard_error is None
+    assert evaluation(seeds=1).verdicts() == [
+        "probe: distilled - random_target = +3.0 (1 paired seed)"
+    ]
+
+
+def test_table_text() -> None:
+    lines = evaluation(finetune=True).table().splitlines()
+    assert lines[3:] == [
+        "method         probe        - random_target  finetune     - random_target",
+        "-------------  -----------  ---------------  -----------  ---------------",
+        "none           73.0 +- 2.6  -8.0 +- 2.0      83.0 +- 2.6  -8.0 +- 2.0",
+        "random_target  81.0 +- 2.6  -                91.0 +- 2.6  -",
+        "distilled      84.0 +- 1.0  +3.0 +- 1.2      94.0 +- 1.0  +3.0 +- 1.2",
+        "",
+        "probe: distilled - random_target = +3.0 +- 1.2 (3 paired seeds)",
+        "finetune: distilled - random_target = +3.0 +- 1.2 (3 paired seeds)",
+    ]
+
+
+def test_json_holds_every_figure() -> None:
+    result = evaluation()
+    values = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert rows_from_json(values["rows"]) == list(result.rows)
+    distilled = values["summary"][2]
+    assert distilled["method"] == "distilled"
+    assert distilled["probe"]["difference"]["mean"] == pytest.approx(3.0)
+    assert distilled["finetune"] is None
+    assert (values["num_images"], values["seconds"], values["unit"]) == (30, 13.5, "per cent")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PretrainConfig(steps=0), "PretrainConfig: steps must be at least 1, got 0"),
+        (lambda: PretrainConfig(momentum=1.0), "momentum must be in"),
+        (lambda: ProbeConfig(labels_per_class=0), "labels_per_class must be at least 1"),
+        (lambda: ProbeConfig(ridge=0.0), "ridge must be positive"),
+        (lambda: FinetuneConfig(steps=-1), "FinetuneConfig: steps must be at least 0, got -1"),
+        (
+            lambda: EvaluateConfig(run=Path("r"), store=Path("s"), methods=()),
+            "methods must be one or more of none, random_labels",
+        ),
+        (
+            lambda: EvaluateConfig(run=Path("r"), store=Path("s"), methods=("none", "none")),
+            "methods must be given once each",
+        ),
+        (lambda: EvaluateConfig(run=Path("r"), store=Path("s"), seeds=0), "seeds must be at least"),
+        (
+            lambda: EvaluateConfig(run=Path("r"), store=Path("s"), name="a/b"),
+            "name must be a file name",
+        ),
+    ],
+)
+def test_settings_out_of_range(make, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
