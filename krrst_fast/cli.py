@@ -134,10 +134,14 @@ def _run_stage(stage: Stage, argv: list[str]) -> None:
         stage.call(parsed.config(), parsed.switches, run)
 
 
+def _progress(switches: frozenset[str]) -> bool:
+    return "quiet" not in switches and sys.stderr.isatty()
+
+
 def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.data import prepare
 
-    store = prepare(config, progress="quiet" not in switches)
+    store = prepare(config, progress=_progress(switches))
     counts = ", ".join(f"{store.count(split)} {split}" for split in store.splits)
     classes = f"{len(store.classes)} classes" if store.has_labels else "no labels"
     print(f"wrote {config.out}: {counts} images of {store.size}x{store.size}, {classes}")
@@ -147,7 +151,7 @@ def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
 def _target(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.targets import train_target
 
-    target = train_target(config, resume="resume" in switches, progress="quiet" not in switches)
+    target = train_target(config, resume="resume" in switches, progress=_progress(switches))
     print(f"wrote {config.out}: a target network with {target.dim} outputs")
     print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN")
 
@@ -155,7 +159,7 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
 def _distill(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.distill import distill
 
-    made = distill(config, resume="resume" in switches, progress="quiet" not in switches)
+    made = distill(config, resume="resume" in switches, progress=_progress(switches))
     print(
         f"wrote {config.out}: {len(made.images)} images with {made.targets.shape[1]} targets each"
     )
@@ -165,7 +169,10 @@ def _distill(config: Any, switches: frozenset[str], run: str) -> None:
 def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.evaluate import evaluate
 
-    print(evaluate(config, progress="quiet" not in switches).table())
+    result = evaluate(config, progress=_progress(switches))
+    folder = config.run if config.run.is_dir() else config.run.parent
+    print(result.table())
+    print(f"\nwrote {folder / 'evaluation' / result.name}.json")
     print(f"next: krrst report {config.run}")
 
 

@@ -111,7 +111,7 @@ def _named(runs: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[s
         return {}
     if name not in runs:
         raise ConfigError(f"--run: there is no run {name!r}; there are {', '.join(runs)}")
-    return runs[name]
+    return _plain(runs[name])
 
 
 def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
@@ -163,17 +163,17 @@ def _parser(
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    names = ", ".join(runs)
-    # Read before this parser is made; here for the help alone.
-    parser.add_argument(
-        "--run", dest="run_name", metavar="NAME", help=f"start from one of: {names}"
-    )
-    parser.add_argument(
-        "--config", dest="config_file", metavar="FILE", help="YAML settings, over those of --run"
-    )
+    sources = parser.add_argument_group("where settings come from")
     for name, help in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=help)
     _add_fields(parser, parser, config_class, values, "", positionals)
+    # Read before this parser is made, and here for the help alone; last, so that a field called
+    # `run` is found before the flag.
+    names = ", ".join(runs)
+    sources.add_argument("--run", metavar="NAME", dest="run_name", help=f"one of {names}")
+    sources.add_argument(
+        "--config", metavar="FILE", dest="config_file", help="YAML settings, over those of --run"
+    )
     parser.set_defaults({"run_name": argparse.SUPPRESS, "config_file": argparse.SUPPRESS})
     return parser
 

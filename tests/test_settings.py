@@ -1,0 +1,206 @@
+"""Settings: a named run, then files, then flags; and a clear word about each that is wrong."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+
+from krrst_fast.errors import ConfigError
+from krrst_fast.settings import Parsed, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The networks."""
+
+    size: int = 10
+    """How many."""
+    widths: tuple[int, ...] = (8, 16)
+    reset: Literal["paper", "released"] = "paper"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Some work."""
+
+    source: Path
+    """Where it comes from."""
+    out: Path
+    steps: int = 100
+    lr: float = 1e-4
+    flip: bool = True
+    limit: int | None = None
+    methods: tuple[Literal["a", "b"], ...] = ("a", "b")
+    pool: Pool = field(default_factory=Pool)
+
+
+RUNS = {"small": {"steps": 5, "pool": Pool(size=3)}, "empty": {}}
+
+
+def _parse(*argv: object) -> Parsed:
+    return parse(
+        Work,
+        [str(arg) for arg in argv],
+        prog="krrst work",
+        about="Do it.",
+        runs=RUNS,
+        positionals=("source",),
+        switches={"resume": "go on", "print-config": "print"},
+    )
+
+
+def test_each_layer_overrides_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("steps: 7\nlr: 3e-4\npool: {reset: released}\n")
+    flags = ["x", "--out", "y", "--lr", "1e-2"]
+    assert _parse("x", "--out", "y").config() == Work(source=Path("x"), out=Path("y"))
+    small = _parse(*flags, "--run", "small").config()
+    assert (small.steps, small.lr, small.pool) == (5, 1e-2, Pool(size=3))
+    for words in ([*flags, "--config", file], ["--config", file, *flags]):
+        mixed = _parse("--run=small", *words).config()
+        assert (mixed.steps, mixed.lr) == (7, 1e-2), "a flag wins wherever it stands"
+        assert mixed.pool == Pool(size=3, reset="released"), "sections are merged key by key"
+    second = tmp_path / "b.yaml"
+    second.write_text("steps: 8\nlr: 1e3\n")
+    twice = _parse("x", "--out", "y", "--config", file, "--config", second).config()
+    assert (twice.steps, twice.lr, twice.pool.reset) == (8, 1000.0, "released")
+
+
+def test_a_field_may_be_called_run() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Judge:
+        run: Path
+        seeds: int = 5
+
+    for argv in (["here", "--run", "small"], ["--run=small", "--seeds", "2", "here"]):
+        parsed = parse(
+            Judge,
+            argv,
+            prog="krrst judge",
+            about="",
+            runs={"small": {"seeds": 2}},
+            positionals=("run",),
+            switches={},
+        )
+        assert parsed.config() == Judge(run=Path("here"), seeds=2) and parsed.run == "small"
+
+
+def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("# nothing\n")
+    assert _parse("--config", tmp_path / "a.yaml").values == {}
+
+
+def test_flags_in_all_their_spellings() -> None:
+    parsed = _parse(
+        *["--flip", "x", "--pool.widths", "[1, 2]", "--limit=3", "--methods=[b]", "--resume"],
+        *["--out", "y", "--lr", "-1", "--pool.reset", "released"],
+    )
+    config = parsed.config()
+    assert parsed.switches == {"resume"} and parsed.run is None
+    assert config == Work(
+        source=Path("x"),
+        out=Path("y"),
+        lr=-1.0,
+        limit=3,
+        methods=("b",),
+        pool=Pool(widths=(1, 2), reset="released"),
+    )
+    assert _parse("--flip", "false").values == {"flip": False}
+    assert _parse("--limit", "null").values == {"limit": None}
+
+
+def test_printed_settings_are_a_file_that_gives_them_again(tmp_path: Path) -> None:
+    parsed = _parse("--run", "small", "--lr", "3e-7", "--limit", 4)
+    text = parsed.as_yaml()
+    assert text.startswith("# still to be given: source, out\nsteps: 5\n")
+    (tmp_path / "a.yaml").write_text(text)
+    again = _parse("--config", tmp_path / "a.yaml")
+    assert again.as_yaml() == text
+    whole = _parse("x", "--out", "y", "--config", tmp_path / "a.yaml")
+    assert whole.config() == Work(
+        source=Path("x"), out=Path("y"), steps=5, lr=3e-7, limit=4, pool=Pool(size=3)
+    )
+    assert whole.as_yaml().startswith("source: x\nout: y\nsteps: 5\n")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--run", "smal"], "--run: there is no run 'smal'; there are small, empty"),
+        (["--run"], "--run needs a value"),
+        (["--stesp", "3"], "there is no flag --stesp; did you mean --steps?"),
+        (["--pool.sise=3"], "there is no flag --pool.sise; did you mean --pool.size?"),
+        (["--qqq"], "there is no flag --qqq"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "many"], "--steps must be a whole number, got many"),
+        (["--steps", "1.5"], "--steps must be a whole number, got 1.5"),
+        (["--steps", "true"], "--steps must be a whole number, got True"),
+        (["--lr", "fast"], "--lr must be a number, got fast"),
+        (["--flip=2"], "--flip must be true or false, got 2"),
+        (["--limit", "few"], "--limit must be a whole number, got few"),
+        (["--pool.widths", "3"], "--pool.widths must be a list such as [1,2], got 3"),
+        (["--pool.widths", "[3,x]"], "--pool.widths must be a whole number, got x"),
+        (["--pool.reset", "no"], "--pool.reset must be one of paper, released, got no"),
+        (["--methods", "[a,c]"], "--methods must be one of a, b, got c"),
+        (["x", "y"], "unexpected arguments: y"),
+        (["--resume=3"], "--resume"),
+    ],
+)
+def test_wrong_flags_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}") as caught:
+        _parse(*argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_settings_are_named_as_they_are_given() -> None:
+    with pytest.raises(ConfigError, match="^SOURCE and --out must be given"):
+        _parse().config()
+    with pytest.raises(ConfigError, match="^--out must be given"):
+        _parse("x").config()
+
+
+def test_help_shows_what_a_run_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _parse("--run", "small", "--help")
+    assert stopped.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for words in (
+        "usage: krrst work [SOURCE] [--run NAME] [--config FILE] [--SETTING VALUE ...]",
+        "SOURCE Where it comes from. (must be given)",
+        "--run NAME one of small, empty",
+        "--steps INT [5]",
+        "--flip {true,false} [true]",
+        "--limit INT [none]",
+        "--pool.*: The networks.",
+        "--pool.size INT How many. [3]",
+        "--pool.widths [INT,...] [8,16]",
+        "--pool.reset {paper,released} [paper]",
+        "--resume go on",
+    ):
+        assert words in text, text
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lr: fast", ["mine.yaml: lr must be a number, got 'fast'"]),
+        ("stesp: 3", ["mine.yaml: there is no setting 'stesp'; did you mean 'steps'?"]),
+        ("pool: {sise: 3}", ["no setting 'pool.sise'; did you mean 'pool.size'?"]),
+        ("pool: 3", ["mine.yaml: pool must be a mapping of settings, got 3"]),
+        ("steps: yes", ["mine.yaml: steps must be a whole number, got True"]),
+        ("- lr", ["mine.yaml: must hold a mapping of settings, got ['lr']"]),
+        ("lr: [", ["mine.yaml: not a YAML file"]),
+        ("just words", ["mine.yaml: must hold a mapping"]),
+    ],
+)
+def test_wrong_files_are_named(text: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        _parse("--config", tmp_path / "mine.yaml")
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
