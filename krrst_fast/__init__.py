@@ -53,8 +53,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: data workers import `krrst_fast._native`, and the command line prints its help, without
-    # paying for torch.
+    # Lazily: data workers import `krrst_fast._native`, and the command line prints its help,
+    # without paying for torch.
     if name == "__version__":
         return import_module("krrst_fast.environment").version()
     if name not in __all__:

@@ -21,6 +21,9 @@ from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 RIDGE_FACTOR = 10.0
 """By how much a retry of `ridge_factor` raises the ridge."""
 
+FLOAT64_UP_TO = 256
+"""Grams of at most this many rows are factored in float64, whatever their own precision."""
+
 _log = logging.getLogger("krrst_fast")
 
 # The registrations live as long as this object.
@@ -42,8 +45,21 @@ def _thin_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
+def factor_dtype(k: Tensor) -> torch.dtype:
+    """The precision k [M, M] is factored in: float64 as long as that costs nothing beside k itself."""
+    return torch.float64 if k.shape[0] <= FLOAT64_UP_TO else k.dtype
+
+
+def factored_solve(y: Tensor, factor: Tensor) -> Tensor:
+    """(factor factor^T)^-1 y in the precision of the factor, rounded to that of y."""
+    if y.dtype == factor.dtype:
+        return torch.cholesky_solve(y, factor)
+    return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
+
+
 def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factor = torch.empty_like(k).mT
+    dtype = factor_dtype(k)
+    factor = torch.empty_like(k, dtype=dtype).mT
     info = torch.empty((), dtype=torch.int32, device=k.device)
     ridge = lam.clone()
     for attempt in range(retries + 1):
@@ -62,11 +78,11 @@ def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor,
         raise NonFiniteError(
             "ridge_factor: the gram holds NaN or infinity; look at the features that came in"
         )
-    dtype = str(k.dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     raise NotPositiveDefiniteError(
-        f"ridge_factor: k + {ridge.item():.3g} * I [{len(k)}, {len(k)}] ({dtype}) has a non-positive "
-        f"pivot at row {max(info.item() - 1, 0)} after raising the ridge {retries} times from "
-        f"{lam.item():.3g}; pass a larger ridge or float64"
+        f"ridge_factor: k + {ridge.item():.3g} * I [{len(k)}, {len(k)}] ({name}) has a "
+        f"non-positive pivot at row {max(info.item() - 1, 0)} after raising the ridge {retries} "
+        f"times from {lam.item():.3g}; pass a larger ridge or float64"
     )
 
 
@@ -74,7 +90,8 @@ def _ridge_factor_fake(
     k: Tensor, lam: Tensor, retries: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = lam.new_empty((), dtype=torch.int64)
-    return torch.empty_like(k).mT, torch.empty_like(lam), count, k.new_empty((k.shape[0],))
+    factor = torch.empty_like(k, dtype=factor_dtype(k)).mT
+    return factor, torch.empty_like(lam), count, factor.new_empty((k.shape[0],))
 
 
 def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.backends import Backend
-from krrst_fast.library import ridge_factor
+from krrst_fast.library import factored_solve, ridge_factor
 
 
 class Solve(NamedTuple):
@@ -86,7 +86,7 @@ def fit_dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solv
     k_ss = ops.gram(f_syn, kernel.scale, kernel.bias)  # [M, M]
     base = kernel.base(k_ss.diagonal().sum(), len(k_ss))
     factor, *rest = ridge_factor(k_ss, kernel.ridge * base, kernel.retries)
-    alpha = torch.cholesky_solve(y_syn, factor)  # [M, P]
+    alpha = factored_solve(y_syn, factor)  # [M, P]
     return Solve(factor, alpha, alpha, base, *rest)
 
 
@@ -117,7 +117,7 @@ def backward_k(
     if needs.f_real:
         d_f_real = _scaled((r @ alpha.mT) @ f_syn, kernel.scale)
     if needs.adjoint:
-        beta = torch.cholesky_solve(k_rs.mT @ r, solve.factor)  # [M, P]
+        beta = factored_solve(k_rs.mT @ r, solve.factor)  # [M, P]
         d_lam = -(alpha * beta).sum() if needs.lam else None
     if needs.f_syn:
         assert beta is not None
@@ -161,7 +161,7 @@ def backward_w(
         adjoint = _scaled(ops.matmul(f_syn, dw), kernel.scale)  # [M, P]
         if kernel.bias:
             adjoint.add_(r.sum(0), alpha=kernel.bias)
-        beta = torch.cholesky_solve(adjoint, solve.factor)  # [M, P]
+        beta = factored_solve(adjoint, solve.factor)  # [M, P]
         d_lam = -(alpha * beta).sum() if needs.lam else None
     if needs.f_syn:
         assert beta is not None
@@ -203,7 +203,7 @@ def fit_primal(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> So
     gram = _primal_gram(ops, kernel, f_syn)
     base = kernel.base(gram.diagonal().sum(), len(f_syn))
     factor, *rest = ridge_factor(gram, kernel.ridge * base, kernel.retries)
-    w = torch.cholesky_solve(_features_t(ops, kernel, f_syn, y_syn), factor)  # [D (+ 1), P]
+    w = factored_solve(_features_t(ops, kernel, f_syn, y_syn), factor)  # [D (+ 1), P]
     return Solve(factor, w, w, base, *rest)
 
 
@@ -231,7 +231,7 @@ def backward_primal(
     if needs.f_real:
         d_f_real = _scaled(r @ w[:d].mT, kernel.scale**0.5)
     if needs.adjoint:
-        v = torch.cholesky_solve(_features_t(ops, kernel, f_real, r), solve.factor)
+        v = factored_solve(_features_t(ops, kernel, f_real, r), solve.factor)
         d_y_syn = _features(ops, kernel, f_syn, v)  # [M, P]
         d_lam = -(v * w).sum() if needs.lam else None
     if needs.f_syn:

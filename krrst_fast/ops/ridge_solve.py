@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from krrst_fast.library import RIDGE_FACTOR, ridge_factor
+from krrst_fast.library import RIDGE_FACTOR, factored_solve, ridge_factor
 from krrst_fast.ops import checks
 from krrst_fast.ops.krr import RidgeOf
 from krrst_fast.reference import absolute_ridge
@@ -52,7 +52,7 @@ class _RidgeSolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k: Tensor, y: Tensor, lam: Tensor, max_retries: int) -> Tensor:  # type: ignore[no-untyped-def]
         factor, _, retries, _ = ridge_factor(k, lam, max_retries)
-        alpha = torch.cholesky_solve(y, factor)
+        alpha = factored_solve(y, factor)
         ctx.save_for_backward(factor, alpha, retries)
         return alpha
 
@@ -60,7 +60,7 @@ class _RidgeSolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         factor, alpha, retries = ctx.saved_tensors
-        beta = torch.cholesky_solve(grad, factor)
+        beta = factored_solve(grad, factor)
         d_k = None
         if ctx.needs_input_grad[0]:
             outer = beta @ alpha.mT
