@@ -88,9 +88,7 @@ def extensions():
         give_up(f"torch {torch.__version__} is older than 2.10")
         return [], {}
     modules = [m for m in (torch_module(cpp_extension), native_module()) if m.sources]
-    return modules, {
-        "build_ext": cpp_extension.BuildExtension
-    }
+    return modules, {"build_ext": cpp_extension.BuildExtension}
 
 
 ext_modules, cmdclass = extensions()

@@ -27,7 +27,7 @@ def write_tar(path: Path, names: list[str], tar_format: int = tarfile.PAX_FORMAT
             tar.addfile(info, io.BytesIO(bytes([i]) * info.size))
         for name, kind in (("folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, names[0]
+            info.type, info.linkname = kind, "0.jpg"
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("last.cls"), io.BytesIO())
 

@@ -22,8 +22,8 @@ void need(bool holds, const char* what) {
   if (!holds) throw py::value_error(std::string("gather_views: ") + what);
 }
 
-void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> offset, Array<bool> flip,
-                  int64_t padding, const std::vector<double>& mean, const std::vector<double>& std, Array<float> out) {
+void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> offset, Array<bool> flip, int64_t padding,
+                  const std::vector<double>& mean, const std::vector<double>& std, Array<float> out) {
   need(images.ndim() == 4, "images must be [N, C, H, W]");
   const int64_t count = images.shape(0), channels = images.shape(1), height = images.shape(2), width = images.shape(3);
   const int64_t batch = index.size(), per_channel = height * width;
@@ -36,8 +36,7 @@ void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> of
   need(out.ndim() == 4 && out.shape(0) == batch && out.shape(1) == channels && out.shape(2) == height &&
            out.shape(3) == width,
        "out must be [B, C, H, W]");
-  const Images source{images.data(), count, channels, height, width,
-                      {channels * per_channel, per_channel, width, 1}};
+  const Images source{images.data(), count, channels, height, width, {channels * per_channel, per_channel, width, 1}};
   const Draw draw{index.data(), offset.data(), flip.data(), batch, padding};
   float* target = out.mutable_data();
   py::gil_scoped_release without_gil;
@@ -57,8 +56,8 @@ py::list scan_tar(const std::string& path) {
   }
   py::list rows;
   for (const auto& member : members) {
-    const auto name = py::reinterpret_steal<py::str>(
-        PyUnicode_DecodeUTF8(member.name.data(), member.name.size(), "surrogateescape"));
+    const auto name =
+        py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(member.name.data(), member.name.size(), "surrogateescape"));
     if (!name) throw py::error_already_set();
     rows.append(py::make_tuple(name, member.offset, member.size));
   }
