@@ -113,7 +113,6 @@ def test_evaluation_has_every_method_and_seed(runs: dict[str, Path]) -> None:
         accuracies.append(by_row)
         page = (runs[name] / "run/report.html").read_text()
         assert "random_target" in page and "<img" in page
-    methods = ("none", "random_target", "distilled")
-    for other in accuracies[1:]:
-        # Which labels are drawn depends on how the format numbers the classes; pixels do not.
-        assert {key for key in other if key[0] in methods} <= set(accuracies[0])
+    # A folder's classes are numbered by their names, so it draws other labels for the probe.
+    pickles, _, tars = accuracies
+    assert pickles == tars

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "krrst_fast"
 
 ROWS = (
     ("errors", "files", "config", "environment", "seeding", "reference", "_native", "_C"),
-    ("library", "backends", "plan", "ops", "kernels"),
+    ("library", "backends", "planner", "ops", "kernels"),
     ("krr",),
     ("data", "models", "targets", "distilled_set", "distill", "baselines", "evaluate"),
     # Its names are public: whoever imports them imports what they need.
