@@ -1,4 +1,4 @@
-"""What a distillation gives: a few images, the representations they stand for, and one file for both."""
+"""What a distillation gives: a few images and the representations they are to be mapped to."""
 
 import json
 import pickle

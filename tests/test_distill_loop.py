@@ -1,6 +1,7 @@
 """A whole distillation: its files, its log, exact resume, and what it refuses."""
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -340,6 +341,29 @@ def test_every_option_runs_and_moves_the_images(config, change):
     initial = load_distilled(run.out / "initial.safetensors")
     assert result.images.dtype == torch.float32 and len(result) == run.num_images
     assert (result.images != initial.images).float().mean() > 0.9
+
+
+class Terminal(io.StringIO):
+    """A standard error that people look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bar_is_shown_on_a_terminal_when_asked_for(config, monkeypatch, shown):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    distill(config, progress=shown)
+    text = terminal.getvalue()
+    for part in ("pool warm-up: 100%", "distill: 100%", "12/12", "loss=", "ridge=", "cond="):
+        assert (part in text) == shown
+    assert ("images/s=" in text) == shown
+
+
+def test_no_bar_is_written_into_a_file(config, capfd):
+    distill(config, progress=True)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_loss_falls(config):

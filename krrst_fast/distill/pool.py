@@ -67,8 +67,8 @@ def training(network: nn.Module) -> Iterator[None]:
 def place(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
     """Move a network to where it runs, in the memory layout that is fast there.
 
-    On a CPU one with the channels last makes convolution and average pooling together 1.4 times as
-    fast in single precision; the activations follow the weights.
+    On a CPU that is channels last: average pooling takes a fifth of the time, the step of the
+    handwritten digits two thirds. The activations follow the weights.
     """
     network.to(device, dtype)
     if device.type == "cpu":
