@@ -70,7 +70,7 @@ def has_data(values: Series, *, positive: bool = False) -> bool:
 
 def running_median(x: Series, y: Series, *, share: float = 0.06) -> tuple[Series, Series]:
     """Medians of `y` in windows of a `share` of the points, at no more than 300 places."""
-    half = max(2, round(len(y) * share / 2))
+    half = max(4, round(len(y) * share / 2))
     centres = np.unique(np.linspace(0, len(y) - 1, min(len(y), 300)).round().astype(int))
     medians = [np.median(y[max(0, c - half) : c + half + 1]) for c in centres]
     return x[centres], np.array(medians)
@@ -150,6 +150,7 @@ def loss_by_age(step: Series, loss: Series, age: Series) -> Curve | None:
         axes.set_xticks(places, labels, **_slanted(labels))
         axes.set_xlim(-0.6, len(bins) - 0.4)
         axes.set_ylim(bottom=0)
+        axes.locator_params(axis="y", nbins=6)
         axes.grid(False, axis="x")
         axes.set_xlabel("age of the pool network (own training steps)")
         axes.set_ylabel("loss (mean squared error)")
@@ -182,7 +183,7 @@ def stacked(
             _raw_and_median(axes, step, values, positive=log, colour=colour)
             if log:
                 axes.set_yscale("log")
-                _readable_log(axes)
+                _readable_log(axes, low_panel=len(shown) > 1)
             axes.set_title(label, loc="left", fontsize=10.5, color=MUTED)
         grid[-1].set_xlabel(xlabel)
 
@@ -197,7 +198,8 @@ def _raw_and_median(
     if smooth:
         axes.plot(*thinned(x, y), color=colour)
     else:
-        axes.plot(*thinned(x, y), color=colour, linewidth=0.7, alpha=0.3)
+        alpha = 0.3 if len(y) > 300 else 0.5
+        axes.plot(*thinned(x, y), color=colour, linewidth=0.7, alpha=alpha)
         axes.plot(*running_median(x, y), color=colour)
     axes.margins(x=0.02)
     _readable_steps(axes)
@@ -217,19 +219,25 @@ def _readable_steps(axes: "Axes") -> None:
     )
 
 
-def _readable_log(axes: Any, parent: "Axes | None" = None) -> None:
+def _readable_log(axes: Any, parent: "Axes | None" = None, *, low_panel: bool = False) -> None:
     """Ticks within a decade in plain digits: a run seldom spans the decades the default labels.
 
     A secondary axis learns its limits only when it is drawn, and spans what its `parent` spans.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
     low, high = (parent or axes).get_ylim()
     decades = np.log10(high / low)
-    subs = [1.0] if decades > 2.5 else [1.0, 2.0, 5.0]
-    if decades < 0.8:
-        subs = [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    locator: Locator
+    if decades < 0.35:
+        locator = MaxNLocator(3 if low_panel else 5)
+    elif decades < (0.4 if low_panel else 0.8):
+        locator = LogLocator(subs=[1.0, 1.5, 2.0, 3.0, 5.0, 7.0], numticks=12)
+    elif decades < (1.4 if low_panel else 2.5):
+        locator = LogLocator(subs=[1.0, 3.0] if low_panel else [1.0, 2.0, 5.0], numticks=12)
+    else:
+        locator = LogLocator(subs=[1.0], numticks=4 if low_panel else 8)
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.yaxis.set_minor_locator(NullLocator())
 

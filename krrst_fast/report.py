@@ -227,7 +227,7 @@ def _curves(run: Run) -> list[Curve]:
             step,
             [("condition number, estimate", condition, True), ("ridge, absolute", ridge, True)],
             "The estimated condition number of the ridged gram that is solved, and the ridge on "
-            "its diagonal. Towards 10⁷ a float32 solve runs out of digits.",
+            "its diagonal. Towards 10⁷ a float32 solve runs out of digits." + _retried(run),
         )
     )
     curves.append(
@@ -242,6 +242,17 @@ def _curves(run: Run) -> list[Curve]:
         )
     )
     return [curve for curve in curves if curve is not None]
+
+
+def _retried(run: Run) -> str:
+    retries = column(run.rows, "retries")
+    if not np.isfinite(retries).any():
+        return ""
+    count = int((retries > 0).sum())
+    if count == 0:
+        return " No logged solve needed a larger ridge than the one asked for."
+    solves = "solve" if count == 1 else "solves"
+    return f" {count:,} of {len(retries):,} logged {solves} took a larger ridge than asked for."
 
 
 def _curves_note(config: Mapping[str, Any]) -> str:
