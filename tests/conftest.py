@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _nan_poisoned_memory() -> Iterator[None]:
-    """With deterministic algorithms torch fills fresh memory with NaN: a kernel that misses an element shows."""
+    """Deterministic algorithms make torch fill fresh memory with NaN: a missed element shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
