@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_table_text() -> None:
         "",
         "probe: distilled - random_target = +3.0 +- 1.2 (3 paired seeds)",
         "finetune: distilled - random_target = +3.0 +- 1.2 (3 paired seeds)",
+    ]
+
+
+def test_table_without_the_rival_has_no_differences() -> None:
+    full = evaluation()
+    alone = replace(full, config=replace(full.config, methods=("none", "distilled")))
+    alone = replace(alone, rows=tuple(row for row in full.rows if row.method != "random_target"))
+    assert alone.table().splitlines()[3:] == [
+        "method     probe",
+        "---------  -----------",
+        "none       73.0 +- 2.6",
+        "distilled  84.0 +- 1.0",
     ]
 
 

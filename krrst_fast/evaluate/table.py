@@ -121,7 +121,7 @@ class Evaluation:
         """An aligned text table, one row a method, and the verdicts below it."""
         header = ["method"]
         for task in self.tasks():
-            header += [task, f"- {RIVAL}"]
+            header += [task, f"- {RIVAL}"] if self._has_rival else [task]
         lines = [header] + [self._cells(method) for method in self.config.methods]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
@@ -135,22 +135,27 @@ class Evaluation:
         for task in self.tasks():
             summary = self.summary(method, task)
             if summary is None:
-                cells += ["-", "-"]
+                cells += ["-", "-"] if self._has_rival else ["-"]
                 continue
             std = "" if summary.std is None else f" +- {summary.std:.1f}"
             cells.append(f"{summary.mean:.1f}{std}")
-            cells.append("-" if summary.difference is None else _signed(summary.difference))
+            if self._has_rival:
+                cells.append("-" if summary.difference is None else _signed(summary.difference))
         return cells
+
+    @property
+    def _has_rival(self) -> bool:
+        return RIVAL in self.config.methods and len(self.config.methods) > 1
 
     def _title(self) -> str:
         labels = self.config.probe.labels_per_class
         given = "all labels" if labels is None else f"{labels} label{'s' * (labels > 1)} per class"
+        paired = "; differences are paired by seed, +- their standard error"
         return (
             f"{self.name}: accuracy in per cent, mean +- standard deviation over "
             f"{self.config.seeds} seed{'s' * (self.config.seeds > 1)}\n"
             f"{self.num_images} images, {self.config.pretrain.steps} pre-training steps, "
-            f"{self.config.probe.solver} probe with {given}; differences are paired by seed, "
-            "+- their standard error"
+            f"{self.config.probe.solver} probe with {given}{paired * self._has_rival}"
         )
 
     def to_json(self) -> dict[str, Any]:
