@@ -5,7 +5,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 KRRST := $(BIN)/krrst
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.inc %.cu %.cuh,$(SOURCES))
@@ -41,18 +41,19 @@ clean:
 .venv/.torch: constraints.txt
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"make: needs Python 3.11 or later, found {sys.version}; set PYTHON=")'
 	"$(PYTHON)" -m venv .venv
-	@echo "Installing torch and the build tools: some minutes."
+	@echo "Installing torch and the build tools: this may take some minutes."
 	$(PIP) install -c constraints.txt torch==2.13.0 numpy setuptools wheel pybind11 ninja < /dev/null
 	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) install $(TRITON) < /dev/null
 	@touch $@
 
-.venv/.installed: .venv/.torch pyproject.toml setup.py
+.venv/.installed: .venv/.torch pyproject.toml
 	@echo "Installing krrst_fast and the packages it uses."
-	KRRST_FAST_BUILD=1 $(PIP) install -c constraints.txt --no-build-isolation \
+	KRRST_FAST_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation \
 		-e '.[cli,data,report,test,bench,dev]' < /dev/null
-	@touch $@ .venv/.built
+	@touch $@
 
-.venv/.built: .venv/.installed $(SOURCES)
-	@echo "Building the extension."
-	KRRST_FAST_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace < /dev/null
+.venv/.built: .venv/.installed setup.py $(SOURCES)
+	@echo "Building the extension; the compiler's words are in .venv/build.log."
+	@KRRST_FAST_BUILD=1 $(BIN)/python setup.py build_ext --inplace > .venv/build.log 2>&1 < /dev/null \
+		|| { tail -n 40 .venv/build.log; exit 1; }
 	@touch $@
