@@ -253,6 +253,22 @@ def test_the_target_row_is_a_probe_on_the_targets_features(config: EvaluateConfi
     assert accuracies[0] == accuracies[1] > 70
 
 
+def test_draws_of_labels_are_averaged(config: EvaluateConfig) -> None:
+    few = ProbeConfig(solver="ridge", labels_per_class=2)
+    trials = Trials(open_materials(replace(config, probe=few)))
+    net = trials._fresh(0, 0).eval()
+    drawn = [trials._labelled(2, 0, draw) for draw in range(3)]
+    assert not torch.equal(drawn[0], drawn[1])
+    single = []
+    for index in drawn:
+        trials._labelled = lambda *rest, index=index: index  # type: ignore[method-assign]
+        single.append(trials._probe(net, "none", 0, lambda: None))
+    several = replace(config, probe=replace(few, label_draws=3))
+    mean = Trials(open_materials(several))._probe(net, "none", 0, lambda: None)
+    assert len(set(single)) > 1
+    assert mean == pytest.approx(sum(single) / 3)
+
+
 def test_raw_images_are_used_as_they_are_and_real_ones_normalised(config: EvaluateConfig) -> None:
     chosen = load_distilled(config.run)
     raw = replace(chosen, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -131,6 +131,7 @@ def test_json_holds_every_figure() -> None:
         (lambda: PretrainConfig(steps=0), "PretrainConfig: steps must be at least 1, got 0"),
         (lambda: PretrainConfig(momentum=1.0), "momentum must be in"),
         (lambda: ProbeConfig(labels_per_class=0), "labels_per_class must be at least 1"),
+        (lambda: ProbeConfig(label_draws=2), "label_draws must be at least 1, and 1 where all"),
         (lambda: ProbeConfig(ridge=0.0), "ridge must be positive"),
         (lambda: FinetuneConfig(steps=-1), "FinetuneConfig: steps must be at least 0, got -1"),
         (

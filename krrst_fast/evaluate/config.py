@@ -46,6 +46,9 @@ class ProbeConfig:
     cosine decay). "ridge": regression to one-hot labels in closed form, for when labels are few."""
     labels_per_class: int | None = None
     """Labelled images of each class, drawn anew for each seed; None takes the whole train split."""
+    label_draws: int = 1
+    """Draws of few labels in each seed, whose accuracies are averaged: the luck of one draw is most
+    of the spread when labels are few, and needs no further pre-training to average out."""
     steps: int = 5000
     batch_size: int = 512
     lr: float = 0.2
@@ -57,6 +60,8 @@ class ProbeConfig:
         require(self.solver in ("sgd", "ridge"), self, "solver", "sgd or ridge")
         enough = self.labels_per_class is None or self.labels_per_class >= 1
         require(enough, self, "labels_per_class", "at least 1, or none for all")
+        draws = self.label_draws == 1 if self.labels_per_class is None else self.label_draws >= 1
+        require(draws, self, "label_draws", "at least 1, and 1 where all labels are taken")
         require(self.steps >= 1, self, "steps", "at least 1")
         require(self.batch_size >= 1, self, "batch_size", "at least 1")
         require(self.lr > 0, self, "lr", "positive")

@@ -99,8 +99,8 @@ def _rows_of(output: Path) -> list[Row]:
 
 
 def _ticks(config: EvaluateConfig, method: Method) -> int:
-    """Progress of a row: one for each SGD step, one for a closed-form probe."""
-    ticks = config.probe.steps if config.probe.solver == "sgd" else 1
+    """Progress of a row: one for each SGD step, one for each closed-form probe."""
+    ticks = config.probe.label_draws * (config.probe.steps if config.probe.solver == "sgd" else 1)
     if method != "target":
         ticks += config.finetune.steps
         ticks += config.pretrain.steps if method != "none" else 0

@@ -150,6 +150,8 @@ class Evaluation:
     def _title(self) -> str:
         labels = self.config.probe.labels_per_class
         given = "all labels" if labels is None else f"{labels} label{'s' * (labels > 1)} per class"
+        draws = self.config.probe.label_draws
+        given += f" (mean of {draws} draws)" if draws > 1 else ""
         paired = "; differences are paired by seed, +- their standard error"
         return (
             f"{self.name}: accuracy in per cent, mean +- standard deviation over "

@@ -1,5 +1,6 @@
 """One row of an evaluation: a method with a seed, from initial weights to accuracies."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -106,19 +107,25 @@ class Trials:
         return place(net, self.materials.device)
 
     def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
-        given = self.materials
-        index = self._labelled(given.config.probe.labels_per_class, seed)
-        device = given.device
-        return probe_accuracy(
-            self._features(net, method, given.train, index, "train"),
-            given.train.labels[index].to(device),
-            self._features(net, method, given.test, self._all_tests, "test"),
-            given.test.labels.to(device),
-            given.classes,
-            given.config.probe,
-            seed=seed,
-            tick=tick,
-        )
+        """Accuracy of the probe, a mean over the draws of labels."""
+        given, config = self.materials, self.materials.config.probe
+        test = self._features(net, method, given.test, self._all_tests, "test")
+        accuracies = []
+        for draw in range(config.label_draws):
+            index = self._labelled(config.labels_per_class, seed, draw)
+            accuracies.append(
+                probe_accuracy(
+                    self._features(net, method, given.train, index, "train"),
+                    given.train.labels[index].to(given.device),
+                    test,
+                    given.test.labels.to(given.device),
+                    given.classes,
+                    config,
+                    seed=seed,
+                    tick=tick,
+                )
+            )
+        return statistics.fmean(accuracies)
 
     def _features(
         self, net: Network, method: Method, split: Split, index: Tensor, name: str
@@ -158,7 +165,7 @@ class Trials:
         with torch.no_grad():
             return accuracy(tuned.fc(features).cpu(), given.test.labels)
 
-    def _labelled(self, per_class: int | None, seed: int) -> Tensor:
+    def _labelled(self, per_class: int | None, seed: int, draw: int = 0) -> Tensor:
         given = self.materials
-        where = str(given.store.path)
-        return draw_labelled(given.train.labels, given.classes, per_class, seed=seed, where=where)
+        where, stream = str(given.store.path), derive(seed, "draw", draw)
+        return draw_labelled(given.train.labels, given.classes, per_class, seed=stream, where=where)
