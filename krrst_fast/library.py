@@ -21,7 +21,7 @@ from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 RIDGE_FACTOR = 10.0
 """By how much a retry of `ridge_factor` raises the ridge."""
 
-FLOAT64_UP_TO = 256
+FLOAT64_UP_TO = 512
 """Grams of at most this many rows are factored in float64, whatever their own precision."""
 
 _log = logging.getLogger("krrst_fast")
@@ -46,7 +46,7 @@ def _thin_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
 
 
 def factor_dtype(k: Tensor) -> torch.dtype:
-    """The precision k [M, M] is factored in: float64 as long as that costs nothing beside k itself."""
+    """The precision k [M, M] is factored in: float64 as long as it costs nothing beside k."""
     return torch.float64 if k.shape[0] <= FLOAT64_UP_TO else k.dtype
 
 

@@ -30,10 +30,10 @@ void add_block(const Gemm<T>& gemm, int64_t depth, const T* panel_i, const T* pa
   for (int64_t r = 0; r < rows; r += gemm.rows) {
     const int64_t count = std::min(gemm.rows, rows - r);
     if (whole) {
-      gemm.tile(depth, panel_i + r, width, count, panel_j, block + r * n, n, accumulate);
+      gemm.tiles(depth, panel_i + r, width, count, panel_j, block + r * n, n, accumulate);
       continue;
     }
-    gemm.tile(depth, panel_i + r, width, count, panel_j, local, width, false);
+    gemm.tiles(depth, panel_i + r, width, count, panel_j, local, width, false);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < columns; ++j) {
         T& out = block[(r + i) * n + j];

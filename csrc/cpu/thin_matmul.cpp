@@ -26,7 +26,7 @@ void rows_of(const Gemm<T>& kernel, const T* a, int64_t a_row, int64_t a_depth, 
       T* const panel = panels + p * width * block.depth;
       kernel.pack(a + row * a_row + k0 * a_depth, a_row, a_depth, std::min(width, i1 - row), kc, panel);
       for (int64_t c = 0; c < columns; c += kernel.rows)
-        kernel.tile(kc, b + k0 * columns + c, columns, std::min(kernel.rows, columns - c), panel,
+        kernel.tiles(kc, b + k0 * columns + c, columns, std::min(kernel.rows, columns - c), panel,
                     sums + c * stride + p * width, stride, k0 > 0);
     }
   }

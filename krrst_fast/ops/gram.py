@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from krrst_fast import reference
 from krrst_fast.backends import BackendName, choose
 from krrst_fast.ops import checks
+from krrst_fast.ops.once import once_differentiable
 
 
 def gram(
@@ -42,7 +42,7 @@ class _Gram(torch.autograd.Function):
             return choose(backend, x, "gram").gram(x, scale, bias)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("gram")
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         with checks.no_autocast(x):

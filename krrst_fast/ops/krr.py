@@ -5,13 +5,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from krrst_fast import reference
 from krrst_fast.backends import BackendName, choose
 from krrst_fast.library import RIDGE_FACTOR
 from krrst_fast.ops import checks
 from krrst_fast.ops.forms import BACKWARD, SOLVE, Kernel, Needs, Solve
+from krrst_fast.ops.once import once_differentiable
 from krrst_fast.planner import Form, plan
 
 RidgeOf = Literal["trace", "mean_diagonal", "absolute"]
@@ -270,7 +270,7 @@ class _Krr(torch.autograd.Function):
         return value, solve.lam, solve.retries, solve.pivots
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("krr_mse, krr_predict")
     def backward(ctx, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         f_syn, y_syn, f_real, learnt, error, *saved = ctx.saved_tensors
         scale, bias, ridge, ridge_of, detach_ridge, form, backend = ctx.settings

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from krrst_fast.library import RIDGE_FACTOR, factored_solve, ridge_factor
 from krrst_fast.ops import checks
 from krrst_fast.ops.krr import RidgeOf
+from krrst_fast.ops.once import once_differentiable
 from krrst_fast.reference import absolute_ridge
 
 
@@ -57,7 +57,7 @@ class _RidgeSolve(torch.autograd.Function):
         return alpha
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("ridge_solve")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
         factor, alpha, retries = ctx.saved_tensors
         beta = factored_solve(grad, factor)

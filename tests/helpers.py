@@ -1,0 +1,72 @@
+"""Problems with a stated condition number, and the formula the fast code must equal."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMES = ("f_syn", "y_syn", "f_real", "y_real")
+SHAPES = [  # M, D, B, P: ones, primes, M > D, D > M, more targets than images
+    (1, 1, 1, 1),
+    (2, 3, 5, 1),
+    (7, 13, 11, 3),
+    (31, 17, 29, 5),
+    (17, 31, 13, 47),
+    (64, 128, 33, 10),
+    (97, 61, 40, 7),
+    (300, 331, 20, 2),
+    (520, 531, 20, 2),
+]
+
+
+def features(n: int, d: int, condition: float, generator: torch.Generator) -> Tensor:
+    """Float64 [n, d] whose gram of rows (or of columns, if fewer) has this condition number."""
+    rank = min(n, d)
+    left = torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(d, rank, dtype=torch.float64, generator=generator))[0]
+    singular = torch.logspace(0, -math.log10(condition) / 2, rank, dtype=torch.float64)
+    return 3 * (left * singular) @ right.mT
+
+
+def problem(
+    m: int, d: int, b: int, p: int, *, condition: float | str = 1e2, seed: int = 0
+) -> list[Tensor]:
+    """F_s, Y_s, F_r, Y_r in float64, exact in float32; "duplicates" repeats half of F_s."""
+    generator = torch.Generator().manual_seed(seed)
+    f_syn = features(m, d, 1e2 if condition == "duplicates" else float(condition), generator)
+    if condition == "duplicates":
+        f_syn[(m + 1) // 2 :] = f_syn[: m // 2].clone()
+    y_syn, y_real = (torch.randn(n, p, dtype=torch.float64, generator=generator) for n in (m, b))
+    return [x.float().double() for x in (f_syn, y_syn, features(b, d, 1e2, generator), y_real)]
+
+
+def formula(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor) -> Tensor:
+    """The outer loss of KRR-ST as its authors write it: ones column, full gram, LU, autograd."""
+
+    def with_one(f: Tensor) -> Tensor:
+        return torch.cat((f, torch.ones(len(f), 1, dtype=f.dtype)), dim=1)
+
+    syn, real = with_one(f_syn), with_one(f_real)
+    k_ss = syn @ syn.mT
+    ridge = 1e-6 * k_ss.trace().detach()
+    alpha = torch.linalg.solve(k_ss + ridge * torch.eye(len(k_ss), dtype=k_ss.dtype), y_syn)
+    return ((real @ syn.mT @ alpha - y_real) ** 2).mean()
+
+
+def loss_and_gradients(
+    loss: Callable[..., Tensor], tensors: list[Tensor], dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """The loss and its gradient to each tensor, computed in `dtype`."""
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def assert_equal(got: Tensor, exact: Tensor, tolerance: float, what: str = "") -> None:
+    """|got - exact| <= tolerance * max(1, |exact|_max), and nothing is NaN."""
+    assert got.shape == exact.shape, f"{what}: {tuple(got.shape)} is not {tuple(exact.shape)}"
+    if exact.numel():
+        error = (got - exact).abs().max().item()
+        allowed = tolerance * max(1.0, exact.abs().max().item())
+        assert error <= allowed, f"{what}: error {error:.3e} > allowed {allowed:.3e}"

@@ -1,0 +1,49 @@
+"""gram: the values, the symmetry, the gradient, the errors."""
+
+import pytest
+import torch
+
+from krrst_fast import gram, reference
+from krrst_fast.backends import BACKENDS
+from tests.helpers import assert_equal, features, loss_and_gradients
+
+BACKEND_NAMES = [backend.name for backend in BACKENDS]
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("n,d", [(0, 3), (3, 0), (1, 1), (13, 7), (49, 130), (101, 61)])
+def test_equals_the_reference(n: int, d: int, backend: str) -> None:
+    x = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for layout in (x, x.mT, x.mT.contiguous().mT, x[::2, ::3]):
+        got = gram(layout, scale=2.0, bias=0.25, backend=backend)
+        assert_equal(got, reference.gram(layout, 2.0, 0.25), 1e-13)
+        if backend == "cpp":
+            assert torch.equal(got, got.mT)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_float32_is_at_most_twice_as_wrong_as_torch(backend: str) -> None:
+    exact = features(150, 700, 1e4, torch.Generator().manual_seed(0)).float().double()
+    k = exact @ exact.mT
+    plain = (reference.gram(exact.float(), 1.0, 0.0).double() - k).square().mean().sqrt()
+    error = (gram(exact.float(), backend=backend).double() - k).square().mean().sqrt()
+    assert error <= 2 * plain, f"error {error:.3e} > allowed {2 * plain:.3e}"
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_gradient(backend: str) -> None:
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gram(x, scale=1.5, bias=1.0, backend=backend), x)
+    weight = torch.randn(6, 6, dtype=torch.float64)  # a gradient that is not symmetric
+    got = loss_and_gradients(lambda x: (weight * gram(x, backend=backend)).sum(), [x.detach()])
+    exact = loss_and_gradients(lambda x: (weight * (x @ x.mT)).sum(), [x.detach()])
+    assert_equal(got[1], exact[1], 1e-12)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"gram: x must be a matrix, got shape \(2, 3, 4\)"):
+        gram(torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="gram: x must be float32 or float64, got torch.bool"):
+        gram(torch.ones(2, 3).bool())
+    with pytest.raises(ValueError, match="gram: scale must be positive"):
+        gram(torch.ones(2, 3), scale=float("inf"))

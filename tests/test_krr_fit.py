@@ -1,0 +1,45 @@
+"""krr_fit: the same predictions as krr_predict, from a factor that is kept."""
+
+import pytest
+import torch
+
+from krrst_fast import krr_fit, krr_predict
+from krrst_fast.planner import FORMS
+from tests.helpers import assert_equal, problem
+
+
+@pytest.mark.parametrize("form", ["auto", *FORMS])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (13, 7, 5, 3), (7, 13, 5, 30)])
+def test_predicts_like_the_reference(shape: tuple[int, int, int, int], form: str) -> None:
+    f_syn, y_syn, f_real, _ = problem(*shape)
+    kernel = {"ridge": 1e-3, "bias": 0.5, "scale": 2.0}
+    fit = krr_fit(f_syn, y_syn, form=form, **kernel)
+    exact = krr_predict(f_syn, y_syn, f_real, backend="reference", detach_ridge=True, **kernel)
+    assert_equal(fit.predict(f_real), exact, 1e-10)
+    k = 2.0 * f_syn @ f_syn.mT + 0.5
+    alpha = torch.linalg.solve(k + 1e-3 * k.trace() * torch.eye(len(k), dtype=k.dtype), y_syn)
+    assert_equal(fit.alpha, alpha, 1e-9)
+    assert_equal(fit.info.ridge, 1e-3 * k.trace(), 1e-12)
+
+
+def test_the_factor_is_of_the_ridged_gram() -> None:
+    f_syn, y_syn, _, _ = problem(9, 20, 1, 2)
+    fit = krr_fit(f_syn, y_syn, ridge=0.3, ridge_of="absolute", form="w")
+    assert_equal(fit.factor @ fit.factor.mT, f_syn @ f_syn.mT + 0.3 * torch.eye(9, dtype=torch.float64), 1e-12)
+
+
+def test_predict_is_differentiable_in_the_features() -> None:
+    f_syn, y_syn, f_real, _ = problem(9, 5, 4, 2)
+    fit = krr_fit(f_syn.requires_grad_(), y_syn, bias=1.0)
+    assert not fit.alpha.requires_grad
+    assert torch.autograd.gradcheck(fit.predict, f_real.requires_grad_())
+
+
+def test_bad_input_is_named() -> None:
+    fit = krr_fit(torch.eye(3), torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"KRRFit.predict: f must be \[B, 3\], got shape \(2, 4\)"):
+        fit.predict(torch.ones(2, 4))
+    with pytest.raises(TypeError, match="KRRFit.predict: .* one dtype"):
+        fit.predict(torch.ones(2, 3).double())
+    with pytest.raises(ValueError, match="krr_fit: f_syn must have at least one row"):
+        krr_fit(torch.ones(0, 3), torch.ones(0, 2))
