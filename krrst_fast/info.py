@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from krrst_fast import environment
+from krrst_fast import environment, library
 from krrst_fast.errors import DataError
 
 
@@ -15,14 +15,24 @@ def about_this_machine() -> dict[str, str]:
     gpu = told["gpu"] or "none that torch sees"
     return {
         "krrst_fast": told["krrst_fast"],
-        "extension": told["extension"]
-        or "not built: plain PyTorch computes, with the same results",
+        "extension": _extension(),
         "python": told["python"],
         "torch": told["torch"],
         "cpu": f"{told['cpu']}, {told['threads']} threads",
         "gpu": f"{gpu} (CUDA {torch.version.cuda})" if told["gpu"] else gpu,
         "platform": told["platform"],
     }
+
+
+def _extension() -> str:
+    if not library.has_extension():
+        return f"{library.EXTENSION}; plain PyTorch computes"
+    try:
+        from krrst_fast._native import build_info
+    except ImportError as error:
+        return f"loaded, without the module for image files: {error}"
+    built = build_info()
+    return f"loaded, built by compiler {built['compiler']} for version {built['version']}"
 
 
 def about_path(path: Path) -> dict[str, str]:

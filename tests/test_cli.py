@@ -127,6 +127,7 @@ def test_messages_name_the_result_and_the_next_command(krrst: Krrst, tmp_path: P
 def test_info(krrst: Krrst, chain: Path) -> None:
     told = krrst("info")
     assert told.code == 0 and re.search(r"^torch +2\.", told.out, re.MULTILINE)
+    assert re.search(r"^extension +(loaded|not loaded: .+)", told.out, re.MULTILINE)
     for path, words in (
         ("store", ["image store", "90 train, 90 test", "3x8x8"]),
         ("target", ["target network", "outputs     6"]),
