@@ -1,7 +1,7 @@
-// Packed matrix products on raw pointers: no torch headers, so that each instruction set compiles in
-// a second. A "panel" is `width` rows of an operand stored [depth][width]: for each depth index the
-// width values lie side by side, zero-padded. One layout serves both operands of a product: a tile
-// reads one panel by vectors and up to `rows` values of the other by broadcast.
+// Packed matrix products on raw pointers: no torch headers, so that each instruction set compiles
+// in a second. A "panel" is `width` rows of an operand stored [depth][width]: for each depth index
+// the width values lie side by side, zero-padded. One layout serves both operands of a product: a
+// tile reads one panel by vectors and up to `rows` values of the other by broadcast.
 #pragma once
 #include <cstdint>
 
@@ -16,19 +16,22 @@ struct Gemm {
   int64_t width;  // panel width
   int64_t rows;   // rows of a tile, a divisor of width
 
-  // panel[k * width + r] = x[r * row_stride + k * depth_stride], r < count, zero for count <= r < width.
-  void (*pack)(const T* x, int64_t row_stride, int64_t depth_stride, int64_t count, int64_t depth, T* panel);
+  // panel[k * width + r] = x[r * row_stride + k * depth_stride], r < count, zero for count <= r <
+  // width.
+  void (*pack)(const T* x, int64_t row_stride, int64_t depth_stride, int64_t count, int64_t depth,
+               T* panel);
 
-  // c[r * ldc + j] (+)= sum_k x[k * x_stride + r] * panel[k * width + j], r < count <= rows, j < width.
-  void (*tile)(int64_t depth, const T* x, int64_t x_stride, int64_t count, const T* panel, T* c, int64_t ldc,
-               bool accumulate);
+  // c[r * ldc + j] (+)= sum_k x[k * x_stride + r] * panel[k * width + j], r < count <= rows, j <
+  // width.
+  void (*tile)(int64_t depth, const T* x, int64_t x_stride, int64_t count, const T* panel, T* c,
+               int64_t ldc, bool accumulate);
 
   // The same for any depth, in chains.
-  void tiles(int64_t depth, const T* x, int64_t x_stride, int64_t count, const T* panel, T* c, int64_t ldc,
-             bool accumulate) const {
+  void tiles(int64_t depth, const T* x, int64_t x_stride, int64_t count, const T* panel, T* c,
+             int64_t ldc, bool accumulate) const {
     for (int64_t k = 0; k < depth; k += chain)
-      tile(chain < depth - k ? chain : depth - k, x + k * x_stride, x_stride, count, panel + k * width, c, ldc,
-           accumulate || k > 0);
+      tile(chain < depth - k ? chain : depth - k, x + k * x_stride, x_stride, count,
+           panel + k * width, c, ldc, accumulate || k > 0);
   }
 };
 
@@ -40,7 +43,8 @@ struct Kernels {
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-// The widest set this processor runs, chosen once; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it (tests).
+// The widest set this processor runs, chosen once; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it
+// (tests).
 const Kernels& kernels();
 
 template <typename T>

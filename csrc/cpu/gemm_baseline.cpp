@@ -8,5 +8,6 @@
 #define KRRST_ROWS 4
 #include "gemm.inc"
 namespace krrst::cpu {
-const Kernels kernels_baseline{"baseline", isa_baseline::table<float>(), isa_baseline::table<double>()};
+const Kernels kernels_baseline{"baseline", isa_baseline::table<float>(),
+                               isa_baseline::table<double>()};
 }

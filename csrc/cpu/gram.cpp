@@ -23,8 +23,8 @@ void lower_entry(int64_t t, int64_t* row, int64_t* column) {
 
 // Adds panel i times panel j to its block of k; blocks at the border go through a local one.
 template <typename T>
-void add_block(const Gemm<T>& gemm, int64_t depth, const T* panel_i, const T* panel_j, int64_t rows, int64_t columns,
-               T* block, int64_t n, T* local, bool accumulate) {
+void add_block(const Gemm<T>& gemm, int64_t depth, const T* panel_i, const T* panel_j, int64_t rows,
+               int64_t columns, T* block, int64_t n, T* local, bool accumulate) {
   const int64_t width = gemm.width;
   const bool whole = columns == width;
   for (int64_t r = 0; r < rows; r += gemm.rows) {
@@ -44,7 +44,8 @@ void add_block(const Gemm<T>& gemm, int64_t depth, const T* panel_i, const T* pa
 
 // scale * value + bias on and below the diagonal of a block, and its mirror image above.
 template <typename T>
-void finish_block(T* k, int64_t n, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T scale, T bias) {
+void finish_block(T* k, int64_t n, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T scale,
+                  T bias) {
   for (int64_t i = i0; i < i1; ++i) {
     const int64_t last = std::min(j1, i + 1);
     for (int64_t j = j0; j < last; ++j) {
@@ -58,10 +59,11 @@ void finish_block(T* k, int64_t n, int64_t i0, int64_t i1, int64_t j0, int64_t j
 }  // namespace
 
 template <typename T>
-void gram(const T* x, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t depth, T scale, T bias, T* k,
-          const Parallel& parallel) {
+void gram(const T* x, int64_t row_stride, int64_t depth_stride, int64_t n, int64_t depth, T scale,
+          T bias, T* k, const Parallel& parallel) {
   const Gemm<T>& kernel = gemm<T>();
-  const int64_t width = kernel.width, panels = (n + width - 1) / width, blocks = panels * (panels + 1) / 2;
+  const int64_t width = kernel.width, panels = (n + width - 1) / width,
+                blocks = panels * (panels + 1) / 2;
   const int64_t chunk = std::min(depth, kChunk);
   if (depth == 0) std::fill(k, k + n * n, T(0));
   const std::unique_ptr<T[]> packed(new T[static_cast<size_t>(panels * width * chunk)]);
@@ -78,8 +80,8 @@ void gram(const T* x, int64_t row_stride, int64_t depth_stride, int64_t n, int64
         int64_t i, j;
         lower_entry(t, &i, &j);
         add_block(kernel, kc, packed.get() + i * width * chunk, packed.get() + j * width * chunk,
-                  std::min(width, n - i * width), std::min(width, n - j * width), k + i * width * n + j * width, n,
-                  local.get(), k0 > 0);
+                  std::min(width, n - i * width), std::min(width, n - j * width),
+                  k + i * width * n + j * width, n, local.get(), k0 > 0);
       }
     });
   }
@@ -87,14 +89,15 @@ void gram(const T* x, int64_t row_stride, int64_t depth_stride, int64_t n, int64
     for (int64_t t = first; t < last; ++t) {
       int64_t i, j;
       lower_entry(t, &i, &j);
-      finish_block(k, n, i * width, std::min(n, (i + 1) * width), j * width, std::min(n, (j + 1) * width), scale,
-                   bias);
+      finish_block(k, n, i * width, std::min(n, (i + 1) * width), j * width,
+                   std::min(n, (j + 1) * width), scale, bias);
     }
   });
 }
 
-template void gram<float>(const float*, int64_t, int64_t, int64_t, int64_t, float, float, float*, const Parallel&);
-template void gram<double>(const double*, int64_t, int64_t, int64_t, int64_t, double, double, double*,
-                           const Parallel&);
+template void gram<float>(const float*, int64_t, int64_t, int64_t, int64_t, float, float, float*,
+                          const Parallel&);
+template void gram<double>(const double*, int64_t, int64_t, int64_t, int64_t, double, double,
+                           double*, const Parallel&);
 
 }  // namespace krrst::cpu

@@ -11,8 +11,14 @@
 #define KRRST_TEXT(x) KRRST_TEXT_(x)
 
 PyMODINIT_FUNC KRRST_JOIN(PyInit_, TORCH_EXTENSION_NAME)(void) {
-  static struct PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, KRRST_TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-      nullptr};
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                                      KRRST_TEXT(TORCH_EXTENSION_NAME),
+                                      nullptr,
+                                      -1,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
   return PyModule_Create(&module);
 }

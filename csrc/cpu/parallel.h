@@ -6,6 +6,7 @@
 namespace krrst::cpu {
 
 // Runs body(first, last) over a partition of [0, count), on as many threads as pay.
-using Parallel = std::function<void(int64_t count, const std::function<void(int64_t first, int64_t last)>& body)>;
+using Parallel = std::function<void(int64_t count,
+                                    const std::function<void(int64_t first, int64_t last)>& body)>;
 
 }  // namespace krrst::cpu

@@ -1,4 +1,5 @@
-// Crop, flip and normalise a batch of uint8 images. No torch here: _C and _native share this kernel.
+// Crop, flip and normalise a batch of uint8 images. No torch here: _C and _native share this
+// kernel.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -28,6 +29,7 @@ std::vector<float> normalised_levels(const double* mean, const double* std, int6
 const char* refuse_views(const Images& images, const Draw& draw);
 
 // The views first .. last - 1 into out [batch, channels, height, width], contiguous.
-void views(const Images& images, const Draw& draw, const float* levels, int64_t first, int64_t last, float* out);
+void views(const Images& images, const Draw& draw, const float* levels, int64_t first, int64_t last,
+           float* out);
 
 }  // namespace krrst::cpu
