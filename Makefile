@@ -22,10 +22,10 @@ test: install
 
 demo: install
 	rm -rf demo
-	$(KRRST) prepare digits demo/store --run digits
-	$(KRRST) target --run digits --store demo/store --out demo/target
-	$(KRRST) distill --run digits --store demo/store --target demo/target --out demo/run
-	$(KRRST) evaluate demo/run --run digits --store demo/store
+	$(KRRST) prepare digits demo/digits --run digits
+	$(KRRST) target --run digits --store demo/digits --out demo/target
+	$(KRRST) distill --run digits --store demo/digits --target demo/target --out demo/run
+	$(KRRST) evaluate demo/run --run digits --store demo/digits
 	$(KRRST) report demo/run
 
 lint: install

@@ -87,7 +87,7 @@ def extensions():
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < TORCH_MIN:
         give_up(f"torch {torch.__version__} is older than 2.10")
         return [], {}
-    modules = [m for m in (torch_module(cpp_extension), native_module()) if m.sources]
+    modules = [torch_module(cpp_extension), native_module()]
     return modules, {"build_ext": cpp_extension.BuildExtension}
 
 

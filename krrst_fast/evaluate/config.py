@@ -54,7 +54,7 @@ class ProbeConfig:
     lr: float = 0.2
     ridge: float = 0.1
     """Of the ridge solver only: multiple of the mean diagonal of the centred gram. Accuracy is flat
-    from 0.01 to 1 with two labels a class as with all; leave-one-out on so few picks badly."""
+    from 0.01 to 0.1 with two labels a class as with all; leave-one-out on so few picks badly."""
 
     def __post_init__(self) -> None:
         require(self.solver in ("sgd", "ridge"), self, "solver", "sgd or ridge")
