@@ -22,21 +22,24 @@ void need(bool holds, const char* what) {
   if (!holds) throw py::value_error(std::string("gather_views: ") + what);
 }
 
-void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> offset, Array<bool> flip, int64_t padding,
-                  const std::vector<double>& mean, const std::vector<double>& std, Array<float> out) {
+void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> offset,
+                  Array<bool> flip, int64_t padding, const std::vector<double>& mean,
+                  const std::vector<double>& std, Array<float> out) {
   need(images.ndim() == 4, "images must be [N, C, H, W]");
-  const int64_t count = images.shape(0), channels = images.shape(1), height = images.shape(2), width = images.shape(3);
+  const int64_t count = images.shape(0), channels = images.shape(1), height = images.shape(2),
+                width = images.shape(3);
   const int64_t batch = index.size(), per_channel = height * width;
-  need(index.ndim() == 1 && offset.ndim() == 2 && offset.shape(0) == batch && offset.shape(1) == 2 &&
-           flip.ndim() == 1 && flip.size() == batch,
+  need(index.ndim() == 1 && offset.ndim() == 2 && offset.shape(0) == batch &&
+           offset.shape(1) == 2 && flip.ndim() == 1 && flip.size() == batch,
        "index, offset and flip must be [B], [B, 2] and [B]");
   need(static_cast<int64_t>(mean.size()) == channels && mean.size() == std.size(),
        "mean and std must have one number for each channel");
   for (const double scale : std) need(scale > 0, "std must be above zero");
-  need(out.ndim() == 4 && out.shape(0) == batch && out.shape(1) == channels && out.shape(2) == height &&
-           out.shape(3) == width,
+  need(out.ndim() == 4 && out.shape(0) == batch && out.shape(1) == channels &&
+           out.shape(2) == height && out.shape(3) == width,
        "out must be [B, C, H, W]");
-  const Images source{images.data(), count, channels, height, width, {channels * per_channel, per_channel, width, 1}};
+  const Images source{images.data(), count, channels,
+                      height,        width, {channels * per_channel, per_channel, width, 1}};
   const Draw draw{index.data(), offset.data(), flip.data(), batch, padding};
   float* target = out.mutable_data();
   py::gil_scoped_release without_gil;
@@ -44,7 +47,8 @@ void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> of
     py::gil_scoped_acquire with_gil;
     need(false, reason);
   }
-  const std::vector<float> levels = krrst::cpu::normalised_levels(mean.data(), std.data(), channels);
+  const std::vector<float> levels =
+      krrst::cpu::normalised_levels(mean.data(), std.data(), channels);
   krrst::cpu::views(source, draw, levels.data(), 0, batch, target);
 }
 
@@ -56,8 +60,8 @@ py::list scan_tar(const std::string& path) {
   }
   py::list rows;
   for (const auto& member : members) {
-    const auto name =
-        py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(member.name.data(), member.name.size(), "surrogateescape"));
+    const auto name = py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeUTF8(member.name.data(), member.name.size(), "surrogateescape"));
     if (!name) throw py::error_already_set();
     rows.append(py::make_tuple(name, member.offset, member.size));
   }
@@ -97,10 +101,12 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Parts of krrst_fast that need no torch: the tar index and views in NumPy memory.";
   py::register_local_exception_translator(&translate);
   m.def("scan_tar", &scan_tar, py::arg("path"),
-        "(name, offset, length) of each regular file of an uncompressed tar; ValueError if it is damaged.");
+        "(name, offset, length) of each regular file of an uncompressed tar; ValueError if it is "
+        "damaged.");
   m.def("gather_views", &gather_views, py::arg("images").noconvert(), py::arg("index").noconvert(),
-        py::arg("offset").noconvert(), py::arg("flip").noconvert(), py::kw_only(), py::arg("padding"), py::arg("mean"),
-        py::arg("std"), py::arg("out").noconvert(),
+        py::arg("offset").noconvert(), py::arg("flip").noconvert(), py::kw_only(),
+        py::arg("padding"), py::arg("mean"), py::arg("std"), py::arg("out").noconvert(),
         "krrst_fast.ops.views on NumPy arrays, into float32 `out`; runs without the GIL.");
-  m.def("build_info", &build_info, "Compiler, C++ standard, instruction set and version of this build.");
+  m.def("build_info", &build_info,
+        "Compiler, C++ standard, instruction set and version of this build.");
 }

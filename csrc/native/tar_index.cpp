@@ -22,7 +22,8 @@ using Header = std::array<char, kBlock>;
 
 class File {
  public:
-  explicit File(const std::string& path) : path_(path), file_(std::fopen(path.c_str(), "rb"), &std::fclose) {
+  explicit File(const std::string& path)
+      : path_(path), file_(std::fopen(path.c_str(), "rb"), &std::fclose) {
     if (!file_) fail();
     if (fseeko(file_.get(), 0, SEEK_END) != 0) fail();
     size_ = ftello(file_.get());
@@ -36,7 +37,9 @@ class File {
   }
 
  private:
-  [[noreturn]] void fail() const { throw std::system_error(errno ? errno : EIO, std::generic_category(), path_); }
+  [[noreturn]] void fail() const {
+    throw std::system_error(errno ? errno : EIO, std::generic_category(), path_);
+  }
 
   std::string path_;
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_;
@@ -48,7 +51,9 @@ class File {
 }
 
 // A text field ends at its first zero byte, or fills its place.
-std::string text(const char* field, size_t length) { return std::string(field, strnlen(field, length)); }
+std::string text(const char* field, size_t length) {
+  return std::string(field, strnlen(field, length));
+}
 
 // Octal digits between blanks, or, with the top bit set, a big-endian number (GNU).
 bool number(const char* field, size_t length, int64_t* value) {
@@ -99,8 +104,8 @@ void read_pax(std::string_view records, int64_t offset, Extended* next) {
     size_t length = 0;
     const auto parsed = std::from_chars(records.data(), records.data() + records.size(), length);
     const size_t start = parsed.ptr - records.data() + 1;
-    if (parsed.ec != std::errc() || length <= start || length > records.size() || records[start - 1] != ' ' ||
-        records[length - 1] != '\n')
+    if (parsed.ec != std::errc() || length <= start || length > records.size() ||
+        records[start - 1] != ' ' || records[length - 1] != '\n')
       damaged("pax record", offset);
     const std::string_view record = records.substr(start, length - 1 - start);
     const size_t equals = record.find('=');
@@ -150,7 +155,8 @@ std::vector<Member> scan_tar(const std::string& path) {
     if (!extends && next.size >= 0) size = next.size;
     if (!has_data(type)) size = 0;
     const int64_t data = offset + kBlock, room = file.size() - data;
-    if (size > room || (size + kBlock - 1) / kBlock * kBlock > room) damaged("member cut short", offset);
+    if (size > room || (size + kBlock - 1) / kBlock * kBlock > room)
+      damaged("member cut short", offset);
     if (type == 'S') throw DamagedTar("sparse members are not read");
     if (extends && size > kMaxText) damaged("extended header of impossible length", offset);
     if (type == 'L' || type == 'x') {
