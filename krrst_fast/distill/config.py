@@ -40,6 +40,7 @@ _CHOICES = {
     "init_images": ("real", "noise"),
     "init_targets": ("target", "random"),
     "dtype": ("float32", "float64"),
+    "target_cache": ("auto", "on", "off"),
 }
 
 
@@ -68,6 +69,9 @@ class DistillConfig:
     """What `ridge` is a multiple of."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """The augmentation of the real batch."""
+    target_cache: Literal["auto", "on", "off"] = "auto"
+    """Whether the target runs once on every view of every image, beforehand, and not at every step.
+    "auto": if its outputs take at most 1 GiB and the steps would run it on more images."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     image_space: Literal["normalized", "raw"] = "normalized"
     """"raw": the images start as pixels in [0, 1], which the networks then see as they are, while

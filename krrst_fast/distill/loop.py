@@ -65,7 +65,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     initial = initial_set(config, store, target)
     _begin_alike(config.out / "initial.safetensors", initial)
 
-    source = make_source(config, store, target, device)
+    source = make_source(config, store, target, device, progress=progress)
     state = make_state(config, initial, device)
     totals = _take_up(config, state, progress)
     _run(config, state, source, totals, progress)

@@ -8,10 +8,11 @@ from torch import Tensor
 from krrst_fast.config import config_hash, to_dict
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.cache import TargetCache, is_cached
 from krrst_fast.distill.checkpoint import FREE_SETTINGS
 from krrst_fast.distill.config import DistillConfig
 from krrst_fast.distill.pool import Pool, place
-from krrst_fast.distill.source import Epochs, Source
+from krrst_fast.distill.source import Epochs, Represent, Source
 from krrst_fast.distill.step import State
 from krrst_fast.distilled_set import DistilledSet
 from krrst_fast.seeding import generator
@@ -69,22 +70,31 @@ def target_variance(store: ImageStore, target: FrozenTarget, *, seed: int) -> fl
 
 
 def make_source(
-    config: DistillConfig, store: ImageStore, target: FrozenTarget, device: torch.device
+    config: DistillConfig,
+    store: ImageStore,
+    target: FrozenTarget,
+    device: torch.device,
+    *,
+    progress: bool = False,
 ) -> Source:
-    """The store on the device, with the target run on every batch."""
+    """The store on the device; the target is run on every batch, or on every view beforehand."""
+    images, dtype = store.images("train").to(device), getattr(torch, config.dtype)
 
     def run_target(index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
         return target(batch.float())
 
+    represent: Represent = run_target
+    if is_cached(config, len(images), target.dim):
+        represent = TargetCache(target, images, config.views, dtype, progress=progress)
     return Source(
-        images=store.images("train").to(device),
+        images=images,
         mean=tuple(target.mean),
         std=tuple(target.std),
         view=config.views,
-        represent=run_target,
-        epochs=Epochs(store.count("train"), config.seed),
+        represent=represent,
+        epochs=Epochs(len(images), config.seed),
         batch_size=config.batch_size,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
     )
 
 
