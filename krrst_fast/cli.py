@@ -32,14 +32,15 @@ class Stage:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+            code = _dispatch(words)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail(f"interrupted{_GOING_ON.get(words[0], '') if words else ''}", 130)
     except BrokenPipeError:
         # The reader of our output has gone: whatever is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KrrstError as error:
         return _fail(str(error))
 
+
+_GOING_ON = {
+    "target": "; the same command with --resume goes on",
+    "distill": "; the same command with --resume goes on",
+    "evaluate": "; the same command goes on",
+}
 
 _EXTRAS = {
     "PIL": "data",
