@@ -38,6 +38,10 @@ class TargetConfig:
     """Steps over which the rate rises linearly."""
     projector: tuple[int, ...] = (2048, 2048, 2048)
     """Widths of the MLP between representation and loss, dropped after training; may be empty."""
+    standardize: bool = False
+    """Scale and shift the head, once trained, to outputs of mean 0 and variance 1. The loss hardly
+    sees their scale, and all that is trained on them does: a network that is to learn small outputs
+    fits them with its head and keeps the features it began with."""
     mean: tuple[float, ...] | None = None
     """Normalise the images by this mean instead of the store's (for weights from elsewhere)."""
     std: tuple[float, ...] | None = None
@@ -56,6 +60,8 @@ class TargetConfig:
         losses = ("barlow_twins", "simclr", "vicreg")
         require(self.loss in losses, self, "loss", f"one of {', '.join(losses)}")
         require(self.num_outputs >= 0, self, "num_outputs", "at least 0")
+        headed = self.num_outputs > 0 or not self.standardize
+        require(headed, self, "standardize", "off without num_outputs: there is no head to scale")
         require(self.off_diagonal >= 0, self, "off_diagonal", "at least 0")
         require(self.temperature > 0, self, "temperature", "above 0")
         require(self.steps >= 1, self, "steps", "at least 1")

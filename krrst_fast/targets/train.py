@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from krrst_fast import environment
 from krrst_fast.config import to_dict
@@ -25,10 +26,12 @@ from krrst_fast.targets.checkpoint import (
 from krrst_fast.targets.config import TargetConfig
 from krrst_fast.targets.diagnose import collapse_metrics
 from krrst_fast.targets.frozen import TARGET_FILE, FrozenTarget, load_target
+from krrst_fast.targets.standardize import standardize_head
 from krrst_fast.targets.trainer import Trainer, learning_rate
 from krrst_fast.targets.weights import load_weights
 
 _CHECKED_IMAGES = 1024
+_STANDARDIZED_BY = 8192
 _CHUNK = 256
 
 
@@ -85,6 +88,9 @@ def train_target(
         image_size=store.size,
         meta=_meta(config, identity),
     )
+    if config.standardize:
+        assert isinstance(model.fc, nn.Linear)
+        standardize_head(model.fc, _outputs(target, store, _STANDARDIZED_BY))
     write_json(config.out / "summary.json", totals | _spread(target, store))
     target.save(config.out / TARGET_FILE)
     (config.out / "checkpoint.pt").unlink(missing_ok=True)
@@ -211,17 +217,24 @@ def _bar(progress: bool, **options: int) -> AbstractContextManager[Any]:
 def _meta(config: TargetConfig, identity: str) -> dict[str, str]:
     if config.weights:
         return {"weights": config.weights.name, "store": identity}
-    names = ("loss", "steps", "batch_size", "lr", "seed")
+    names = ("loss", "steps", "batch_size", "lr", "standardize", "seed")
     return {name: str(getattr(config, name)) for name in names} | {"store": identity}
 
 
-def _spread(target: FrozenTarget, store: ImageStore) -> dict[str, float]:
-    """The collapse diagnostics of the finished target on the first images, not augmented."""
+def _outputs(target: FrozenTarget, store: ImageStore, limit: int) -> Tensor:
+    """The target's outputs [N, P] on images all over the store, not augmented, on the CPU."""
     device = next(target.model.parameters()).device
     images = store.images("train")
-    numbers = torch.arange(min(len(images), _CHECKED_IMAGES))
+    count = min(len(images), limit)
+    numbers = torch.arange(count) * len(images) // count
     outputs = [
         target(plain_views(images, chunk, target.mean, target.std).to(device)).cpu()
         for chunk in numbers.split(_CHUNK)
     ]
-    return {"dim": target.dim, **collapse_metrics(torch.cat(outputs))}
+    return torch.cat(outputs)
+
+
+def _spread(target: FrozenTarget, store: ImageStore) -> dict[str, float]:
+    """The collapse diagnostics of the finished target."""
+    outputs = _outputs(target, store, _CHECKED_IMAGES)
+    return {"dim": target.dim, **collapse_metrics(outputs)}
