@@ -70,6 +70,19 @@ def native_module():
     )
 
 
+def build_command(cpp_extension):
+    """Torch's build command; a module that does not compile is left out unless it was demanded."""
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extension(self, ext):
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                give_up(f"{ext.name} does not compile: {error}")
+
+    return Build
+
+
 def extensions():
     """The modules this machine can build, and the build command they need."""
     if BUILD == "0":
@@ -88,7 +101,7 @@ def extensions():
         give_up(f"torch {torch.__version__} is older than 2.10")
         return [], {}
     modules = [torch_module(cpp_extension), native_module()]
-    return modules, {"build_ext": cpp_extension.BuildExtension}
+    return modules, {"build_ext": build_command(cpp_extension)}
 
 
 ext_modules, cmdclass = extensions()

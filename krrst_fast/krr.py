@@ -10,7 +10,7 @@ from krrst_fast.backends import Backend, BackendName, choose
 from krrst_fast.ops import checks
 from krrst_fast.ops.forms import Kernel, Solve, fit_dual, fit_primal
 from krrst_fast.ops.krr import RidgeOf, SolveInfo
-from krrst_fast.planner import Form, plan
+from krrst_fast.planner import Form, cheapest
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,17 @@ class KRRFit:
 
         Raises:
             ValueError, TypeError: f does not match the fit.
+            NonFiniteError: f, on the CPU, holds NaN or infinity.
         """
         checks.matrices("KRRFit.predict", weights=self.weights, f=f)
         if f.shape[1] != len(self.weights):
             raise ValueError(
                 f"KRRFit.predict: f must be [B, {len(self.weights)}], got shape {tuple(f.shape)}"
             )
-        return torch.addmm(self.intercept, f, self.weights)
+        with checks.no_autocast(f):
+            prediction = torch.addmm(self.intercept, f, self.weights)
+        checks.finite("KRRFit.predict", prediction, f=f)
+        return prediction
 
 
 @torch.no_grad()
@@ -73,11 +77,14 @@ def krr_fit(
     checks.kernel(op, scale, bias)
     checks.ridge(op, ridge, ridge_of)
     checks.form(op, form)
+    checks.retries(op, max_retries)
     if len(f_syn) == 0:
         raise ValueError(f"{op}: f_syn must have at least one row, got {tuple(f_syn.shape)}")
     ops = choose(backend, f_syn, op)
-    if form == "auto":
-        form = plan(m=len(f_syn), b=0, d=f_syn.shape[1], p=y_syn.shape[1]).form
+    if isinstance(ridge, Tensor):
+        ridge = ridge.to(f_syn)
+    if form == "auto" or f_syn.shape[1] == 0:
+        form = cheapest(len(f_syn), 0, f_syn.shape[1], y_syn.shape[1])
     kernel = Kernel(scale, bias, ridge, ridge_of, max_retries)
     fit = _primal if form == "primal" else _dual
     with checks.no_autocast(f_syn):

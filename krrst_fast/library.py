@@ -62,6 +62,7 @@ def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor,
     factor = torch.empty_like(k, dtype=dtype).mT
     info = torch.empty((), dtype=torch.int32, device=k.device)
     ridge = lam.clone()
+    _require_ridge(lam)
     for attempt in range(retries + 1):
         factor.mT.copy_(k)
         factor.diagonal().add_(ridge)
@@ -74,9 +75,12 @@ def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor,
             return factor, ridge, torch.full((), attempt, device=k.device), pivots
         if attempt < retries:
             ridge = ridge * RIDGE_FACTOR
-    if not bool(k.isfinite().all()) or not bool(lam.isfinite()):
-        raise NonFiniteError(
-            "ridge_factor: the gram holds NaN or infinity; look at the features that came in"
+    if not bool(k.isfinite().all()):
+        raise NonFiniteError("ridge_factor: the gram holds NaN or infinity")
+    if lam.item() == 0:
+        raise NotPositiveDefiniteError(
+            "ridge_factor: the ridge is 0, and so the trace it follows: the features are zero, or "
+            "their squares underflow; scale them up, or pass ridge_of='absolute'"
         )
     name = str(dtype).removeprefix("torch.")
     raise NotPositiveDefiniteError(
@@ -84,6 +88,14 @@ def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor,
         f"non-positive pivot at row {max(info.item() - 1, 0)} after raising the ridge {retries} "
         f"times from {lam.item():.3g}; pass a larger ridge or float64"
     )
+
+
+def _require_ridge(lam: Tensor) -> None:
+    value = lam.item()
+    if not math.isfinite(value):
+        raise NonFiniteError(f"ridge_factor: the ridge is {value}: it, or the trace, is not finite")
+    if value < 0:
+        raise ValueError(f"ridge_factor: the ridge must be positive, got {value:.3g}")
 
 
 def _ridge_factor_fake(
@@ -108,10 +120,11 @@ def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, 
 
     Raises:
         NonFiniteError: k or lam holds NaN or infinity.
+        ValueError: lam is negative.
         NotPositiveDefiniteError: no factor even with the largest ridge.
     """
     # The dispatcher costs as much as a small factorisation: only where a graph is traced.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(k) is not Tensor or k.device.type == "meta":
         return torch.ops.krrst_fast.ridge_factor(k, lam, retries)
     return _ridge_factor(k, lam, retries)
 

@@ -27,8 +27,7 @@ def plan(*, m: int, b: int, d: int, p: int) -> Plan:
 
     Counted are one forward pass and the gradients to `f_syn` and `y_syn`; a Gram counts half of the
     full product, a multiply-add counts two. "k" keeps K_rs [B, M]; "w" goes through W = F_s^T alpha
-    [D, P] and never multiplies M x M by D; "primal" solves in D x D and is taken only when M > D,
-    where it is also the more accurate.
+    [D, P] and never multiplies M x M by D; "primal" solves in D x D and is taken only when M > D.
 
     Raises:
         ValueError: a size is negative.
@@ -36,14 +35,28 @@ def plan(*, m: int, b: int, d: int, p: int) -> Plan:
     for name, size in (("m", m), ("b", b), ("d", d), ("p", p)):
         if size < 0:
             raise ValueError(f"plan: {name} must not be negative, got {size}")
-    sizes = (m, b, d, p)
-    flops: dict[Form, float] = {"k": _k(*sizes), "w": _w(*sizes), "primal": _primal(*sizes)}
-    if m > d and flops["primal"] < min(flops["k"], flops["w"]):
-        return Plan("primal", flops, f"M = {m} > D = {d}: the D x D system is the smaller one")
-    if flops["w"] <= flops["k"]:
-        ratio = flops["w"] / flops["k"] if flops["k"] else 1.0
-        return Plan("w", flops, f"P = {p}: the skinny products cost {ratio:.2f} of form k")
-    return Plan("k", flops, f"P = {p} is large: products with [D, P] cost more than K_rs [B, M]")
+    flops = _flops(m, b, d, p)
+    form = cheapest(m, b, d, p)
+    reasons: dict[Form, str] = {
+        "primal": f"M = {m} > D = {d}: the D x D system is the smaller one",
+        "w": f"P = {p}: products with W [D, P] cost less than K_rs [B, M]",
+        "k": f"P = {p} is large: products with W [D, P] cost more than K_rs [B, M]",
+    }
+    return Plan(form, flops, reasons[form])
+
+
+def cheapest(m: int, b: int, d: int, p: int) -> Form:
+    """The form `plan` chooses, by comparisons alone: the sizes may be symbolic."""
+    if m == 0 or d == 0:
+        return "w"  # nothing to solve, or nothing to solve it with
+    flops = _flops(m, b, d, p)
+    if m > d and flops["primal"] < flops["k"] and flops["primal"] < flops["w"]:
+        return "primal"
+    return "w" if flops["w"] <= flops["k"] else "k"
+
+
+def _flops(m: int, b: int, d: int, p: int) -> dict[Form, float]:
+    return {"k": _k(m, b, d, p), "w": _w(m, b, d, p), "primal": _primal(m, b, d, p)}
 
 
 def _dual_solve(m: int, p: int) -> float:

@@ -25,7 +25,11 @@ def test_predicts_like_the_reference(shape: tuple[int, int, int, int], form: str
 def test_the_factor_is_of_the_ridged_gram() -> None:
     f_syn, y_syn, _, _ = problem(9, 20, 1, 2)
     fit = krr_fit(f_syn, y_syn, ridge=0.3, ridge_of="absolute", form="w")
-    assert_equal(fit.factor @ fit.factor.mT, f_syn @ f_syn.mT + 0.3 * torch.eye(9, dtype=torch.float64), 1e-12)
+    assert_equal(
+        fit.factor @ fit.factor.mT,
+        f_syn @ f_syn.mT + 0.3 * torch.eye(9, dtype=torch.float64),
+        1e-12,
+    )
 
 
 def test_predict_is_differentiable_in_the_features() -> None:
@@ -33,6 +37,13 @@ def test_predict_is_differentiable_in_the_features() -> None:
     fit = krr_fit(f_syn.requires_grad_(), y_syn, bias=1.0)
     assert not fit.alpha.requires_grad
     assert torch.autograd.gradcheck(fit.predict, f_real.requires_grad_())
+
+
+def test_autocast_does_not_reach_the_fit() -> None:
+    f_syn, y_syn, f_real, _ = (x.float() for x in problem(9, 5, 4, 2))
+    plain = krr_fit(f_syn, y_syn).predict(f_real)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(krr_fit(f_syn, y_syn).predict(f_real), plain)
 
 
 def test_bad_input_is_named() -> None:

@@ -47,9 +47,12 @@ def same_size(op: str, first: str, x: Tensor, second: str, y: Tensor, dim: int) 
 
 def kernel(op: str, scale: float, bias: float) -> None:
     """scale * <x, y> + bias is a kernel."""
-    if not (math.isfinite(scale) and scale > 0):
+    for name, value in (("scale", scale), ("bias", bias)):
+        if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
-    if not (math.isfinite(bias) and bias >= 0):
+    if not 0 <= bias < math.inf:
         raise ValueError(f"{op}: bias must be zero or more and finite, got {bias}")
 
 
@@ -65,8 +68,14 @@ def ridge(op: str, value: float | Tensor, ridge_of: str) -> None:
             )
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: ridge must be a number or a scalar tensor, got {value!r}")
-    elif not (math.isfinite(value) and value > 0):
+    elif not 0 < value < math.inf:
         raise ValueError(f"{op}: ridge must be positive and finite, got {value}")
+
+
+def retries(op: str, value: int) -> None:
+    """The number of retries is a count."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{op}: max_retries must be a whole number, zero or more, got {value!r}")
 
 
 def form(op: str, name: str) -> None:
@@ -81,11 +90,16 @@ def finite(op: str, result: Tensor, **inputs: Tensor) -> None:
     On a GPU the question would stall the stream, and under torch.compile break the graph: there the
     NaN stays in the result.
     """
-    if result.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _readable(result):
         return
-    # A sum is finite only if its terms are (and a finite sum that overflows is worth a look too).
-    if not math.isfinite(result.sum().item() if result.ndim else result.item()):
-        _blame(op, **inputs)
+    # A sum is finite only if its terms are; where the sum alone overflows, a second look finds it.
+    if not math.isfinite(result.sum().item()) and not result.isfinite().all():
+        blame(op, **inputs)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether values can be looked at without a stall: not on a GPU, in a trace, or of a fake."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -96,9 +110,10 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _blame(op: str, **inputs: Tensor) -> NoReturn:
+def blame(op: str, **inputs: Tensor) -> NoReturn:
+    """Raise NonFiniteError for the first input that is not finite, or for an overflow."""
     for name, x in inputs.items():
         if not x.isfinite().all():
-            row = int((~x.isfinite()).any(dim=1).nonzero()[0])
-            raise NonFiniteError(f"{op}: {name} holds NaN or infinity, first in row {row}")
+            row = f", first in row {int((~x.isfinite()).nonzero()[0][0])}" if x.ndim else ""
+            raise NonFiniteError(f"{op}: {name} holds NaN or infinity{row}")
     raise NonFiniteError(f"{op}: finite inputs overflowed; scale the features down or use float64")

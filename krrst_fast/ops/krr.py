@@ -8,11 +8,12 @@ from torch import Tensor
 
 from krrst_fast import reference
 from krrst_fast.backends import BackendName, choose
+from krrst_fast.errors import NonFiniteError
 from krrst_fast.library import RIDGE_FACTOR
 from krrst_fast.ops import checks
 from krrst_fast.ops.forms import BACKWARD, SOLVE, Kernel, Needs, Solve
 from krrst_fast.ops.once import once_differentiable
-from krrst_fast.planner import Form, plan
+from krrst_fast.planner import Form, cheapest
 
 RidgeOf = Literal["trace", "mean_diagonal", "absolute"]
 
@@ -38,6 +39,8 @@ class SolveInfo:
     @property
     def condition(self) -> Tensor:
         """A lower bound of the 2-norm condition number of the ridged gram: (max / min pivot)^2."""
+        if not len(self.pivots):
+            return self.pivots.new_ones(())
         return (self.pivots.max() / self.pivots.min()).square()
 
 
@@ -184,32 +187,23 @@ def _call(
     checks.kernel(op, scale, bias)
     checks.ridge(op, ridge, ridge_of)
     checks.form(op, form)
+    checks.retries(op, max_retries)
     if backend == "reference":
         if return_info:
             raise ValueError(f"{op}: backend 'reference' has no info to return")
-        return _reference(tensors, ridge, ridge_of, detach_ridge, bias, scale), None
+        with checks.no_autocast(f_syn):
+            return _reference(tensors, ridge, ridge_of, detach_ridge, bias, scale), None
     chosen = choose(backend, f_syn, op)
-    (m, d), (b, p) = f_syn.shape, (f_real.shape[0], y_syn.shape[1])
-    if form == "auto":
-        form = plan(m=m, b=b, d=d, p=p).form
-    if m == 0:
-        form = "w"  # nothing to solve: the D x D system of the primal form would be singular
+    if form == "auto" or 0 in f_syn.shape:
+        form = cheapest(len(f_syn), len(f_real), f_syn.shape[1], y_syn.shape[1])
     if isinstance(ridge, Tensor):
         ridge = ridge.to(f_syn)
-    value, lam, retries, pivots = _Krr.apply(
-        f_syn,
-        y_syn,
-        f_real,
-        y_real,
-        ridge,
-        ridge_of,
-        detach_ridge,
-        float(bias),
-        float(scale),
-        form,
-        chosen.name,
-        max_retries,
-    )
+    kernel = (ridge, ridge_of, detach_ridge, float(bias), float(scale))
+    try:
+        value, lam, retries, pivots = _Krr.apply(*tensors, *kernel, form, chosen.name, max_retries)
+    except NonFiniteError:
+        # Of the gram: say which features it came from.
+        checks.blame(op, f_syn=f_syn, **({"ridge": ridge} if isinstance(ridge, Tensor) else {}))
     info = SolveInfo(form, chosen.name, lam, retries, pivots) if return_info else None
     return value, info
 
@@ -262,7 +256,7 @@ class _Krr(torch.autograd.Function):
                 error = value.sub_(y_real)
                 value = error.square().mean()
         learnt = ridge if isinstance(ridge, Tensor) else None
-        ctx.save_for_backward(f_syn, y_syn, f_real, learnt, error, *solve)
+        ctx.save_for_backward(f_syn, y_syn, f_real, y_real, learnt, error, *solve)
         ctx.settings = (scale, bias, ridge, ridge_of, detach_ridge, form, backend)
         if learnt is not None:
             ctx.settings = (scale, bias, None, ridge_of, detach_ridge, form, backend)
@@ -272,7 +266,7 @@ class _Krr(torch.autograd.Function):
     @staticmethod
     @once_differentiable("krr_mse, krr_predict")
     def backward(ctx, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        f_syn, y_syn, f_real, learnt, error, *saved = ctx.saved_tensors
+        f_syn, y_syn, f_real, _, learnt, error, *saved = ctx.saved_tensors
         scale, bias, ridge, ridge_of, detach_ridge, form, backend = ctx.settings
         ridge = ridge if learnt is None else learnt
         kernel, solve = Kernel(scale, bias, ridge, ridge_of, 0), Solve(*saved)

@@ -12,7 +12,8 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
     """Decorate `Function.backward` of `op`: a second derivative through it raises.
 
     torch's own decorator does that only where the incoming gradient requires grad; elsewhere it
-    leaves the second derivative out of the sum in silence.
+    leaves the second derivative out of the sum in silence. Here every gradient hangs on all saved
+    tensors, so that no path of a second derivative can miss the error.
     """
 
     def decorate(backward: Callable) -> Callable:
@@ -22,9 +23,8 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
                 outputs = backward(ctx, *grads)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return outputs
-            return tuple(
-                _End.apply(x.requires_grad_(), op) if x is not None else x for x in outputs
-            )
+            roots = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+            return tuple(x if x is None else _End.apply(op, x, *roots) for x in outputs)
 
         return first_order
 
@@ -33,13 +33,12 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, op: str) -> Tensor:
+    def forward(ctx: Any, op: str, x: Tensor, *roots: Tensor) -> Tensor:
         ctx.op = op
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise RuntimeError(
-            f"{ctx.op}: is differentiable once, and a second derivative was asked for; "
-            "use backend='reference'"
+            f"{ctx.op}: is differentiable once, and a second derivative was asked for"
         )

@@ -42,6 +42,7 @@ def ridge_solve(
         raise ValueError(f"{op}: k must be square, got shape {tuple(k.shape)}")
     checks.same_size(op, "k", k, "y", y, 0)
     checks.ridge(op, ridge, ridge_of)
+    checks.retries(op, max_retries)
     lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
     alpha = _RidgeSolve.apply(k, y, lam, max_retries)
     checks.finite(op, alpha, k=k, y=y)
@@ -63,7 +64,8 @@ class _RidgeSolve(torch.autograd.Function):
         beta = factored_solve(grad, factor)
         d_k = None
         if ctx.needs_input_grad[0]:
-            outer = beta @ alpha.mT
+            with checks.no_autocast(grad):
+                outer = beta @ alpha.mT
             d_k = (outer + outer.mT).mul_(-0.5)
         d_lam = -(alpha * beta).sum() * RIDGE_FACTOR**retries
         return d_k, beta, d_lam, None
