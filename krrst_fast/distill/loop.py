@@ -22,7 +22,6 @@ from krrst_fast.distill.start import (
     initial_set,
     make_source,
     make_state,
-    place_target,
     target_variance,
 )
 from krrst_fast.distill.step import LinearDecay, State, StepReport, located, outer_step
@@ -57,7 +56,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     store, target = open_store(config.store), load_target(config.target)
     _check_inputs(config, store, target)
     device = environment.pick_device(config.device)
-    place_target(target, device)
+    target.to(device)
 
     new_folder(config.out, overwrite=resume)
     write_json(config.out / "config.json", to_dict(config))

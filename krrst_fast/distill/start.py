@@ -11,7 +11,7 @@ from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.cache import TargetCache, is_cached
 from krrst_fast.distill.checkpoint import FREE_SETTINGS
 from krrst_fast.distill.config import DistillConfig
-from krrst_fast.distill.pool import Pool, place
+from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Represent, Source
 from krrst_fast.distill.step import State
 from krrst_fast.distilled_set import DistilledSet
@@ -48,11 +48,6 @@ def display_scale(
     if config.image_space == "raw":
         return (0.0,) * len(target.mean), (1.0,) * len(target.std)
     return tuple(target.mean), tuple(target.std)
-
-
-def place_target(target: FrozenTarget, device: torch.device) -> None:
-    """Move the target to the device, in the memory layout that is fast there."""
-    place(target.model, device, torch.float32)
 
 
 def represent(target: FrozenTarget, images: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Network(nn.Module, ABC):
         """The last feature map, [B, C', H', W'] with C' * H' * W' = D."""
 
 
-def place(network: N, device: torch.device | str) -> N:
+def place(network: N, device: torch.device | str, dtype: torch.dtype = torch.float32) -> N:
     """Move a network to `device`, in the memory layout its convolutions are fastest in there.
 
     On a CPU that is channels innermost: a ConvNet runs a fifth to a quarter faster. The values of
@@ -59,4 +59,4 @@ def place(network: N, device: torch.device | str) -> N:
     """
     device = torch.device(device)
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    return network.to(device, memory_format=layout)  # type: ignore[call-overload]
+    return network.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]

@@ -17,6 +17,14 @@ from krrst_fast.backends import Backend
 from krrst_fast.library import factored_solve, ridge_factor
 
 
+class Inputs(NamedTuple):
+    """F_s [M, D], Y_s [M, P], F_r [B, D]."""
+
+    f_syn: Tensor
+    y_syn: Tensor
+    f_real: Tensor
+
+
 class Solve(NamedTuple):
     """What one forward pass leaves for the backward pass.
 
@@ -90,10 +98,9 @@ def fit_dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solv
     return Solve(factor, alpha, alpha, base, *rest)
 
 
-def solve_k(
-    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
-) -> tuple[Tensor, Solve]:
+def solve_k(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
     """Prediction [B, P] through K_rs [B, M]."""
+    f_syn, y_syn, f_real = inputs
     solve = fit_dual(ops, kernel, f_syn, y_syn)
     k_rs = _scaled(f_real @ f_syn.mT, kernel.scale)  # [B, M]
     if kernel.bias:
@@ -102,16 +109,10 @@ def solve_k(
 
 
 def backward_k(
-    ops: Backend,
-    kernel: Kernel,
-    solve: Solve,
-    f_syn: Tensor,
-    y_syn: Tensor,
-    f_real: Tensor,
-    r: Tensor,
-    needs: Needs,
+    ops: Backend, kernel: Kernel, solve: Solve, inputs: Inputs, r: Tensor, needs: Needs
 ) -> Gradients:
     """dF_s = scale (alpha R^T F_r - (beta alpha^T + alpha beta^T) F_s)."""
+    f_syn, _, f_real = inputs
     alpha, k_rs = solve.coefficients, solve.product
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
@@ -129,10 +130,9 @@ def backward_k(
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
-def solve_w(
-    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
-) -> tuple[Tensor, Solve]:
+def solve_w(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
     """Prediction [B, P] through W = F_s^T alpha [D, P]."""
+    f_syn, y_syn, f_real = inputs
     solve = fit_dual(ops, kernel, f_syn, y_syn)
     w = ops.matmul(f_syn.mT, solve.coefficients)  # [D, P]
     prediction = _scaled(ops.matmul(f_real, w), kernel.scale)
@@ -142,16 +142,10 @@ def solve_w(
 
 
 def backward_w(
-    ops: Backend,
-    kernel: Kernel,
-    solve: Solve,
-    f_syn: Tensor,
-    y_syn: Tensor,
-    f_real: Tensor,
-    r: Tensor,
-    needs: Needs,
+    ops: Backend, kernel: Kernel, solve: Solve, inputs: Inputs, r: Tensor, needs: Needs
 ) -> Gradients:
     """dF_s = scale [alpha, -beta] [dW - F_s^T beta, W]^T with dW = F_r^T R: one product."""
+    f_syn, _, f_real = inputs
     alpha, w = solve.coefficients, solve.product
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
@@ -207,25 +201,18 @@ def fit_primal(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> So
     return Solve(factor, w, w, base, *rest)
 
 
-def solve_primal(
-    ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor, f_real: Tensor
-) -> tuple[Tensor, Solve]:
+def solve_primal(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
     """Prediction [B, P] through W."""
+    f_syn, y_syn, f_real = inputs
     solve = fit_primal(ops, kernel, f_syn, y_syn)
     return _features(ops, kernel, f_real, solve.coefficients), solve
 
 
 def backward_primal(
-    ops: Backend,
-    kernel: Kernel,
-    solve: Solve,
-    f_syn: Tensor,
-    y_syn: Tensor,
-    f_real: Tensor,
-    r: Tensor,
-    needs: Needs,
+    ops: Backend, kernel: Kernel, solve: Solve, inputs: Inputs, r: Tensor, needs: Needs
 ) -> Gradients:
     """With V = M^-1 Phi_r^T R: dY_s = Phi_s V, dPhi_s = (Y_s - Phi_s W) V^T - (Phi_s V) W^T."""
+    f_syn, y_syn, f_real = inputs
     w, d = solve.coefficients, f_syn.shape[1]
     d_f_syn = d_f_real = d_y_syn = d_lam = None
     if needs.f_real:

@@ -1,17 +1,18 @@
 """Kernel ridge regression on features, fused with its gradient: `krr_mse` and `krr_predict`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch brings it
 
 from krrst_fast import reference
 from krrst_fast.backends import BackendName, choose
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.library import RIDGE_FACTOR
 from krrst_fast.ops import checks
-from krrst_fast.ops.forms import BACKWARD, SOLVE, Kernel, Needs, Solve
+from krrst_fast.ops.forms import BACKWARD, SOLVE, Inputs, Kernel, Needs, Solve
 from krrst_fast.ops.once import once_differentiable
 from krrst_fast.planner import Form, cheapest
 
@@ -44,6 +45,19 @@ class SolveInfo:
         return (self.pivots.max() / self.pivots.min()).square()
 
 
+class Settings(TypedDict, total=False):
+    """The keywords of `krr_mse` that decide what is computed."""
+
+    ridge: float | Tensor
+    ridge_of: RidgeOf
+    detach_ridge: bool
+    bias: float
+    scale: float
+    form: Literal["auto"] | Form
+    backend: BackendName
+    max_retries: int
+
+
 @overload
 def krr_mse(
     f_syn: Tensor,
@@ -51,15 +65,8 @@ def krr_mse(
     f_real: Tensor,
     y_real: Tensor,
     *,
-    ridge: float | Tensor = ...,
-    ridge_of: RidgeOf = ...,
-    detach_ridge: bool = ...,
-    bias: float = ...,
-    scale: float = ...,
-    form: Literal["auto"] | Form = ...,
-    backend: BackendName = ...,
-    max_retries: int = ...,
     return_info: Literal[False] = ...,
+    **settings: Unpack[Settings],
 ) -> Tensor: ...
 
 
@@ -70,15 +77,8 @@ def krr_mse(
     f_real: Tensor,
     y_real: Tensor,
     *,
-    ridge: float | Tensor = ...,
-    ridge_of: RidgeOf = ...,
-    detach_ridge: bool = ...,
-    bias: float = ...,
-    scale: float = ...,
-    form: Literal["auto"] | Form = ...,
-    backend: BackendName = ...,
-    max_retries: int = ...,
     return_info: Literal[True],
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, SolveInfo]: ...
 
 
@@ -250,7 +250,8 @@ class _Krr(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kernel = Kernel(scale, bias, ridge, ridge_of, max_retries)
         with checks.no_autocast(f_syn):
-            value, solve = SOLVE[form](choose(backend, f_syn, "krr"), kernel, f_syn, y_syn, f_real)
+            inputs = Inputs(f_syn, y_syn, f_real)
+            value, solve = SOLVE[form](choose(backend, f_syn, "krr"), kernel, inputs)
             error = None
             if y_real is not None:
                 error = value.sub_(y_real)
@@ -275,9 +276,8 @@ class _Krr(torch.autograd.Function):
         needs = Needs(needs_f_syn, needs_y_syn, needs_f_real, needs_ridge or through_trace)
         r = grad if error is None else error * (grad * (2.0 / error.numel()))  # [B, P]
         with checks.no_autocast(f_syn):
-            grads = BACKWARD[form](
-                choose(backend, f_syn, "krr"), kernel, solve, f_syn, y_syn, f_real, r, needs
-            )
+            inputs = Inputs(f_syn, y_syn, f_real)
+            grads = BACKWARD[form](choose(backend, f_syn, "krr"), kernel, solve, inputs, r, needs)
         d_ridge = None
         if grads.lam is not None:
             raised = grads.lam * RIDGE_FACTOR**solve.retries
