@@ -164,6 +164,8 @@ _DIGITS = Preset(
         warmup_steps=20,
         # Nothing between the 64 outputs and the loss: what the probe sees is what was trained.
         projector=(),
+        # Else their variance is 0.08, too little to move the features that are pre-trained on them.
+        standardize=True,
         augment=SSLAugmentConfig(
             scale=(0.5, 1.2),
             ratio=(0.8, 1.25),
@@ -182,11 +184,12 @@ _DIGITS = Preset(
     distill=partial(
         DistillConfig,
         num_images=30,
-        steps=600,
+        steps=1000,
         batch_size=256,
         lr=1e-2,
         views=ViewConfig(padding=1, flip=False),
-        pool=PoolConfig(size=6, online_steps=200, model=ModelConfig(widths=(32, 64, 128))),
+        # Many networks: few steps and a small pool would fit the images to the networks in it.
+        pool=PoolConfig(size=20, online_steps=100, model=ModelConfig(widths=(32, 64, 128))),
         checkpoint_every=100,
         log_every=5,
     ),
@@ -197,7 +200,9 @@ _DIGITS = Preset(
         pretrain=PretrainConfig(steps=300),
         # The luck of two labels a class is most of the spread: average it within a seed.
         probe=ProbeConfig(solver="ridge", labels_per_class=2, label_draws=20),
-        finetune=FinetuneConfig(steps=0),
+        finetune=FinetuneConfig(
+            steps=50, labels_per_class=2, views=ViewConfig(padding=1, flip=False)
+        ),
     ),
 )
 
