@@ -22,15 +22,14 @@ class KRRFit:
             from the residual, (Y_s - F_s W) / lam, and are as exact as that difference is.
         weights: scale F_s^T alpha [D, P].
         intercept: bias * sum(alpha) [P].
-        factor: lower Cholesky factor of K_ss + lam I [M, M], or in primal form of the ridged
-            D x D system (bordered by the constant feature if there is a bias).
-        info: form, backend, ridge, retries and condition.
+        info: form, backend, ridge, retries, condition, and the Cholesky factor of K_ss + lam I
+            [M, M], or in primal form of the ridged D x D system (bordered by the constant feature
+            if there is a bias).
     """
 
     alpha: Tensor
     weights: Tensor
     intercept: Tensor
-    factor: Tensor
     info: SolveInfo
 
     def predict(self, f: Tensor) -> Tensor:
@@ -90,8 +89,8 @@ def krr_fit(
     with checks.no_autocast(f_syn):
         solve, alpha, weights, intercept = fit(ops, kernel, f_syn, y_syn)
     checks.finite(op, alpha, f_syn=f_syn, y_syn=y_syn)
-    info = SolveInfo(form, ops.name, solve.lam, solve.retries, solve.pivots)
-    return KRRFit(alpha, weights, intercept, solve.factor, info)
+    info = SolveInfo(form, ops.name, solve.lam, solve.retries, solve.factor)
+    return KRRFit(alpha, weights, intercept, info)
 
 
 def _dual(

@@ -57,7 +57,7 @@ def factored_solve(y: Tensor, factor: Tensor) -> Tensor:
     return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
 
 
-def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = factor_dtype(k)
     factor = torch.empty_like(k, dtype=dtype).mT
     info = torch.empty((), dtype=torch.int32, device=k.device)
@@ -67,12 +67,11 @@ def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor,
         factor.mT.copy_(k)
         factor.diagonal().add_(ridge)
         torch.linalg.cholesky_ex(factor, out=(factor, info))
-        pivots = factor.diagonal().clone()
         # NaN passes the test of a pivot in some builds of LAPACK
-        if info.item() == 0 and math.isfinite(pivots.sum().item()):
+        if info.item() == 0 and math.isfinite(factor.diagonal().sum().item()):
             if attempt:
                 _log.warning("ridge_factor: ridge raised %d times to %.3g", attempt, ridge.item())
-            return factor, ridge, torch.full((), attempt, device=k.device), pivots
+            return factor, ridge, torch.full((), attempt, device=k.device)
         if attempt < retries:
             ridge = ridge * RIDGE_FACTOR
     if not bool(k.isfinite().all()):
@@ -98,15 +97,13 @@ def _require_ridge(lam: Tensor) -> None:
         raise ValueError(f"ridge_factor: the ridge must be positive, got {value:.3g}")
 
 
-def _ridge_factor_fake(
-    k: Tensor, lam: Tensor, retries: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ridge_factor_fake(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor]:
     count = lam.new_empty((), dtype=torch.int64)
     factor = torch.empty_like(k, dtype=factor_dtype(k)).mT
-    return factor, torch.empty_like(lam), count, factor.new_empty((k.shape[0],))
+    return factor, torch.empty_like(lam), count
 
 
-def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor]:
     """Lower Cholesky factor of k + lam I; a failure is tried again with ten times the ridge.
 
     Args:
@@ -115,8 +112,8 @@ def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, 
         retries: how many more times at most.
 
     Returns:
-        The factor [M, M] (column-major, as LAPACK wants it), the ridge that was used [], how many
-        times it was raised (int64 []), and the diagonal of the factor [M].
+        The factor [M, M] (column-major, as LAPACK wants it), the ridge that was used [], and how
+        many times it was raised (int64 []).
 
     Raises:
         NonFiniteError: k or lam holds NaN or infinity.
@@ -144,7 +141,7 @@ def _views_fake(
 _define("gram(Tensor x, float scale, float bias) -> Tensor", reference.gram, _gram_fake)
 _define("thin_matmul(Tensor a, Tensor b) -> Tensor", reference.thin_matmul, _thin_matmul_fake)
 _define(
-    "ridge_factor(Tensor k, Tensor lam, int retries) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ridge_factor(Tensor k, Tensor lam, int retries) -> (Tensor, Tensor, Tensor)",
     _ridge_factor,
     _ridge_factor_fake,
 )

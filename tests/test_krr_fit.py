@@ -26,7 +26,7 @@ def test_the_factor_is_of_the_ridged_gram() -> None:
     f_syn, y_syn, _, _ = problem(9, 20, 1, 2)
     fit = krr_fit(f_syn, y_syn, ridge=0.3, ridge_of="absolute", form="w")
     assert_equal(
-        fit.factor @ fit.factor.mT,
+        fit.info.factor @ fit.info.factor.mT,
         f_syn @ f_syn.mT + 0.3 * torch.eye(9, dtype=torch.float64),
         1e-12,
     )

@@ -96,7 +96,6 @@ def test_ridge_factor_prefers_float64_only_where_it_is_free() -> None:
     ):
         k = features(n, n, 1e2, generator).float()
         k = k @ k.mT
-        factor, ridge, retries, pivots = library.ridge_factor(k, torch.tensor(0.5), 0)
+        factor, ridge, retries = library.ridge_factor(k, torch.tensor(0.5), 0)
         assert factor.dtype == dtype and retries == 0 and ridge == 0.5
         assert_equal(factor.double() @ factor.double().mT, k.double() + 0.5 * torch.eye(n), 1e-5)
-        assert torch.equal(pivots, factor.diagonal())

@@ -52,7 +52,7 @@ def ridge_solve(
 class _RidgeSolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k: Tensor, y: Tensor, lam: Tensor, max_retries: int) -> Tensor:  # type: ignore[no-untyped-def]
-        factor, _, retries, _ = ridge_factor(k, lam, max_retries)
+        factor, _, retries = ridge_factor(k, lam, max_retries)
         alpha = factored_solve(y, factor)
         ctx.save_for_backward(factor, alpha, retries)
         return alpha
