@@ -12,6 +12,10 @@ CPP := $(filter %.cpp %.h %.inc %.cu %.cuh,$(SOURCES))
 # torch's CPU builds bring no triton; the interpreter that tests the kernels without a GPU is in it.
 TRITON := triton==3.9.0
 
+# Threads that wait by spinning take the cores from those that compute as soon as a machine is shared:
+# a step of some milliseconds then takes seconds.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DELETE_ON_ERROR:
 .PHONY: test demo lint clean install
 
