@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `krrst_fast.kernels`; imported only by `krrst_fast.backends`."""
+"""GPU kernels, installed as `krrst_fast.kernels`. There are none yet: GPUs run plain PyTorch."""
