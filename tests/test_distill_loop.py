@@ -124,6 +124,16 @@ def test_the_run_starts_from_real_images_and_the_targets_outputs(config):
     torch.testing.assert_close(noise.targets.mean(0), target(real).mean(0), rtol=0.6, atol=0.05)
 
 
+@pytest.mark.parametrize("space", ["normalized", "raw"])
+@pytest.mark.parametrize("images", ["real", "noise"])
+def test_the_first_targets_are_the_outputs_on_the_first_images(config, images, space):
+    store, target = open_store(config.store), load_target(config.target)
+    config = dataclasses.replace(config, init_images=images, image_space=space)
+    initial = loop.initial_set(config, store, target)
+    seen = initial.images if space == "normalized" else (initial.images - 0.5) / 0.3
+    torch.testing.assert_close(initial.targets, target(seen), rtol=1e-4, atol=1e-5)
+
+
 def test_two_runs_with_one_seed_give_the_same_bits_and_another_seed_does_not(config, tmp_path):
     results = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -79,7 +79,8 @@ class DistillConfig:
     init_images: Literal["real", "noise"] = "real"
     """"noise": normal, with the mean and standard deviation of the real pixels."""
     init_targets: Literal["target", "random"] = "target"
-    """"random": normal, with the mean and standard deviation of the target's outputs."""
+    """"target": the target's outputs on the first images. "random": normal, with the mean and
+    standard deviation of its outputs on real ones."""
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = 0
     device: str = "auto"

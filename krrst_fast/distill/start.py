@@ -23,16 +23,19 @@ VARIANCE_IMAGES = 1024
 
 
 def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> DistilledSet:
-    """Where the synthetic set starts: random real images as they are, and the target's outputs."""
+    """Where the synthetic set starts: random real images, or noise, and the target's outputs."""
     draw = generator(config.seed, "initial")
     index = torch.randperm(store.count("train"), generator=draw)[: config.num_images]
-    images = plain_views(store.images("train"), index, target.mean, target.std)
-    targets = represent(target, images)
+    images = real = plain_views(store.images("train"), index, target.mean, target.std)
     if config.init_images == "noise":
-        images = torch.randn(images.shape, generator=draw)
+        images = torch.randn(real.shape, generator=draw)
     if config.init_targets == "random":
-        centre, spread = targets.mean(0), targets.std(0, correction=0)
-        targets = centre + spread * torch.randn(targets.shape, generator=draw)
+        outputs = represent(target, real)
+        centre, spread = outputs.mean(0), outputs.std(0, correction=0)
+        targets = centre + spread * torch.randn(outputs.shape, generator=draw)
+    else:
+        # Of the images the set starts with, be they noise, and as the target takes them.
+        targets = represent(target, images)
     if config.image_space == "raw":
         std, mean = torch.tensor(target.std), torch.tensor(target.mean)
         images = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
