@@ -69,7 +69,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     totals = _take_up(config, state, progress)
     _run(config, state, source, totals, progress)
 
-    variance = target_variance(store, target, seed=config.seed)
+    variance = target_variance(config, store, target)
     write_json(config.out / "summary.json", _summary(config, totals, variance))
     result = as_distilled(config, state, target)
     result.save(config.out / FILE_NAME)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.config import config_hash, to_dict
-from krrst_fast.data.augment import plain_views
+from krrst_fast.data.augment import draw_views, plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.cache import TargetCache, is_cached
 from krrst_fast.distill.checkpoint import FREE_SETTINGS
@@ -15,6 +15,7 @@ from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Represent, Source
 from krrst_fast.distill.step import State
 from krrst_fast.distilled_set import DistilledSet
+from krrst_fast.ops.views import views
 from krrst_fast.seeding import generator
 from krrst_fast.targets import FrozenTarget
 
@@ -59,11 +60,23 @@ def represent(target: FrozenTarget, images: Tensor) -> Tensor:
     return torch.cat([target(chunk.to(device)).cpu().float() for chunk in images.split(CHUNK)])
 
 
-def target_variance(store: ImageStore, target: FrozenTarget, *, seed: int) -> float:
-    """The variance of the target's outputs over images, averaged over outputs: the loss's scale."""
-    draw = generator(seed, "variance")
+def target_variance(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> float:
+    """The variance of the target's outputs over images, averaged over outputs: the loss's scale.
+
+    Like the loss it is of augmented images, each in a random view.
+    """
+    draw = generator(config.seed, "variance")
     index = torch.randperm(store.count("train"), generator=draw)[:VARIANCE_IMAGES]
-    images = plain_views(store.images("train"), index, target.mean, target.std)
+    offset, flip = draw_views(len(index), config.views, draw)
+    images = views(
+        store.images("train"),
+        index,
+        offset,
+        flip,
+        padding=config.views.padding,
+        mean=target.mean,
+        std=target.std,
+    )
     return represent(target, images).var(0, correction=0).mean().item()
 
 
