@@ -1,8 +1,9 @@
 """Files that are either whole or not there: write to a temporary name, flush, rename."""
 
-import glob
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
+
+_NUMBERS = itertools.count()
+_LIVE: set[str] = set()
+"""What this process is writing now: absolute paths, without the ending `.tmp` or `.old`."""
 
 
 def _sync(path: Path) -> None:
@@ -33,43 +38,61 @@ def _remove(path: Path) -> None:
 def _alive(process: str) -> bool:
     try:
         os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
     return True
 
 
-def _temporary(path: Path) -> Path:
-    """A name beside `path` that is this process's own; leftovers of killed processes are removed.
-
-    A folder that was moved aside and not yet replaced when its process was killed is moved back.
-    """
-    name, own = glob.escape(path.name), str(os.getpid())
-    for stale in sorted(path.parent.glob(f".{name}.*.old")) + sorted(
-        path.parent.glob(f".{name}.*.tmp")
-    ):
-        process = stale.name.split(".")[-2]
-        if process != own and _alive(process):
+def _stale(path: Path, ending: str) -> list[Path]:
+    """What a killed process left beside `path` and for it, not for a path like `<path>.v2`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)(?:-\d+)?\.{ending}")
+    found = []
+    for entry in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        if not (match := name.fullmatch(entry.name)) or _live_key(entry) in _LIVE:
             continue
-        if stale.suffix == ".old" and not path.exists():
-            stale.rename(path)
-        else:
-            _remove(stale)
-    return path.with_name(f".{path.name}.{own}.tmp")
+        # This process's number may have been another's before, as in a container's every start.
+        if match[1] == str(os.getpid()) or not _alive(match[1]):
+            found.append(entry)
+    return found
+
+
+def _live_key(temporary: Path) -> str:
+    return os.path.abspath(temporary.with_suffix(""))
+
+
+def recover_folder(path: Path) -> None:
+    """Move a folder back that was moved aside, and not yet replaced when its process was killed."""
+    path = Path(os.path.abspath(path))
+    if not path.exists() and (aside := _stale(path, "old")):
+        os.rename(aside[-1], path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` that no one else uses; leftovers of killed processes are removed."""
+    recover_folder(path)
+    for stale in (*_stale(path, "old"), *_stale(path, "tmp")):
+        _remove(stale)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_NUMBERS)}.tmp")
+    key = _live_key(temporary)
+    _LIVE.add(key)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _LIVE.discard(key)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""
-    temporary = _temporary(path)
-    try:
+    with _temporary(path) as temporary:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -84,24 +107,31 @@ def atomic_folder(path: Path, *, overwrite: bool = False, marker: str = "") -> I
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    refuse_existing(path, overwrite=overwrite, marker=marker)
-    temporary.mkdir()
-    try:
+    with _temporary(path) as temporary:
+        refuse_existing(path, overwrite=overwrite, marker=marker)
+        temporary.mkdir()
         yield temporary
         for file in sorted(temporary.rglob("*")):
             _sync(file)
         _sync(temporary)
         if path.exists():
-            old = temporary.with_suffix(".old")
-            os.rename(path, old)
-            os.rename(temporary, path)
-            _remove(old)
+            _replace_folder(temporary, path)
         else:
             os.rename(temporary, path)
         _sync(path.parent)
-    finally:
-        _remove(temporary)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Put `new` in the place of the folder `path`, which stays if that fails."""
+    old = new.with_suffix(".old")
+    try:
+        os.rename(path, old)
+        os.rename(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+    _remove(old)
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False, marker: str = "") -> None:

@@ -68,6 +68,44 @@ def test_leftover_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     assert other.read_text() == "being written"
 
 
+@pytest.mark.parametrize("process", ["own", "gone"])
+def test_a_path_with_a_longer_name_keeps_what_is_its_own(tmp_path: Path, process: str) -> None:
+    number = os.getpid() if process == "own" else _gone()
+    theirs = [f".a.b.{number}.old", f".a.b.{number}.tmp", f".a.b.{number}-3.tmp", ".a.7x.tmp"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "only").write_text(name)
+    (tmp_path / f".a.{number}-1.tmp").mkdir()
+    with files.atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "new").write_text("")
+    files.write_text(tmp_path / "a.bc", "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, "a", "a.bc"])
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"]
+    assert all((tmp_path / name / "only").read_text() == name for name in theirs)
+    with files.atomic_folder(tmp_path / "a.b", overwrite=True) as temporary:
+        assert (tmp_path / "a.b/only").read_text() == theirs[0], "recovered by its own path"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.7x.tmp", "a", "a.b", "a.bc"]
+
+
+def test_two_writers_of_one_process_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with files.atomic_path(path) as first:
+        first.write_text("first")
+        with files.atomic_path(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+        files.write_text(path, "third")
+        assert first.read_text() == "first"
+    assert path.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def _gone() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def test_kill_inside_atomic_folder_keeps_the_old_folder(tmp_path: Path) -> None:
     out = tmp_path / "store"
     with files.atomic_folder(out) as temporary:
@@ -82,14 +120,31 @@ def test_kill_inside_atomic_folder_keeps_the_old_folder(tmp_path: Path) -> None:
 
 
 def test_kill_between_the_two_renames_gives_the_old_folder_back(tmp_path: Path) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    aside = tmp_path / f".store.{gone.pid}.old"
+    aside = tmp_path / f".store.{_gone()}.old"
     aside.mkdir()
     (aside / "index.json").write_text("old")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         files.atomic_folder(tmp_path / "store").__enter__()
     assert (tmp_path / "store/index.json").read_text() == "old"
+
+
+def test_a_failure_between_the_two_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "store", os.rename
+    with files.atomic_folder(out) as temporary:
+        (temporary / "index.json").write_text("old")
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"), files.atomic_folder(out, overwrite=True):
+        pass
+    assert (out / "index.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
 def test_atomic_folder_replaces_only_with_overwrite_and_only_its_own(tmp_path: Path) -> None:
