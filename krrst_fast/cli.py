@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted{_GOING_ON.get(words[0], '') if words else ''}", 130)
     except BrokenPipeError:
-        # The reader of our output has gone: whatever is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritten()
         return 141
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
@@ -51,10 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"needs {error.name}: pip install 'krrst-fast[{extra}]'")
     except OSError as error:
+        _discard_unwritten()
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{where}{error.strerror or error}")
     except KrrstError as error:
         return _fail(str(error))
+
+
+def _discard_unwritten() -> None:
+    """Where standard output takes nothing more, its buffer goes nowhere: no error at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _GOING_ON = {

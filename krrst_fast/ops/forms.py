@@ -31,7 +31,7 @@ class Solve(NamedTuple):
     Attributes:
         factor: lower Cholesky factor, [M, M] or in primal form [D (+ 1), D (+ 1)].
         coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
-        product: K_sr [M, B] in form k, F_s^T alpha [D, P] in form w, else the coefficients again.
+        product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else the coefficients again.
         base: lam at ridge = 1 [].
         lam: the ridge that was added [].
         retries: how often the ridge was raised [].
@@ -101,10 +101,12 @@ def solve_k(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve
     f_syn, y_syn, f_real = inputs
     solve = fit_dual(ops, kernel, f_syn, y_syn)
     # As K_sr [M, B]: MKL multiplies in this order up to 1.7 times as fast where M < B.
+    # Without the bias, whose size would set the size of its rounding.
     k_sr = _scaled(f_syn @ f_real.mT, kernel.scale)
+    prediction = k_sr.mT @ solve.coefficients
     if kernel.bias:
-        k_sr.add_(kernel.bias)
-    return k_sr.mT @ solve.coefficients, solve._replace(product=k_sr)
+        prediction.add_(solve.coefficients.sum(0), alpha=kernel.bias)
+    return prediction, solve._replace(product=k_sr)
 
 
 def backward_k(
@@ -117,7 +119,10 @@ def backward_k(
     if needs.f_real:
         d_f_real = _scaled((r @ alpha.mT) @ f_syn, kernel.scale)
     if needs.adjoint:
-        beta = factored_solve(k_sr @ r, solve.factor)  # [M, P]
+        adjoint = k_sr @ r  # [M, P]
+        if kernel.bias:
+            adjoint.add_(r.sum(0), alpha=kernel.bias)
+        beta = factored_solve(adjoint, solve.factor)  # [M, P]
         d_lam = -(alpha * beta).sum() if needs.lam else None
     if needs.f_syn:
         assert beta is not None
