@@ -7,6 +7,7 @@ import torch
 
 from krrst_fast import environment, library
 from krrst_fast.errors import DataError
+from krrst_fast.files import recover_folder
 
 
 def about_this_machine() -> dict[str, str]:
@@ -38,9 +39,12 @@ def _extension() -> str:
 def about_path(path: Path) -> dict[str, str]:
     """What a store, target, run folder or distilled set holds.
 
+    All of a store is read once, to compare its checksums.
+
     Raises:
         DataError: it is none of them, or it is damaged.
     """
+    recover_folder(path)
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
     for belongs, describe in _KINDS:
@@ -52,7 +56,7 @@ def about_path(path: Path) -> dict[str, str]:
 def _store(path: Path) -> dict[str, str]:
     from krrst_fast.data import open_store
 
-    store = open_store(path)
+    store = open_store(path, verify=True)
     rows = {
         "kind": "image store",
         "images": ", ".join(f"{store.count(split)} {split}" for split in store.splits),
@@ -60,6 +64,7 @@ def _store(path: Path) -> dict[str, str]:
         "classes": _some(store.classes) if store.has_labels else "not labelled",
         "mean": _numbers(store.mean),
         "std": _numbers(store.std),
+        "checksums": "verified",
     }
     if store.skipped:
         rows["skipped"] = _some([str(row["name"]) for row in store.skipped])

@@ -1,7 +1,9 @@
 """The packed store: what it maps, and what it refuses to open."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,18 @@ def test_what_is_no_store_is_refused(store, tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             open_store(store.path)
+
+
+def test_a_store_that_a_kill_left_aside_is_found(store):
+    """Killed between the two renames of `prepare --overwrite`; moved by a living one: left."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    living = store.path.rename(store.path.with_name(f".store.{os.getppid()}-0.old"))
+    with pytest.raises(DataError, match="not an image store"):
+        open_store(store.path)
+    living.rename(store.path.with_name(f".store.{gone.pid}-0.old"))
+    assert open_store(store.path, verify=True) == store
+    assert [p.name for p in store.path.parent.glob(".*")] == []
 
 
 def test_a_store_may_be_moved_and_read_only(store, tmp_path):

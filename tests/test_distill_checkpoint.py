@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from krrst_fast.distill import DistillConfig, PoolConfig
+from krrst_fast.config import from_dict
+from krrst_fast.data import open_store
+from krrst_fast.distill import DistillConfig, PoolConfig, outer_step
 from krrst_fast.distill.checkpoint import cut_metrics, load_checkpoint, require_same_run
+from krrst_fast.distill.start import initial_set, make_source, make_state
+from krrst_fast.distill.step import LinearDecay
 from krrst_fast.errors import CheckpointError
 from krrst_fast.files import append_jsonl, load_state, read_jsonl
+from krrst_fast.targets import load_target
 
 PROGRAM = """
 import json, os, random, signal, sys, time, traceback
@@ -115,12 +120,13 @@ for name, place in PLACES.items():
     steps[name] = readable(folder / name)
     assert live(folder / name)
 
-# By the clock, again and again, until the run is through.
+# By the clock, again and again, until the run is through. Lives grow longer, lest on a machine that
+# became slower none of them reaches the next checkpoint.
 draw = random.Random(0)
 for number in range(2):
     out = folder / f"clock-{number}"
     lives = 1
-    while not live(out, after=draw.uniform(0.1, 0.8) * whole_seconds):
+    while not live(out, after=draw.uniform(0.1, 0.8) * whole_seconds * 1.2**lives):
         readable(out)
         lives += 1
         assert lives < 40
@@ -226,3 +232,26 @@ def test_a_checkpoint_names_the_run_it_is_of(killed):
     assert saved["config"] == json.loads((folder / "whole" / "config.json").read_text())
     assert len(saved["config_hash"]) == 16
     assert saved["totals"]["seconds"] > 0 and saved["state"]["step"] == 24
+
+
+def test_going_on_from_a_state_leaves_it_as_it_was(killed):
+    folder, _ = killed
+    path = folder / "whole" / "checkpoint.pt"
+    values = load_state(path)
+    config = from_dict(DistillConfig, values["config"])
+    store, target = open_store(config.store), load_target(config.target)
+    cpu = torch.device("cpu")
+    state = make_state(config, initial_set(config, store, target), cpu)
+    saved = values["state"]
+    state.load_state_dict(saved)
+    source, rate = make_source(config, store, target, cpu), LinearDecay(start=1, final=1, steps=1)
+    for _ in range(4):
+        outer_step(state, source, rate, ridge=1e-3, ridge_of="trace")
+    before = load_state(path)["state"]
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        for number, kept in before["optimizer"]["state"].items():
+            assert torch.equal(saved["optimizer"]["state"][number][name], kept[name])
+    for slot, kept in zip(saved["pool"], before["pool"], strict=True):
+        for number, tensors in kept["optimizer"]["state"].items():
+            momentum = slot["optimizer"]["state"][number]["momentum_buffer"]
+            assert torch.equal(momentum, tensors["momentum_buffer"])

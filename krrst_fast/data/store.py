@@ -13,7 +13,7 @@ from torch import Tensor
 
 from krrst_fast.data.source import UNLABELLED
 from krrst_fast.errors import DataError
-from krrst_fast.files import read_json, write_json
+from krrst_fast.files import read_json, recover_folder, write_json
 
 FORMAT_VERSION = 1
 CHANNELS = 3
@@ -79,7 +79,7 @@ class ImageStore:
 
 
 def open_store(path: Path, verify: bool = False) -> ImageStore:
-    """Open the store that `prepare` wrote.
+    """Open the store that `prepare` wrote; one that a kill left moved aside is moved back.
 
     Args:
         path: its folder.
@@ -89,6 +89,7 @@ def open_store(path: Path, verify: bool = False) -> ImageStore:
         DataError: not a store, of a newer format, or damaged.
     """
     path = Path(path)
+    recover_folder(path)
     if not (path / INDEX).is_file():
         raise DataError(f"{path}: not an image store (it has no {INDEX}); krrst prepare makes one")
     index = read_json(path / INDEX)

@@ -40,8 +40,8 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     Args:
         config: the settings.
         resume: go on from the folder's checkpoint; a finished run gives its result, and a run that
-            was killed before its first checkpoint, or never begun, starts. On one machine, with one
-            number of threads, the result has the bits of a run that was not interrupted.
+            was killed before its first checkpoint, or never begun, starts. On a CPU with as many
+            threads the result has the bits of a run that was not interrupted.
         progress: show a bar, where there is a terminal.
 
     Raises:

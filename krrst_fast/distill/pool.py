@@ -4,6 +4,7 @@ At rest a network is in evaluation mode and asks for no gradients: its features 
 are, and a backward pass through it reaches its input and nothing else. Only `Slot.fit` trains.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,4 +147,5 @@ class Pool:
         for slot, saved in zip(self.slots, state, strict=True):
             slot.age, slot.generation = saved["age"], saved["generation"]
             slot.network.load_state_dict(saved["network"])
-            slot.optimizer.load_state_dict(saved["optimizer"])
+            # The optimizer would keep the very tensors of the dict, and change them.
+            slot.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))

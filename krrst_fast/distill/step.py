@@ -1,5 +1,6 @@
 """One iteration of the algorithm, and the state that it moves on."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class State:
         with torch.no_grad():
             self.x_syn.copy_(state["x_syn"])
             self.y_syn.copy_(state["y_syn"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The optimizer would keep the very tensors of the dict, and change them.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.pool.load_state_dict(state["pool"])
         self.generator.set_state(state["generator"].cpu())
 

@@ -31,7 +31,8 @@ class Solve(NamedTuple):
     Attributes:
         factor: lower Cholesky factor, [M, M] or in primal form [D (+ 1), D (+ 1)].
         coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
-        product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else the coefficients again.
+        product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else the
+            coefficients again.
         base: lam at ridge = 1 [].
         lam: the ridge that was added [].
         retries: how often the ridge was raised [].
