@@ -90,6 +90,45 @@ def test_damaged_pickles(tmp_path):
     refused(tmp_path / "source", tmp_path / "out", "batches.meta: there is no such file")
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_of_either_byte_order_keep_their_values(tmp_path, protocol):
+    path = tmp_path / "train"
+    for kind in (">i4", "<i4", "i8", ">u2", ">f4", "<f8", "u1", "bool"):
+        expected = np.arange(6).reshape(2, 3).astype(kind)
+        entries = {"a": expected, "b": expected.T, "c": expected[1, 2], "again": [expected]}
+        path.write_bytes(pickle.dumps(entries, protocol))
+        read, usual = cifar.load(path), pickle.loads(path.read_bytes())
+        for name in ("a", "b", "c"):
+            assert np.array_equal(read[name], entries[name]), (kind, name)
+            assert read[name].dtype == usual[name].dtype, (kind, name)
+            assert type(read[name]) is type(usual[name])
+        assert np.array_equal(read["again"][0], expected)
+    labels = LABELS.astype(">i4")
+    source = write_cifar(tmp_path / "source", batch(fine_labels=labels))
+    store = prepare(PrepareConfig(source=str(source), out=tmp_path / "out", size=8))
+    assert store.labels().tolist() == LABELS.tolist()
+
+
+def test_the_state_of_a_dtype_cannot_make_numbers_pointers(tmp_path):
+    """A made-up state: items of 1 byte, and flags that call for reference counting."""
+    state = (3, ">", None, None, None, 1, 1, 0x3F)
+
+    class Forged:
+        def __reduce__(self):
+            return np.dtype, ("i4", False, True), state
+
+    class Holder:
+        def __reduce__(self):
+            rebuild, made, _ = np.arange(3, dtype=np.int32).__reduce__()
+            return rebuild, made, (1, (3,), Forged(), False, np.arange(3, dtype=">i4").tobytes())
+
+    path = tmp_path / "train"
+    path.write_bytes(pickle.dumps({"a": Holder()}, 2))
+    read = cifar.load(path)["a"]
+    assert read.tolist() == [0, 1, 2]
+    assert (read.dtype.itemsize, read.dtype.hasobject, read.dtype.flags) == (4, False, 0)
+
+
 def test_random_damage_to_a_pickle_is_a_pickle_or_a_data_error(tmp_path):
     path, data = tmp_path / "train", np.frombuffer(batch(), np.uint8)
     for _ in range(300):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from krrst_fast.data import arrays
 from krrst_fast.data.source import Item, Source, Split
@@ -85,11 +84,39 @@ def load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a readable pickle ({reason})") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: the pickle holds a {type(value).__name__}, need a dict")
-    return {_text(key): entry for key, entry in value.items()}
+    return {_text(key): _plain(entry) for key, entry in value.items()}
 
 
 def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.view(np.ndarray) if isinstance(value, _Array) else value
+
+
+class _DType:
+    """A dtype while it is unpickled: of its state only the byte order is taken.
+
+    NumPy's own `__setstate__` would also take flags, with which a file could make it follow
+    numbers as pointers.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = _text(state[1])
+        if order in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder("<" if order == "<" else ">")
+
+
+class _Array(np.ndarray):
+    """An array while it is unpickled."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, dtype, fortran, data = state
+        super().__setstate__((version, shape, dtype.dtype, fortran, data))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -109,18 +136,18 @@ class _ArraysOnly(pickle.Unpickler):
             raise DataError(f"the pickle asks for {module}.{name}; refused, nothing was run")
         return known[module, name]
 
-    def _dtype(self, spec: str | bytes, *_: object) -> np.dtype:
+    def _dtype(self, spec: str | bytes, *_: object) -> _DType:
         dtype = np.dtype(_text(spec))
         if dtype.kind not in "biuf":
             raise DataError(f"the pickle holds an array of {dtype}, need numbers")
-        return dtype
+        return _DType(dtype)
 
-    def _array(self, *_: object) -> npt.NDArray:
+    def _array(self, *_: object) -> _Array:
         """An empty array; the pickle's next instruction gives it its state."""
-        return np.empty(0, np.uint8)
+        return np.empty(0, np.uint8).view(_Array)
 
-    def _scalar(self, dtype: np.dtype, data: bytes) -> Any:
-        return np.frombuffer(data, dtype, count=1)[0]
+    def _scalar(self, dtype: _DType, data: bytes) -> Any:
+        return np.frombuffer(data, dtype.dtype, count=1)[0]
 
     def _encode(self, text: str, encoding: str) -> bytes:
         """How Python 3 writes bytes into a pickle of protocol 2."""
