@@ -216,10 +216,10 @@ def test_what_is_no_checkpoint_of_this_version_is_refused(tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=message):
-            load_checkpoint(path, config)
+            load_checkpoint(path, config, {})
     path.unlink()
     with pytest.raises(CheckpointError, match="there is no such checkpoint"):
-        load_checkpoint(path, config)
+        load_checkpoint(path, config, {})
     with pytest.raises(CheckpointError, match="does not hold the settings of a run"):
         require_same_run(path, ["not", "settings"], config)
     with pytest.raises(CheckpointError, match="pool.size was None and is 10"):

@@ -1,9 +1,11 @@
 """A whole distillation: its files, its log, exact resume, and what it refuses."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
 from krrst_fast.distilled_set import load_distilled
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from krrst_fast.files import read_jsonl
+from krrst_fast.files import load_state, read_jsonl
 from krrst_fast.models import ModelConfig
 from krrst_fast.targets import load_target
 
@@ -205,9 +207,9 @@ def _content(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in measured}
 
 
-def test_resuming_a_finished_run_gives_its_result_and_reads_no_images(config, monkeypatch):
+def test_resuming_a_finished_run_gives_its_result_and_computes_nothing(config, monkeypatch):
     result = distill(config, progress=False)
-    monkeypatch.setattr(loop, "open_store", None)
+    monkeypatch.setattr(loop, "initial_set", None)
     again = distill(dataclasses.replace(config, log_every=1), resume=True, progress=False)
     assert torch.equal(result.images, again.images) and torch.equal(result.targets, again.targets)
 
@@ -237,21 +239,77 @@ def test_another_run_cannot_be_resumed(config, monkeypatch, finished):
     assert (config.out / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_store_that_changed_under_a_run_is_noticed(config, tmp_path, monkeypatch):
-    draw = torch.Generator().manual_seed(9)
-    for name in ("one", "two"):
-        images = torch.randint(256, (20, 8, 8, 3), generator=draw, dtype=torch.uint8).numpy()
-        np.savez(tmp_path / f"{name}.npz", images=images)
-        source = str(tmp_path / f"{name}.npz")
-        prepare(PrepareConfig(source=source, out=tmp_path / name, size=8))
-    config = dataclasses.replace(config, store=tmp_path / "one")
+def _other_store(config: DistillConfig, folder: Path) -> Path:
+    """One whose images differ from those of the run in the last pixel of the last image."""
+    images = open_store(config.store).images().permute(0, 2, 3, 1).numpy().copy()
+    images[-1, -1, -1, -1] ^= 1
+    np.savez(folder / "other.npz", images=images)
+    prepare(PrepareConfig(source=str(folder / "other.npz"), out=folder / "other", size=8))
+    return folder / "other"
+
+
+def _other_target(config: DistillConfig, folder: Path) -> Path:
+    """One that differs from that of the run in the last bits of one weight."""
+    target = load_target(config.target)
+    next(target.model.parameters()).view(-1)[0].mul_(1 + 1e-6)
+    target.save(folder / "other.safetensors")
+    return folder / "other.safetensors"
+
+
+@pytest.mark.parametrize("name, make", [("store", _other_store), ("target", _other_target)])
+@pytest.mark.parametrize("stopped", ["fit", "outer_step", "never"])
+def test_another_input_under_a_run_is_noticed(config, tmp_path, monkeypatch, name, make, stopped):
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        if stopped == "fit":
+            slot = "krrst_fast.distill.pool.Slot.fit"
+            patch.setattr(slot, lambda self, x, y: (_ for _ in ()).throw(Stop()))
+        if stopped == "outer_step":
+            _stop_at(patch, 7)
+        distill(config, progress=False)
+    before = {path: path.read_bytes() for path in config.out.iterdir()}
+    other = dataclasses.replace(config, **{name: make(config, tmp_path)})
+    message = rf"\w+: the {name} has changed since this run began: it was [^;]+ and is [^;]+$"
+    with pytest.raises(CheckpointError, match=message):
+        distill(other, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in config.out.iterdir()} == before
+    if stopped == "outer_step":
+        (config.out / "initial.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="checkpoint.pt: the " + name):
+            distill(other, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("step", [7, 99])
+def test_a_run_goes_on_with_moved_inputs(config, tmp_path, monkeypatch, step):
+    whole = distill(dataclasses.replace(config, out=tmp_path / "whole"), progress=False)
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        _stop_at(patch, step)
+        distill(config, progress=False)
+    shutil.copytree(config.store, tmp_path / "moved")
+    shutil.copy(config.target, tmp_path / "moved.safetensors")
+    moved = dataclasses.replace(
+        config, store=tmp_path / "moved", target=tmp_path / "moved.safetensors"
+    )
+    result = distill(moved, resume=True, progress=False)
+    assert torch.equal(result.images, whole.images) and result.meta == whole.meta
+
+
+def test_a_run_of_relative_paths_is_one_of_every_directory(config, tmp_path, monkeypatch):
+    shutil.copytree(config.store, tmp_path / "store")
+    shutil.copy(config.target, tmp_path / "target.safetensors")
+    here = dataclasses.replace(
+        config, store=Path("store"), target=Path("target.safetensors"), out=Path("run")
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         _stop_at(patch, 7)
-        distill(config, progress=False)
-    (tmp_path / "one").rename(tmp_path / "gone")
-    (tmp_path / "two").rename(tmp_path / "one")
-    with pytest.raises(CheckpointError, match="the store or the target has changed since"):
-        distill(config, resume=True, progress=False)
+        distill(here, progress=False)
+    monkeypatch.chdir("elsewhere")
+    found = from_dict(DistillConfig, json.loads(Path("../run/config.json").read_text()))
+    assert distill(found, resume=True, progress=False).meta["step"] == "12"
+    assert not Path("run").exists()
+    monkeypatch.chdir(tmp_path)
+    assert distill(here, resume=True, progress=False).meta["step"] == "12"
 
 
 def test_a_damaged_checkpoint_is_named(config, monkeypatch):
@@ -280,7 +338,7 @@ def test_a_run_that_fails_leaves_its_last_checkpoint(config, monkeypatch):
         patch.setattr(loop, "outer_step", poisoned)
         with pytest.raises(NonFiniteError, match=r"distill: step 8, slot \d"):
             distill(config, progress=False)
-    assert loop.load_checkpoint(config.out / "checkpoint.pt", config)["state"]["step"] == 5
+    assert load_state(config.out / "checkpoint.pt")["state"]["step"] == 5
     assert torch.isfinite(distill(config, resume=True, progress=False).images).all()
 
 
@@ -296,7 +354,7 @@ def test_a_set_that_went_bad_does_not_replace_the_checkpoint(config, monkeypatch
     monkeypatch.setattr(loop, "outer_step", poisoned)
     with pytest.raises(NonFiniteError, match="the targets hold NaN or infinity at step 10"):
         distill(config, progress=False)
-    assert loop.load_checkpoint(config.out / "checkpoint.pt", config)["state"]["step"] == 5
+    assert load_state(config.out / "checkpoint.pt")["state"]["step"] == 5
 
 
 @pytest.mark.parametrize(

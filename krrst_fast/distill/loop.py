@@ -1,6 +1,7 @@
 """From a store and a target to a distilled set: the steps, the log, the checkpoints, the files."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from krrst_fast import environment
 from krrst_fast.config import to_dict
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.distill.checkpoint import (
+    Identity,
     cut_metrics,
+    identity,
     load_checkpoint,
+    require_same_inputs,
     require_same_run,
     save_checkpoint,
 )
@@ -47,31 +51,38 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     Raises:
         ConfigError: the output folder holds something else, or the target does not fit the store.
         DataError: the store or the target cannot be read, or the store holds too few images.
-        CheckpointError: the run to be resumed has other settings, or its checkpoint is damaged.
+        CheckpointError: the run to be resumed has other settings or inputs, or is damaged.
         NonFiniteError, NotPositiveDefiniteError: a step failed; the last checkpoint is left.
     """
     _check_folder(config, resume)
-    if (config.out / FILE_NAME).exists():
-        return load_distilled(config.out / FILE_NAME)
     store, target = open_store(config.store), load_target(config.target)
+    inputs = identity(store, target)
+    if (config.out / FILE_NAME).exists():
+        finished = load_distilled(config.out / FILE_NAME)
+        require_same_inputs(config.out / FILE_NAME, finished.meta, inputs)
+        return finished
     _check_inputs(config, store, target)
     device = environment.pick_device(config.device)
     target.to(device)
 
+    first, initial = config.out / "initial.safetensors", initial_set(config, store, target)
+    if first.exists():
+        _require_alike(first, initial)
     new_folder(config.out, overwrite=resume)
+    config = _located(config)
     write_json(config.out / "config.json", to_dict(config))
     write_json(config.out / "environment.json", environment.describe())
-    initial = initial_set(config, store, target)
-    _begin_alike(config.out / "initial.safetensors", initial)
+    if not first.exists():
+        initial.save(first)
 
     source = make_source(config, store, target, device, progress=progress)
     state = make_state(config, initial, device)
-    totals = _take_up(config, state, progress)
-    _run(config, state, source, totals, progress)
+    totals = _take_up(config, inputs, state, progress)
+    _run(config, inputs, state, source, totals, progress)
 
     variance = target_variance(config, store, target)
     write_json(config.out / "summary.json", _summary(config, totals, variance))
-    result = as_distilled(config, state, target)
+    result = as_distilled(config, inputs, state, target)
     result.save(config.out / FILE_NAME)
     return result
 
@@ -106,29 +117,35 @@ def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget
         )
 
 
+def _located(config: DistillConfig) -> DistillConfig:
+    """With paths that mean the same in every directory: later commands read them in the folder."""
+    store, target, out = (path.resolve() for path in (config.store, config.target, config.out))
+    return replace(config, store=store, target=target, out=out)
+
+
 def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _begin_alike(path: Path, initial: DistilledSet) -> None:
-    """Save the first set; a resumed run must begin with the one that is there already."""
-    if path.exists():
-        before = load_distilled(path)
-        for then, now in ((before.images, initial.images), (before.targets, initial.targets)):
-            # Not bit by bit: the run may go on on another device.
-            if then.shape != now.shape or not torch.allclose(then, now, rtol=1e-2, atol=1e-2):
-                raise CheckpointError(
-                    f"{path.parent}: the store or the target has changed since this run began"
-                )
-        return
-    initial.save(path)
+def _require_alike(path: Path, initial: DistilledSet) -> None:
+    """A resumed run must begin with the set that is there already."""
+    before = load_distilled(path)
+    require_same_inputs(path, before.meta, initial.meta)
+    for then, now in ((before.images, initial.images), (before.targets, initial.targets)):
+        # Not bit by bit: the run may go on on another device.
+        if then.shape != now.shape or not torch.allclose(then, now, rtol=1e-2, atol=1e-2):
+            raise CheckpointError(
+                f"{path.parent}: the store or the target has changed since this run began"
+            )
 
 
-def _take_up(config: DistillConfig, state: State, progress: bool) -> dict[str, float]:
+def _take_up(
+    config: DistillConfig, inputs: Identity, state: State, progress: bool
+) -> dict[str, float]:
     """Bring the state to the checkpoint, or make the first one. Returns the totals so far."""
     path, metrics = config.out / "checkpoint.pt", config.out / "metrics.jsonl"
     if path.exists():
-        saved = load_checkpoint(path, config)
+        saved = load_checkpoint(path, config, inputs)
         state.load_state_dict(saved["state"])
         cut_metrics(metrics, state.step)
         return saved["totals"]
@@ -139,7 +156,7 @@ def _take_up(config: DistillConfig, state: State, progress: bool) -> dict[str, f
         "warm_up_seconds": time.perf_counter() - began,
         "peak_memory_mb": environment.peak_memory_mb(state.x_syn.device),
     }
-    save_checkpoint(path, config, state, totals)
+    save_checkpoint(path, config, inputs, state, totals)
     cut_metrics(metrics, 0)
     return totals
 
@@ -157,6 +174,7 @@ def warm_up(state: State, *, progress: bool = False) -> None:
 
 def _run(
     config: DistillConfig,
+    inputs: Identity,
     state: State,
     source: Source,
     totals: dict[str, float],
@@ -176,7 +194,7 @@ def _run(
                 bar.set_postfix(log.write(report, state.step), refresh=False)
             if _due(state.step, config.checkpoint_every, config.steps):
                 log.count_time()
-                save_checkpoint(config.out / "checkpoint.pt", config, state, totals)
+                save_checkpoint(config.out / "checkpoint.pt", config, inputs, state, totals)
             bar.update()
 
 

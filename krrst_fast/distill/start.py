@@ -9,7 +9,7 @@ from krrst_fast.config import config_hash, to_dict
 from krrst_fast.data.augment import draw_views, plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.cache import TargetCache, is_cached
-from krrst_fast.distill.checkpoint import FREE_SETTINGS
+from krrst_fast.distill.checkpoint import FREE_SETTINGS, Identity, identity
 from krrst_fast.distill.config import DistillConfig
 from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Represent, Source
@@ -41,7 +41,7 @@ def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) 
         std, mean = torch.tensor(target.std), torch.tensor(target.mean)
         images = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     mean_of, std_of = display_scale(config, target)
-    meta = {"method": "initial", "seed": str(config.seed)}
+    meta = {"method": "initial", "seed": str(config.seed), **identity(store, target)}
     return DistilledSet(images=images, targets=targets, mean=mean_of, std=std_of, meta=meta)
 
 
@@ -129,8 +129,10 @@ def make_state(config: DistillConfig, initial: DistilledSet, device: torch.devic
     )
 
 
-def as_distilled(config: DistillConfig, state: State, target: FrozenTarget) -> DistilledSet:
-    """The synthetic set as it is now, with the settings it was made by."""
+def as_distilled(
+    config: DistillConfig, inputs: Identity, state: State, target: FrozenTarget
+) -> DistilledSet:
+    """The synthetic set as it is now, with the settings and the inputs it was made by."""
     mean, std = display_scale(config, target)
     settings = {k: v for k, v in to_dict(config).items() if k not in FREE_SETTINGS}
     return DistilledSet(
@@ -143,5 +145,6 @@ def as_distilled(config: DistillConfig, state: State, target: FrozenTarget) -> D
             "step": str(state.step),
             "config": json.dumps(settings, sort_keys=True),
             "config_hash": config_hash(config, ignore=FREE_SETTINGS),
+            **inputs,
         },
     )
