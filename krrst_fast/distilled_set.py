@@ -1,8 +1,6 @@
 """What a distillation gives: a few images and the representations they are to be mapped to."""
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import DataError
-from krrst_fast.files import save_tensors
+from krrst_fast.files import load_torch, save_tensors
 
 FORMAT_VERSION = 1
 FILE_NAME = "distilled.safetensors"
@@ -124,11 +122,7 @@ def _load_released(folder: Path) -> DistilledSet:
     tensors = []
     for name in _RELEASED:
         path = folder / name
-        try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
-            reason = str(error).partition("\n")[0]
-            raise DataError(f"{path}: not a readable tensor file ({reason})") from None
+        tensor = load_torch(path, what="tensor file", failure=DataError)
         if not isinstance(tensor, Tensor):
             raise DataError(f"{path}: holds a {type(tensor).__name__}, not a tensor")
         tensors.append(tensor.detach().float())

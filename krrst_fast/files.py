@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from krrst_fast.errors import CheckpointError, ConfigError, DataError
+from krrst_fast.errors import CheckpointError, ConfigError, DataError, KrrstError
 
 _NUMBERS = itertools.count()
 _LIVE: set[str] = set()
@@ -206,22 +207,46 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         temporary.write_bytes(save(plain, dict(metadata)))
 
 
-def load_state(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Load what `save_state` wrote. Nothing but tensors and plain values is unpickled.
+def load_torch(
+    path: Path,
+    *,
+    what: str,
+    failure: type[KrrstError],
+    map_location: str | torch.device = "cpu",
+    mmap: bool = False,
+) -> Any:
+    """Load what `torch.save` wrote. Nothing but tensors and plain values is unpickled.
+
+    Args:
+        path: the file.
+        what: what it is to be, for the message.
+        failure: the error to raise.
+        map_location: the device that its tensors come to.
+        mmap: map the tensors into memory, where the file allows it.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
+        KrrstError: of type `failure`: the file is missing or damaged.
     """
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        mapped = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+        raise failure(f"{path}: there is no such {what}") from None
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         # Also an OSError, from a seek past the start; one that names the file is about opening it.
         if isinstance(error, OSError) and error.filename is not None:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+        raise failure(f"{path}: not a readable {what} ({reason})") from error
+
+
+def load_state(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Load what `save_state` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else.
+    """
+    state = load_torch(path, what="checkpoint", failure=CheckpointError, map_location=map_location)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
 
@@ -86,6 +87,38 @@ def test_the_released_tensors_are_read(tmp_path):
     assert torch.equal(read.images, expected.images) and not read.images.requires_grad
     assert torch.equal(read.targets, expected.targets)
     assert (read.mean, read.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("name", ["x_syn.pt", "y_syn.pt"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_released_tensors_are_data_errors(tmp_path, name, zipped):
+    made, path = _set(), tmp_path / name
+    for file, tensor in (("x_syn.pt", made.images), ("y_syn.pt", made.targets)):
+        torch.save(tensor, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    good, draw = path.read_bytes(), random.Random(0)
+    # Nothing, a name that is no UTF-8, an empty stack twice, and no pickle.
+    damaged = [
+        b"",
+        b"\x80\x02}q\x00X\x04\x00\x00\x00\xff\xff\xff\xffs.",
+        b"0.",
+        b"\x80\x02.",
+        b"text",
+    ]
+    damaged += [good[: draw.randrange(len(good))] for _ in range(30)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: not a readable tensor file .+") as caught:
+            load_distilled(tmp_path)
+        assert "\n" not in str(caught.value)
+    for _ in range(200):
+        content = bytearray(good)
+        for _ in range(3):
+            content[draw.randrange(min(len(good), 600))] = draw.randrange(256)
+        path.write_bytes(content)
+        try:
+            assert len(load_distilled(tmp_path)) == 5
+        except DataError as error:
+            assert str(tmp_path) in str(error)
 
 
 @pytest.mark.parametrize(

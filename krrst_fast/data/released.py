@@ -1,7 +1,6 @@
 """The tensors that the KRR-ST authors released: X_tr_32.pth, Y_tr_32.pth, X_te_32.pth, ..."""
 
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from krrst_fast.data import arrays
 from krrst_fast.data.source import Item, Source, Split
 from krrst_fast.errors import DataError
+from krrst_fast.files import load_torch
 
 _NAME = re.compile(r"X_(tr|te)(?:_(\d+))?\.pth")
 _SPLIT = {"tr": "train", "te": "test"}
@@ -67,14 +67,7 @@ def load(path: Path) -> Tensor:
     Raises:
         DataError: damaged, or holds something else.
     """
-    try:
-        value = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:
-        # A damaged file makes torch.load fail in many ways, an OSError without a name among them.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(f"{path}: not a readable tensor file ({reason})") from error
+    value = load_torch(path, what="tensor file", failure=DataError, mmap=True)
     if not isinstance(value, Tensor) or value.ndim == 0:
         raise DataError(f"{path}: holds a {type(value).__name__}, need one tensor of rows")
     return value.detach()
