@@ -162,7 +162,7 @@ _DIGITS = Preset(
         batch_size=256,
         lr=1e-3,
         warmup_steps=20,
-        # Nothing between the 64 outputs and the loss: what the probe sees is what was trained.
+        # Nothing between the 64 outputs and the loss: what is distilled is what was trained.
         projector=(),
         # Else their variance is 0.08, too little to move the features that are pre-trained on them.
         standardize=True,

@@ -236,7 +236,8 @@ def _lede(ours: Outcome, measure: Measure) -> Iterator[str]:
     else:
         yield (
             "\u00b1 is the standard error of the mean paired difference; its 95\u00a0% interval is "
-            f"{_ends(ours)} points."
+            f"{_ends(ours)} points. It is about this one distilled set: the seeds vary initial "
+            "weights, labels and the rival\u2019s images."
         )
     floor, rival, ceiling = (measure.outcome(m) for m in ("none", RIVAL, "target"))
     if floor is None or rival is None or ceiling is None:

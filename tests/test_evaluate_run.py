@@ -21,6 +21,7 @@ from krrst_fast.evaluate import (
     evaluate,
     trial,
 )
+from krrst_fast.evaluate.config import METHODS
 from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.trial import Trials
@@ -306,8 +307,13 @@ def test_store_without_test_images(config: EvaluateConfig, tmp_path: Path) -> No
 
 
 def test_random_labels_of_an_unlabelled_source(config: EvaluateConfig, tmp_path: Path) -> None:
+    bare = unlabelled_store(tmp_path)
+    asked = replace(config, source=bare, methods=("random_labels",), seeds=1)
     with pytest.raises(DataError, match="bare: has no labels, which random_labels needs"):
-        evaluate(replace(config, source=unlabelled_store(tmp_path)), progress=False)
+        evaluate(asked, progress=False)
+    left_out = evaluate(replace(asked, methods=METHODS), progress=False)
+    assert left_out.config.methods == ("none", "random_target", "distilled", "target")
+    assert {row.method for row in left_out.rows} == set(left_out.config.methods)
 
 
 def test_fewer_labels_than_asked_is_found_before_any_training(config: EvaluateConfig) -> None:

@@ -90,7 +90,7 @@ def test_one_seed_has_no_spread() -> None:
 
 def test_table_text() -> None:
     lines = evaluation(finetune=True).table().splitlines()
-    assert lines[3:] == [
+    assert lines[4:] == [
         "method         probe        - random_target  finetune     - random_target",
         "-------------  -----------  ---------------  -----------  ---------------",
         "none           73.0 +- 2.6  -8.0 +- 2.0      83.0 +- 2.6  -8.0 +- 2.0",

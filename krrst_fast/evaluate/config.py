@@ -107,6 +107,7 @@ class EvaluateConfig:
     name: str | None = None
     """Of the result, `evaluation/NAME.json`; None takes the name of the store."""
     methods: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
+    """All of them, if the source has labels; if it has none, all but random_labels."""
     seeds: int = 5
     """Every method runs once for each seed, from the same weights, labels and batch order."""
     first_seed: int = 0

@@ -15,7 +15,7 @@ from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.distilled_set import DistilledSet, load_distilled
 from krrst_fast.environment import pick_device, version
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.evaluate.config import METHODS, EvaluateConfig, Method
 from krrst_fast.files import read_json
 from krrst_fast.targets import FrozenTarget, load_target
 
@@ -111,6 +111,11 @@ def open_materials(config: EvaluateConfig) -> Materials:
     source = target = None
     if wanted & _NEEDS_SOURCE:
         source = open_store(config.source or _from_run(config.run, "store", "source"))
+        if config.methods == METHODS and not source.has_labels:
+            # Unlabelled images are what the method is for: the rival that needs labels is left out
+            # unless it was asked for.
+            kept = tuple(method for method in METHODS if method != "random_labels")
+            config, wanted = replace(config, methods=kept), set(kept)
         _check_source(source, distilled, "random_labels" in wanted)
     if wanted & _NEEDS_TARGET or _is_raw(distilled):
         target = load_target(config.target or _from_run(config.run, "target", "target"))

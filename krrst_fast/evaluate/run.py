@@ -1,6 +1,6 @@
 """The evaluation itself: every method with every seed, resumable, into one JSON file."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     trials = Trials(materials)
     name = config.name or config.store.resolve().name
     folder = (config.run if config.run.is_dir() else config.run.parent) / "evaluation"
+    config = replace(config, methods=materials.config.methods)
     keys = {method: materials.fingerprint(method) for method in config.methods}
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [(method, seed) for seed in seeds for method in config.methods]
@@ -78,7 +79,12 @@ def _rows_at_hand(
     if output.exists() and not config.overwrite:
         finished = _rows_of(output)
         for row in finished:
-            if (row.method, row.seed) not in jobs or row.fingerprint != keys[row.method]:
+            if (row.method, row.seed) not in jobs:
+                raise ConfigError(
+                    f"evaluate: {output} also holds {row.method} with seed {row.seed}, which was "
+                    "not asked for this time; ask for it, or pass --overwrite to drop it"
+                )
+            if row.fingerprint != keys[row.method]:
                 raise ConfigError(
                     f"evaluate: {output} holds {row.method} with seed {row.seed} made with other "
                     "settings or data; pass --overwrite to replace it or --name to keep both"

@@ -152,7 +152,7 @@ class Evaluation:
         given = "all labels" if labels is None else f"{labels} label{'s' * (labels > 1)} per class"
         draws = self.config.probe.label_draws
         given += f" (mean of {draws} draws)" if draws > 1 else ""
-        paired = "; differences are paired by seed, +- their standard error"
+        paired = ";\ndifferences are paired by seed, +- their standard error, of this distilled set"
         return (
             f"{self.name}: accuracy in per cent, mean +- standard deviation over "
             f"{self.config.seeds} seed{'s' * (self.config.seeds > 1)}\n"
