@@ -269,6 +269,16 @@ def test_tinyimagenet_annotations_that_do_not_match(tmp_path):
         refused(source, tmp_path / "out", message)
 
 
+def test_tinyimagenet_without_class_folders(tmp_path):
+    source = tmp_path / "source"
+    for name in ("train/a_0.png", "val/images/val_0.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(IMAGES[0]).save(source / name)
+    (source / "val" / "val_annotations.txt").write_text("val_0.png\ta\n")
+    message = "train: need a folder for each class, got images such as a_0.png"
+    refused(source, tmp_path / "out", message)
+
+
 def test_an_existing_output_is_replaced_only_when_asked_and_only_if_a_store(folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -19,6 +19,11 @@ def read(path: Path) -> Source:
     if not (path / "train").is_dir():
         raise DataError(f"{path}: {_ANNOTATIONS} is there, and train is missing")
     train = folder.list_files(path / "train")
+    if train.images and not train.classes:
+        bare = train.images[0][0].name
+        raise DataError(
+            f"{path / 'train'}: need a folder for each class, got images such as {bare}"
+        )
     val_classes = _annotations(path / _ANNOTATIONS)
     val = folder.list_files(path / "val")
     classes = tuple(sorted(train.classes | set(val_classes.values())))
