@@ -99,3 +99,25 @@ def test_sources_are_in_the_source_distribution() -> None:
     manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").split()
     for name in ("csrc", "kernels", "tests", "constraints.txt", "Makefile", "README.md"):
         assert name in manifest and (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4, None])
+def test_any_command_that_fails_fails_the_packaging_step(
+    tmp_path: Path, failing: int | None
+) -> None:
+    """The step's function, called as CI does, with a python whose n-th call fails."""
+    if not (script := ROOT / ".ci" / "run").exists():
+        pytest.skip("not part of the source distribution")
+    function = re.search(r"^package\(\) \(\n.*?^\)\n", script.read_text(), re.DOTALL | re.MULTILINE)
+    assert function is not None
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    calls = tmp_path / "calls"
+    python.write_text(
+        f"#!/bin/sh\necho call >> '{calls}'\n[ $(wc -l < '{calls}') -ne {failing or 0} ]\n"
+    )
+    python.chmod(0o755)
+    code = f"{function[0]}\nif package; then exit 0; else exit 7; fi"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == (7 if failing else 0), done.stderr
+    assert calls.read_text().count("call") == (failing or 4), "nothing runs after a failure"
