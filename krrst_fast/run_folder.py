@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from krrst_fast.distill.recorded import recorded_path
 from krrst_fast.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.errors import DataError
 from krrst_fast.files import read_json, read_jsonl
@@ -145,7 +146,7 @@ def _read_evaluations(run: Run) -> None:
 def _read_target(run: Run) -> None:
     if "target" not in run.config:
         return
-    target = Path(str(run.config["target"]))
+    target = recorded_path(run.folder, run.config, "target")
     folder = target if target.suffix != ".safetensors" else target.parent
     run.target_rows = _by_step(read_jsonl(folder / "metrics.jsonl"))
     if (folder / "config.json").exists():

@@ -1,6 +1,7 @@
 """Whole evaluations on small digits: what is paired, what improves, resume, and every refusal."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +284,23 @@ def test_a_distilled_file_without_a_run(config: EvaluateConfig) -> None:
     assert evaluate(replace(alone, methods=("distilled",)), progress=False).num_images == 20
     with pytest.raises(ConfigError, match="no config.json that names the source; pass --source"):
         evaluate(alone, progress=False)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_the_inputs_of_a_run_are_found_from_every_directory(
+    config: EvaluateConfig, base: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
+    """Runs of earlier versions hold the paths as they were typed."""
+    start = config.run.parent
+    paths = {"store": base / "digits", "target": base / "target", "out": config.run}
+    typed = {k: str(v if absolute else os.path.relpath(v, start)) for k, v in paths.items()}
+    (config.run / "config.json").write_text(json.dumps(typed))
+    (start / "elsewhere").mkdir()
+    for directory, run in ((start, "run"), (start / "elsewhere", "../run"), (config.run, ".")):
+        monkeypatch.chdir(directory)
+        materials = open_materials(replace(config, run=Path(run)))
+        assert materials.source is not None and materials.source.count("train") == 400
+        assert materials.target is not None and materials.target.dim == 12
 
 
 def unlabelled_store(folder: Path) -> Path:

@@ -84,3 +84,32 @@ def test_without_settings_the_set_makes_a_run(tmp_path: Path) -> None:
     (run / "distilled.safetensors").unlink()
     with pytest.raises(DataError, match="neither config.json nor distilled.safetensors"):
         read_run(run)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_the_curves_of_the_target_are_found_from_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
+    """Runs of earlier versions hold the paths as they were typed."""
+    run, elsewhere = make_run(tmp_path / "work"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    base = tmp_path / "work" if absolute else Path()
+    write_json(
+        run / "config.json",
+        {"num_images": 2, "target": str(base / "target"), "out": str(base / "run")},
+    )
+    places = ((run.parent, Path("run")), (elsewhere, Path("../work/run")), (run, Path()))
+    for directory, folder in places:
+        monkeypatch.chdir(directory)
+        assert read_run(folder).missing == []
+        assert read_run(folder).target_rows == [{"step": 1, "loss": 2.0}]
+
+    # What lies where the path was typed comes first, as it does without any run.
+    (elsewhere / "target").mkdir()
+    append_jsonl(elsewhere / "target" / "metrics.jsonl", {"step": 7, "loss": 1.0})
+    monkeypatch.chdir(elsewhere)
+    assert read_run(Path("../work/run")).target_rows[0]["step"] == (1 if absolute else 7)
+    # A relative path of a run that was moved cannot be followed.
+    run.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert bool(read_run(Path("moved")).missing) != absolute

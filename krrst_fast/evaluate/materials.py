@@ -12,6 +12,7 @@ from torch import Tensor
 
 from krrst_fast.config import to_dict
 from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.distill.recorded import recorded_path
 from krrst_fast.distilled_set import DistilledSet, load_distilled
 from krrst_fast.environment import pick_device, version
 from krrst_fast.errors import ConfigError, DataError
@@ -198,7 +199,7 @@ def _from_run(run: Path, key: str, setting: str) -> Path:
     values = read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get(key), str):
         raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
-    return Path(values[key])
+    return recorded_path(run, values, key)
 
 
 def _of_tensors(tensors: list[Tensor]) -> str:
