@@ -41,6 +41,18 @@ _ROW_MAJOR_COLUMNS = 16
 _COLUMN_MAJOR_COLUMNS = 256
 
 
+# Below, a gram does not fill the kernel's panels of 48 rows and MKL is up to twice as fast.
+_GRAM_ROWS = 48
+
+
+def _cpp_gram(x: Tensor, scale: float, bias: float) -> Tensor:
+    if x.shape[0] < _GRAM_ROWS:
+        k = x @ x.mT
+        k = k if scale == 1.0 else k.mul_(scale)
+        return k.add_(bias) if bias else k
+    return torch.ops.krrst_fast.gram(x, scale, bias)
+
+
 def _cpp_matmul(a: Tensor, b: Tensor) -> Tensor:
     limit = _COLUMN_MAJOR_COLUMNS if a.stride(0) == 1 else _ROW_MAJOR_COLUMNS
     if 1 < b.shape[1] < limit and a.shape[0] > 2 * b.shape[1]:
@@ -49,7 +61,7 @@ def _cpp_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 BACKENDS = (
-    Backend("cpp", _cpp_refuses, torch.ops.krrst_fast.gram, _cpp_matmul),
+    Backend("cpp", _cpp_refuses, _cpp_gram, _cpp_matmul),
     Backend("torch", lambda x: None, reference.gram, torch.matmul),
 )
 

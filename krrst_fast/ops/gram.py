@@ -12,7 +12,9 @@ from krrst_fast.ops.once import once_differentiable
 def gram(
     x: Tensor, *, scale: float = 1.0, bias: float = 0.0, backend: BackendName = "auto"
 ) -> Tensor:
-    """K = scale X X^T + bias, computing one triangle; exactly symmetric and differentiable once.
+    """K = scale X X^T + bias, differentiable once.
+
+    The C++ kernel, taken from 48 rows on, computes one triangle and is exactly symmetric.
 
     Args:
         x: features [N, D], float32 or float64, any strides (`gram(x.mT)` is the feature gram).
