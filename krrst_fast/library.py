@@ -38,11 +38,24 @@ def _define(schema: str, fallback: Callable, fake: Callable) -> None:
 
 
 def _gram_fake(x: Tensor, scale: float, bias: float) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[0]))
+    return x.new_empty((*x.shape[:-1], x.shape[-2]))
 
 
 def _thin_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]))
+
+
+def _batched_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+
+
+def _batched_cholesky_fake(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    factor = torch.empty_like(k, dtype=torch.float64)
+    return factor, k.new_empty((k.shape[0],), dtype=torch.int32)
+
+
+def _batched_cholesky_solve_fake(y: Tensor, factor: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
 
 
 def factor_dtype(k: Tensor) -> torch.dtype:
@@ -140,6 +153,19 @@ def _views_fake(
 
 _define("gram(Tensor x, float scale, float bias) -> Tensor", reference.gram, _gram_fake)
 _define("thin_matmul(Tensor a, Tensor b) -> Tensor", reference.thin_matmul, _thin_matmul_fake)
+_define(
+    "batched_matmul(Tensor a, Tensor b) -> Tensor", reference.batched_matmul, _batched_matmul_fake
+)
+_define(
+    "batched_cholesky(Tensor k, Tensor ridge) -> (Tensor, Tensor)",
+    reference.batched_cholesky,
+    _batched_cholesky_fake,
+)
+_define(
+    "batched_cholesky_solve(Tensor y, Tensor factor) -> Tensor",
+    reference.batched_cholesky_solve,
+    _batched_cholesky_solve_fake,
+)
 _define(
     "ridge_factor(Tensor k, Tensor lam, int retries) -> (Tensor, Tensor, Tensor)",
     _ridge_factor,

@@ -12,7 +12,7 @@ RIDGE_OF = ("trace", "mean_diagonal", "absolute")
 
 
 def gram(x: Tensor, scale: float, bias: float) -> Tensor:
-    """K[n, m] = scale * <x[n], x[m]> + bias for x [N, D].
+    """K[n, m] = scale * <x[n], x[m]> + bias for x [..., N, D].
 
     scale = bias = 1 is the linear kernel of the features with a constant 1 appended.
     """
@@ -22,6 +22,28 @@ def gram(x: Tensor, scale: float, bias: float) -> Tensor:
 def thin_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a [N, K] and a b [K, P] of few columns."""
     return a @ b
+
+
+def batched_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a[i] @ b[i] for many small problems: a [N, I, K], b [N, K, J]."""
+    return a @ b
+
+
+def batched_cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of k[i] + ridge[i] I in float64, whatever the precision of k.
+
+    k symmetric [N, M, M], ridge [N]. Returns the factors [N, M, M], zero above the diagonal, and for
+    each problem 0 or the number, from 1, of its first pivot that is not positive (int32 [N]); what
+    such a factor holds is not defined.
+    """
+    k = k.double()
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    return torch.linalg.cholesky_ex(k + ridge.double()[:, None, None] * eye)
+
+
+def batched_cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
+    """(factor[i] factor[i]^T)^-1 y[i] in float64, rounded to the precision of y [N, M, P]."""
+    return torch.cholesky_solve(y.double(), factor).to(y.dtype)
 
 
 def absolute_ridge(k: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge: bool) -> Tensor:
