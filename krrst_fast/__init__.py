@@ -17,10 +17,13 @@ if TYPE_CHECKING:
         NotPositiveDefiniteError,
     )
     from krrst_fast.krr import KRRFit, krr_fit
+    from krrst_fast.ops.from_gram import krr_predict_from_gram
     from krrst_fast.ops.gram import gram
-    from krrst_fast.ops.krr import SolveInfo, krr_mse, krr_predict
+    from krrst_fast.ops.info import SolveInfo
+    from krrst_fast.ops.krr import krr_mse, krr_predict
     from krrst_fast.ops.ridge_solve import ridge_solve
     from krrst_fast.ops.views import views
+    from krrst_fast.path import KRRPath, krr_path
     from krrst_fast.planner import Plan, plan
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "KRRFit",
+    "KRRPath",
     "KrrstError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
@@ -36,7 +40,9 @@ __all__ = [
     "gram",
     "krr_fit",
     "krr_mse",
+    "krr_path",
     "krr_predict",
+    "krr_predict_from_gram",
     "plan",
     "ridge_solve",
     "views",
@@ -45,9 +51,12 @@ __all__ = [
 _HOMES = {
     "krrst_fast.krr": ("KRRFit", "krr_fit"),
     "krrst_fast.ops.gram": ("gram",),
-    "krrst_fast.ops.krr": ("SolveInfo", "krr_mse", "krr_predict"),
+    "krrst_fast.ops.from_gram": ("krr_predict_from_gram",),
+    "krrst_fast.ops.info": ("SolveInfo",),
+    "krrst_fast.ops.krr": ("krr_mse", "krr_predict"),
     "krrst_fast.ops.ridge_solve": ("ridge_solve",),
     "krrst_fast.ops.views": ("views",),
+    "krrst_fast.path": ("KRRPath", "krr_path"),
     "krrst_fast.planner": ("Plan", "plan"),
 }
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from krrst_fast import library, reference
+from krrst_fast import library
 
 BackendName = Literal["auto", "cpp", "torch", "reference"]
 
@@ -19,7 +19,9 @@ class Backend:
     Attributes:
         refuses: why it cannot compute on tensors like this one, or None.
         gram: `reference.gram`.
-        matmul: a @ b for matrices, of any number of columns.
+        matmul: a @ b.
+
+    Both take one problem [., .] or N of them [N, ., .].
     """
 
     name: str
@@ -46,23 +48,30 @@ _GRAM_ROWS = 48
 
 
 def _cpp_gram(x: Tensor, scale: float, bias: float) -> Tensor:
-    if x.shape[0] < _GRAM_ROWS:
-        k = x @ x.mT
-        k = k if scale == 1.0 else k.mul_(scale)
-        return k.add_(bias) if bias else k
+    if x.ndim == 3 or x.shape[0] < _GRAM_ROWS:
+        return _torch_gram(x, scale, bias)
     return torch.ops.krrst_fast.gram(x, scale, bias)
 
 
 def _cpp_matmul(a: Tensor, b: Tensor) -> Tensor:
-    limit = _COLUMN_MAJOR_COLUMNS if a.stride(0) == 1 else _ROW_MAJOR_COLUMNS
-    if 1 < b.shape[1] < limit and a.shape[0] > 2 * b.shape[1]:
-        return torch.ops.krrst_fast.thin_matmul(a, b)
-    return a @ b
+    if a.ndim == 2:
+        # In a traced backward pass strides are not known yet.
+        by_columns = not torch.compiler.is_compiling() and a.stride(0) == 1
+        limit = _COLUMN_MAJOR_COLUMNS if by_columns else _ROW_MAJOR_COLUMNS
+        if 1 < b.shape[1] < limit and a.shape[0] > 2 * b.shape[1]:
+            return torch.ops.krrst_fast.thin_matmul(a, b)
+    return library.matmul(a, b)
+
+
+def _torch_gram(x: Tensor, scale: float, bias: float) -> Tensor:
+    k = library.matmul(x, x.mT)
+    k = k if scale == 1.0 else k.mul_(scale)
+    return k.add_(bias) if bias else k
 
 
 BACKENDS = (
     Backend("cpp", _cpp_refuses, _cpp_gram, _cpp_matmul),
-    Backend("torch", lambda x: None, reference.gram, torch.matmul),
+    Backend("torch", lambda x: None, _torch_gram, library.matmul),
 )
 
 

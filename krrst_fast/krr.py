@@ -1,96 +1,188 @@
 """Kernel ridge regression as a value: fit once, predict many times."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from krrst_fast.backends import Backend, BackendName, choose
+from krrst_fast.backends import Backend, choose
+from krrst_fast.errors import NonFiniteError
+from krrst_fast.exact import exact_arithmetic
 from krrst_fast.ops import checks
-from krrst_fast.ops.forms import Kernel, Solve, fit_dual, fit_primal
-from krrst_fast.ops.krr import RidgeOf, SolveInfo
-from krrst_fast.planner import Form, cheapest
+from krrst_fast.ops.forms import Kernel, Solve, features, fit_dual, fit_primal
+from krrst_fast.ops.info import SolveInfo
+from krrst_fast.ops.options import FitOptions, read, takes
+from krrst_fast.ops.prepare import Problem, fold, prepare, result_dtype, unfold
+from krrst_fast.ops.product import product
+from krrst_fast.planner import cheapest
+from krrst_fast.reference import round_features
 
 
 @dataclass(frozen=True)
 class KRRFit:
-    """A fitted kernel ridge regression.
+    """A fitted kernel ridge regression, or several side by side [...].
 
     Attributes:
-        alpha: dual coefficients [M, P]: (K_ss + lam I)^-1 Y_s. In primal form (M > D) they come
-            from the residual, (Y_s - F_s W) / lam, and are as exact as that difference is.
-        weights: scale F_s^T alpha [D, P].
-        intercept: bias * sum(alpha) [P].
+        alpha: dual coefficients [..., M, P]: (K_ss + lam I)^-1 Y_s. In primal form (M > D) they
+            come from the residual, (Y_s - F_s W) / lam, and are as exact as that difference is.
+        weights: scale F_s^T alpha [..., D, P].
+        intercept: bias * sum(alpha) [..., P].
         info: form, backend, ridge, retries, condition, and the Cholesky factor of K_ss + lam I
-            [M, M], or in primal form of the ridged D x D system (bordered by the constant feature
-            if there is a bias).
+            [..., M, M], or in primal form of the ridged D x D system (bordered by the constant
+            feature if there is a bias). With row weights, of the system of the weighted rows.
     """
 
     alpha: Tensor
     weights: Tensor
     intercept: Tensor
     info: SolveInfo
+    _fitted: "_Fitted"
 
     def predict(self, f: Tensor) -> Tensor:
-        """Predictions [B, P] at features f [B, D]; differentiable in f, not in what was fitted.
+        """Predictions [..., B, P] at features f [..., B, D].
 
-        For gradients to the fitted features and targets use `krr_predict`.
+        Differentiable once in f, not in what was fitted: for gradients to the fitted features and
+        targets use `krr_predict`.
 
         Raises:
             ValueError, TypeError: f does not match the fit.
             NonFiniteError: f, on the CPU, holds NaN or infinity.
         """
-        checks.matrices("KRRFit.predict", weights=self.weights, f=f)
-        if f.shape[1] != len(self.weights):
-            raise ValueError(
-                f"KRRFit.predict: f must be [B, {len(self.weights)}], got shape {tuple(f.shape)}"
-            )
-        with checks.no_autocast(f):
-            prediction = torch.addmm(self.intercept, f, self.weights)
-        checks.finite("KRRFit.predict", prediction, f=f)
-        return prediction
+        op, d = "KRRFit.predict", self.weights.shape[-2]
+        checks.matrices(op, weights=self.weights, f=f)
+        if f.shape[-1] != d:
+            raise ValueError(f"{op}: f must be [..., B, {d}], got shape {tuple(f.shape)}")
+        batch = checks.batch_of(op, f=(f, 2), weights=(self.weights, 2))
+        dtype, weights = result_dtype(f), fold(self.weights, batch, 2)
+        rows = fold(f.to(weights.dtype), batch, 2)
+        if self._fitted.rounds:
+            rows, _ = round_features(rows, None)
+        prediction = product(rows, weights) + fold(self.intercept[..., None, :], batch, 2)
+        if self._fitted.raises:
+            checks.finite(op, prediction, f=f, weights=weights)
+        return unfold(prediction, batch).to(dtype)
+
+    @property
+    def condition(self) -> Tensor:
+        """Estimate from below of the condition number of the solved system [...]."""
+        return self.info.condition
+
+    @property
+    @torch.no_grad()
+    def loo_residuals(self) -> Tensor:
+        """y_i minus the prediction for row i by the fit without row i, for all i [..., M, P].
+
+        In closed form from the factor, alpha_i / (A^-1)_ii, with the ridge lam of the whole fit:
+        where the ridge follows the trace, a fit without a row would have another one. A weighted
+        row is left out with its whole weight.
+        """
+        left_out, there = self._fitted.loo_residuals(self.alpha, self.info), self._fitted.zero
+        if there is None:
+            return left_out
+        # A row of weight 0 is left out already.
+        f, y = self._fitted.rows
+        return torch.where(there, y - self.predict(f), left_out)
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """What `KRRFit` keeps for itself: what was fitted, its kernel, and who computes.
+
+    Attributes:
+        rows: F_s [..., M, D] and Y_s [..., M, P] as they were given.
+        problem: the same as it was computed [N?].
+    """
+
+    rows: tuple[Tensor, Tensor]
+    problem: Problem
+    kernel: Kernel
+    backend: Backend
+    rounds: bool
+
+    @property
+    def raises(self) -> bool:
+        return self.kernel.raises
+
+    @property
+    def zero(self) -> Tensor | None:
+        """Which rows have weight 0 [..., M, 1], if there are weights."""
+        root = self.problem.root
+        return None if root is None else unfold(root == 0, self.problem.batch)
+
+    @torch.no_grad()
+    def loo_residuals(self, alpha: Tensor, info: SolveInfo) -> Tensor:
+        f_syn, root, batch = self.problem.f_syn, self.problem.root, self.problem.batch
+        factor = fold(info.factor, batch, 2)
+        with exact_arithmetic(f_syn):
+            if info.form == "primal":
+                # 1 - h_i, h the diagonal of Phi M^-1 Phi^T: what is left of row i's own target
+                phi = _phi(self.kernel, f_syn).to(factor.dtype)  # [M, D (+ 1)]
+                half = torch.linalg.solve_triangular(factor, phi.mT, upper=False)
+                own = 1 - half.square().sum(-2)  # [M]
+                own = own / fold(info.ridge, batch, 0)[..., None]
+            else:
+                eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+                inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+                own = inverse.square().sum(-2)  # diagonal of A^-1 [M]
+        own = own.to(f_syn.dtype)[..., None]
+        if root is None:
+            return unfold(fold(alpha, batch, 2) / own, batch)
+        # alpha is that of the rows as given, w_i the weight: (alpha_i / root_i) / own_i / root_i
+        return unfold(fold(alpha, batch, 2) / (root.square() * own), batch)
+
+
+def _phi(kernel: Kernel, f: Tensor) -> Tensor:
+    """[sqrt(scale) F, sqrt(bias)] [N?, M, D (+ 1)]."""
+    f = kernel.scale**0.5 * f
+    if not kernel.bias:
+        return f
+    return torch.cat((f, f.new_full((*f.shape[:-1], 1), kernel.bias**0.5)), -1)
+
+
+@takes(FitOptions)
 @torch.no_grad()
-def krr_fit(
-    f_syn: Tensor,
-    y_syn: Tensor,
-    *,
-    ridge: float | Tensor = 1e-6,
-    ridge_of: RidgeOf = "trace",
-    bias: float = 0.0,
-    scale: float = 1.0,
-    form: Literal["auto"] | Form = "auto",
-    backend: BackendName = "auto",
-    max_retries: int = 3,
-) -> KRRFit:
-    """Fit kernel ridge regression to features [M, D] and targets [M, P], and keep the factor.
+def krr_fit(f_syn: Tensor, y_syn: Tensor, **options: Unpack[FitOptions]) -> KRRFit:
+    """Fit kernel ridge regression to features [..., M, D] and targets [..., M, P], keep the factor.
 
-    Arguments and errors as in `krrst_fast.krr_mse`; "reference" is no backend of a fit. No
-    gradients are recorded.
+    Options (`krrst_fast.ops.options.FitOptions`) and errors as in `krrst_fast.krr_mse`; "reference"
+    is no backend of a fit. No gradients are recorded.
     """
     op = "krr_fit"
-    checks.matrices(op, f_syn=f_syn, y_syn=y_syn)
-    checks.same_size(op, "f_syn", f_syn, "y_syn", y_syn, 0)
-    checks.kernel(op, scale, bias)
-    checks.ridge(op, ridge, ridge_of)
-    checks.form(op, form)
-    checks.retries(op, max_retries)
-    if len(f_syn) == 0:
+    chosen = read(op, cast(dict[str, Any], options), FitOptions)
+    problem = prepare(op, chosen, f_syn, y_syn)
+    (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
+    if m == 0:
         raise ValueError(f"{op}: f_syn must have at least one row, got {tuple(f_syn.shape)}")
-    ops = choose(backend, f_syn, op)
-    if isinstance(ridge, Tensor):
-        ridge = ridge.to(f_syn)
-    if form == "auto" or f_syn.shape[1] == 0:
-        form = cheapest(len(f_syn), 0, f_syn.shape[1], y_syn.shape[1])
-    kernel = Kernel(scale, bias, ridge, ridge_of, max_retries)
+    ops = choose(chosen.backend, problem.f_syn, op)
+    form = cheapest(m, 0, d, p) if chosen.form == "auto" or d == 0 else chosen.form
+    kernel = Kernel(
+        *(problem.scale, problem.bias, problem.ridge, problem.ridge_of),
+        *(chosen.retries, chosen.raises, chosen.refine),
+    )
     fit = _primal if form == "primal" else _dual
-    with checks.no_autocast(f_syn):
-        solve, alpha, weights, intercept = fit(ops, kernel, f_syn, y_syn)
-    checks.finite(op, alpha, f_syn=f_syn, y_syn=y_syn)
-    info = SolveInfo(form, ops.name, solve.lam, solve.retries, solve.factor)
-    return KRRFit(alpha, weights, intercept, info)
+    with exact_arithmetic(problem.f_syn):
+        try:
+            solve, alpha, weights, intercept = fit(ops, kernel, problem.f_syn, problem.y_syn)
+        except NonFiniteError:
+            checks.blame(op, f_syn=problem.f_syn)
+    if problem.root is not None:
+        alpha = alpha * problem.root
+        if chosen.bias:  # it was a column of its own
+            constant = (chosen.bias / problem.scale) ** 0.5
+            weights, intercept = weights[..., :-1, :], constant * weights[..., -1, :]
+    if chosen.raises:
+        checks.finite(op, alpha, f_syn=problem.f_syn, y_syn=problem.y_syn)
+    batch = problem.batch
+    factor, lam, retries, pivot = (unfold(x, batch) for x in solve[:4] if x is not None)
+    return KRRFit(
+        alpha=unfold(alpha, batch),
+        weights=unfold(weights, batch),
+        intercept=unfold(intercept, batch),
+        info=SolveInfo(form, ops.name, lam, retries, pivot, factor),
+        _fitted=_Fitted((f_syn, y_syn), problem, kernel, ops, chosen.precision == "fast"),
+    )
 
 
 def _dual(
@@ -99,17 +191,17 @@ def _dual(
     solve = fit_dual(ops, kernel, f_syn, y_syn)
     alpha = solve.coefficients
     weights = kernel.scale * ops.matmul(f_syn.mT, alpha)
-    return solve, alpha, weights, kernel.bias * alpha.sum(0)
+    return solve, alpha, weights, kernel.bias * alpha.sum(-2)
 
 
 def _primal(
     ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor
 ) -> tuple[Solve, Tensor, Tensor, Tensor]:
     solve = fit_primal(ops, kernel, f_syn, y_syn)
-    d = f_syn.shape[1]
-    weights = kernel.scale**0.5 * solve.coefficients[:d]
-    intercept = y_syn.new_zeros(y_syn.shape[1])
+    d = f_syn.shape[-1]
+    weights = kernel.scale**0.5 * solve.coefficients[..., :d, :]
+    intercept = torch.zeros_like(solve.coefficients[..., 0, :])
     if kernel.bias:
-        intercept = kernel.bias**0.5 * solve.coefficients[d]
-    alpha = (y_syn - torch.addmm(intercept, f_syn, weights)) / solve.lam
-    return solve, alpha, weights, intercept
+        intercept = kernel.bias**0.5 * solve.coefficients[..., d, :]
+    error = y_syn - features(ops, kernel, f_syn, solve.coefficients)
+    return solve, error / solve.lam[..., None, None], weights, intercept

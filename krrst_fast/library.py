@@ -5,26 +5,26 @@ only adds faster ones for a device. They are not differentiable: they are the pa
 `krrst_fast.ops` makes functions that are.
 """
 
+import functools
 import importlib
-import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from krrst_fast import reference
-from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
-
-RIDGE_FACTOR = 10.0
-"""By how much a retry of `ridge_factor` raises the ridge."""
-
-FLOAT64_UP_TO = 512
-"""Grams of at most this many rows are factored in float64, whatever their own precision."""
-
-_log = logging.getLogger("krrst_fast")
+from krrst_fast.exact import exact_arithmetic
+from krrst_fast.factor import (
+    Factor,
+    cholesky_solve,
+    factor_dtype,
+    factor_many,
+    factor_one,
+    factor_unread,
+)
 
 # The registrations live as long as this object.
 _LIBRARY = torch.library.Library("krrst_fast", "DEF")
@@ -32,8 +32,14 @@ _LIBRARY = torch.library.Library("krrst_fast", "DEF")
 
 def _define(schema: str, fallback: Callable, fake: Callable) -> None:
     name = schema.partition("(")[0]
+
+    @functools.wraps(fallback)
+    def exactly(x: Tensor, *rest: Any) -> Any:
+        with exact_arithmetic(x):
+            return fallback(x, *rest)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, exactly, "CompositeExplicitAutograd")
     torch.library.register_fake(f"krrst_fast::{name}", fake, lib=_LIBRARY)
 
 
@@ -43,6 +49,10 @@ def _gram_fake(x: Tensor, scale: float, bias: float) -> Tensor:
 
 def _thin_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]))
+
+
+def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
 def _batched_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
@@ -58,85 +68,74 @@ def _batched_cholesky_solve_fake(y: Tensor, factor: Tensor) -> Tensor:
     return y.new_empty(y.shape)
 
 
-def factor_dtype(k: Tensor) -> torch.dtype:
-    """The precision k [M, M] is factored in: float64 as long as it costs nothing beside k."""
-    return torch.float64 if k.shape[0] <= FLOAT64_UP_TO else k.dtype
+def _factored(k: Tensor, lam: Tensor, retries: int, raises: bool) -> Factor:
+    if not raises:
+        return factor_unread(k, lam, retries)
+    return factor_one(k, lam, retries) if k.ndim == 2 else factor_many(k, lam, retries)
 
 
-def factored_solve(y: Tensor, factor: Tensor) -> Tensor:
-    """(factor factor^T)^-1 y in the precision of the factor, rounded to that of y."""
-    if y.dtype == factor.dtype:
-        return torch.cholesky_solve(y, factor)
-    return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
+def _ridge_factor_impl(
+    k: Tensor, lam: Tensor, retries: int, raises: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    factor, ridge, count, pivot = _factored(k, lam, retries, raises)
+    # As the shape rule below says, whoever computed it.
+    factor = factor if k.ndim == 2 and raises else factor.contiguous()
+    return factor, ridge, count, pivot
 
 
-def _ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = factor_dtype(k)
-    factor = torch.empty_like(k, dtype=dtype).mT
-    info = torch.empty((), dtype=torch.int32, device=k.device)
-    ridge = lam.clone()
-    _require_ridge(lam)
-    for attempt in range(retries + 1):
-        factor.mT.copy_(k)
-        factor.diagonal().add_(ridge)
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
-        # NaN passes the test of a pivot in some builds of LAPACK
-        if info.item() == 0 and math.isfinite(factor.diagonal().sum().item()):
-            if attempt:
-                _log.warning("ridge_factor: ridge raised %d times to %.3g", attempt, ridge.item())
-            return factor, ridge, torch.full((), attempt, device=k.device)
-        if attempt < retries:
-            ridge = ridge * RIDGE_FACTOR
-    if not bool(k.isfinite().all()):
-        raise NonFiniteError("ridge_factor: the gram holds NaN or infinity")
-    if lam.item() == 0:
-        raise NotPositiveDefiniteError(
-            "ridge_factor: the ridge is 0, and so the trace it follows: the features are zero, or "
-            "their squares underflow; scale them up, or pass ridge_of='absolute'"
-        )
-    name = str(dtype).removeprefix("torch.")
-    raise NotPositiveDefiniteError(
-        f"ridge_factor: k + {ridge.item():.3g} * I [{len(k)}, {len(k)}] ({name}) has a "
-        f"non-positive pivot at row {max(info.item() - 1, 0)} after raising the ridge {retries} "
-        f"times from {lam.item():.3g}; pass a larger ridge or float64"
-    )
+def _ridge_factor_fake(
+    k: Tensor, lam: Tensor, retries: int, raises: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    factor = torch.empty_like(k, dtype=factor_dtype(k))
+    if k.ndim == 2 and raises:
+        factor = factor.mT
+    count = torch.empty_like(lam, dtype=torch.int64)
+    return factor, torch.empty_like(lam), count, torch.empty_like(lam, dtype=torch.int32)
 
 
-def _require_ridge(lam: Tensor) -> None:
-    value = lam.item()
-    if not math.isfinite(value):
-        raise NonFiniteError(f"ridge_factor: the ridge is {value}: it, or the trace, is not finite")
-    if value < 0:
-        raise ValueError(f"ridge_factor: the ridge must be positive, got {value:.3g}")
+def _factored_solve_impl(y: Tensor, factor: Tensor) -> Tensor:
+    return cholesky_solve(y, factor).contiguous()
 
 
-def _ridge_factor_fake(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor]:
-    count = lam.new_empty((), dtype=torch.int64)
-    factor = torch.empty_like(k, dtype=factor_dtype(k)).mT
-    return factor, torch.empty_like(lam), count
+def _factored_solve_fake(y: Tensor, factor: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
 
 
-def ridge_factor(k: Tensor, lam: Tensor, retries: int) -> tuple[Tensor, Tensor, Tensor]:
+def _traced(x: Tensor) -> bool:
+    """Whether x has no values: the dispatcher, which costs as much as a small solve, knows why."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
+
+
+def ridge_factor(k: Tensor, lam: Tensor, retries: int, raises: bool = True) -> Factor:
     """Lower Cholesky factor of k + lam I; a failure is tried again with ten times the ridge.
 
     Args:
-        k: symmetric [M, M].
-        lam: the ridge [].
+        k: symmetric [N?, M, M], one problem or N of them.
+        lam: the ridge [N?].
         retries: how many more times at most.
-
-    Returns:
-        The factor [M, M] (column-major, as LAPACK wants it), the ridge that was used [], and how
-        many times it was raised (int64 []).
+        raises: look at the result, stop climbing when there is a factor and raise when there is
+            none; otherwise nothing is read back from the device.
 
     Raises:
         NonFiniteError: k or lam holds NaN or infinity.
         ValueError: lam is negative.
         NotPositiveDefiniteError: no factor even with the largest ridge.
     """
-    # The dispatcher costs as much as a small factorisation: only where a graph is traced.
-    if torch.compiler.is_compiling() or type(k) is not Tensor or k.device.type == "meta":
-        return torch.ops.krrst_fast.ridge_factor(k, lam, retries)
-    return _ridge_factor(k, lam, retries)
+    if _traced(k):
+        return Factor(*torch.ops.krrst_fast.ridge_factor(k, lam, retries, raises))
+    return _factored(k, lam, retries, raises)
+
+
+def factored_solve(y: Tensor, factor: Tensor) -> Tensor:
+    """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
+    if _traced(y):
+        return torch.ops.krrst_fast.factored_solve(y, factor)
+    return cholesky_solve(y, factor)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for matrices or batches of them; in a traced graph, in full precision when it runs."""
+    return torch.ops.krrst_fast.matmul(a, b) if torch.compiler.is_compiling() else a @ b
 
 
 def _views_fake(
@@ -166,10 +165,15 @@ _define(
     reference.batched_cholesky_solve,
     _batched_cholesky_solve_fake,
 )
+_define("matmul(Tensor a, Tensor b) -> Tensor", torch.matmul, _matmul_fake)
 _define(
-    "ridge_factor(Tensor k, Tensor lam, int retries) -> (Tensor, Tensor, Tensor)",
-    _ridge_factor,
+    "ridge_factor(Tensor k, Tensor lam, int retries, bool raises) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _ridge_factor_impl,
     _ridge_factor_fake,
+)
+_define(
+    "factored_solve(Tensor y, Tensor factor) -> Tensor", _factored_solve_impl, _factored_solve_fake
 )
 _define(
     "views(Tensor images, Tensor index, Tensor offset, Tensor flip, int padding, float[] mean, "

@@ -32,9 +32,9 @@ def batched_matmul(a: Tensor, b: Tensor) -> Tensor:
 def batched_cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factors of k[i] + ridge[i] I in float64, whatever the precision of k.
 
-    k symmetric [N, M, M], ridge [N]. Returns the factors [N, M, M], zero above the diagonal, and for
-    each problem 0 or the number, from 1, of its first pivot that is not positive (int32 [N]); what
-    such a factor holds is not defined.
+    k symmetric [N, M, M], ridge [N]. Returns the factors [N, M, M], zero above the diagonal, and
+    for each problem 0 or the number, from 1, of its first pivot that is not positive (int32 [N]);
+    what such a factor holds is not defined.
     """
     k = k.double()
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
@@ -47,23 +47,25 @@ def batched_cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
 
 
 def absolute_ridge(k: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge: bool) -> Tensor:
-    """The number that is added to the diagonal of k [M, M].
+    """The numbers [...] that are added to the diagonals of k [..., M, M].
 
     "trace": ridge * trace(k); "mean_diagonal": ridge * trace(k) / M; "absolute": ridge.
     `detach_ridge` takes trace(k) as a constant, as the KRR-ST paper's code does.
     """
     if ridge_of == "absolute":
         return torch.as_tensor(ridge, dtype=k.dtype, device=k.device)
-    trace = k.diagonal().sum()
+    trace = k.diagonal(dim1=-2, dim2=-1).sum(-1)
     if detach_ridge:
         trace = trace.detach()
-    return ridge * (trace if ridge_of == "trace" else trace / max(len(k), 1))
+    return ridge * (trace if ridge_of == "trace" else trace / max(k.shape[-1], 1))
 
 
-def ridge_solve(k: Tensor, y: Tensor, ridge: float | Tensor, ridge_of: str) -> Tensor:
-    """(k + lam I)^-1 y for k [M, M], y [M, P]; lam as in `absolute_ridge`, not detached."""
-    lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
-    return torch.linalg.solve(k + lam * torch.eye(len(k), dtype=k.dtype, device=k.device), y)
+def ridge_solve(
+    k: Tensor, y: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge: bool = False
+) -> Tensor:
+    """(k + lam I)^-1 y for k [..., M, M], y [..., M, P]; lam as in `absolute_ridge`."""
+    lam = absolute_ridge(k, ridge, ridge_of, detach_ridge)[..., None, None]
+    return torch.linalg.solve(k + lam * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device), y)
 
 
 def krr_predict(
@@ -77,15 +79,13 @@ def krr_predict(
     bias: float,
     scale: float,
 ) -> Tensor:
-    """K_rs (K_ss + lam I)^-1 Y_s, the prediction [B, P] of kernel ridge regression.
+    """K_rs (K_ss + lam I)^-1 Y_s, the prediction [..., B, P] of kernel ridge regression.
 
     K_ss = scale F_s F_s^T + bias, K_rs = scale F_r F_s^T + bias. (arXiv 2310.06511, equation 4.)
     """
     k_ss = gram(f_syn, scale, bias)
-    lam = absolute_ridge(k_ss, ridge, ridge_of, detach_ridge)
-    eye = torch.eye(len(k_ss), dtype=k_ss.dtype, device=k_ss.device)
     k_rs = scale * (f_real @ f_syn.mT) + bias
-    return k_rs @ torch.linalg.solve(k_ss + lam * eye, y_syn)
+    return k_rs @ ridge_solve(k_ss, y_syn, ridge, ridge_of, detach_ridge)
 
 
 def krr_mse(
@@ -100,7 +100,7 @@ def krr_mse(
     bias: float,
     scale: float,
 ) -> Tensor:
-    """mean((krr_predict - Y_r)^2) over all B * P entries: the outer loss of KRR-ST."""
+    """mean((krr_predict - Y_r)^2) over the B * P entries of each problem: KRR-ST's outer loss."""
     prediction = krr_predict(
         f_syn,
         y_syn,
@@ -111,7 +111,35 @@ def krr_mse(
         bias=bias,
         scale=scale,
     )
-    return (prediction - y_real).square().mean()
+    return (prediction - y_real).square().mean((-2, -1))
+
+
+def round_features(f_syn: Tensor, f_real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both feature matrices [..., N, D] rounded to float16, with a gradient as if they were not.
+
+    They share a power of two per problem that brings the largest entry to the top of float16's
+    range, so that the scale of the features does not matter and equal features stay equal. What is
+    below 2^-29 of the largest entry loses digits, below 2^-40 it becomes 0.
+    """
+    with torch.no_grad():
+        largest = _largest(f_syn)
+        if f_real is not None:
+            largest = torch.maximum(largest, _largest(f_real))
+        exponent = torch.where(largest > 0, 15 - largest.log2().ceil(), largest)
+        unit = torch.exp2(exponent.clamp(-100, 100))
+    return _rounded(f_syn, unit), None if f_real is None else _rounded(f_real, unit)
+
+
+def _largest(f: Tensor) -> Tensor:
+    if f.shape[-1] * f.shape[-2] == 0:
+        return f.new_zeros((*f.shape[:-2], 1, 1))
+    return f.abs().amax((-2, -1), keepdim=True)
+
+
+def _rounded(f: Tensor, unit: Tensor) -> Tensor:
+    with torch.no_grad():
+        change = (f * unit).half().to(f.dtype) / unit - f
+    return f + change  # exact: the two lie within a factor of two, or the sum is 0
 
 
 def views(

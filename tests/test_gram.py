@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krrst_fast import gram, reference
+from krrst_fast import NonFiniteError, gram, reference
 from krrst_fast.backends import BACKENDS
 from tests.helpers import assert_equal, features, loss_and_gradients
 
@@ -41,9 +41,11 @@ def test_gradient(backend: str) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"gram: x must be a matrix, got shape \(2, 3, 4\)"):
-        gram(torch.ones(2, 3, 4))
-    with pytest.raises(TypeError, match="gram: x must be float32 or float64, got torch.bool"):
+    with pytest.raises(ValueError, match=r"gram: x must be a matrix or a batch .* shape \(3,\)"):
+        gram(torch.ones(3))
+    with pytest.raises(NonFiniteError, match="gram: x holds NaN or infinity, first in row 1"):
+        gram(torch.tensor([[0.0], [float("inf")]]))
+    with pytest.raises(TypeError, match="gram: x must be float32, .* got torch.bool"):
         gram(torch.ones(2, 3).bool())
     with pytest.raises(ValueError, match="gram: scale must be positive"):
         gram(torch.ones(2, 3), scale=float("inf"))

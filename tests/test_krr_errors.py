@@ -42,7 +42,11 @@ def test_a_large_result_is_no_overflow() -> None:
 
 
 BAD = [
-    ({"f_syn": torch.ones(3)}, ValueError, r"krr_mse: f_syn must be a matrix, got shape \(3,\)"),
+    (
+        {"f_syn": torch.ones(3)},
+        ValueError,
+        r"krr_mse: f_syn must be a matrix or a batch of them, got shape \(3,\)",
+    ),
     ({"f_syn": [[1.0]]}, TypeError, "krr_mse: f_syn must be a tensor, got list"),
     ({"y_syn": torch.ones(2, 2)}, ValueError, r"f_syn and y_syn .* rows, got .*\(3, 4\).*\(2, 2\)"),
     ({"f_real": torch.ones(5, 3)}, ValueError, "f_syn and f_real .* columns"),
@@ -56,20 +60,55 @@ BAD = [
     (
         {"f_real": torch.ones(5, 4).long()},
         TypeError,
-        "f_real must be float32 or float64, got torch.int64",
+        "f_real must be float32, float64, float16 or bfloat16, got torch.int64",
     ),
-    ({"f_syn": torch.ones(3, 4).half()}, TypeError, "float32 or float64, got torch.float16"),
+    ({"f_syn": torch.ones(3, 4) * 1j}, TypeError, "f_syn must be float32, .* got torch.complex64"),
+    (
+        {"f_syn": torch.ones(2, 3, 4), "y_syn": torch.ones(5, 3, 2)},
+        ValueError,
+        r"leading dimensions must broadcast, got f_syn \(2,\), y_syn \(5,\)",
+    ),
+    ({"ridge": torch.ones(2, dtype=torch.int64)}, TypeError, "ridge tensor must be floating"),
+    ({"ridge": torch.tensor(0.0)}, ValueError, "ridge must be positive, got 0"),
+    ({"ridge": 0.0}, ValueError, "ridge must be positive and finite, got 0.0"),
+    ({"rigde": 1.0}, TypeError, "krr_mse: has no keyword 'rigde'; did you mean 'ridge'"),
+    ({"weights": torch.ones(4)}, ValueError, r"weights must be \[..., 3\], got shape \(4,\)"),
+    ({"weights": -torch.ones(3)}, ValueError, "weights must be zero or more, got -1"),
+    ({"weights": torch.full((3,), float("nan"))}, NonFiniteError, "weights holds NaN"),
+    ({"weights": [1.0, 1.0, 1.0]}, TypeError, "weights must be a tensor, got list"),
+    (
+        {"weights": torch.zeros(3, requires_grad=True)},
+        ValueError,
+        "weights must be positive where they ask for a gradient, got 0",
+    ),
+    ({"out_syn": torch.ones(3, 2)}, ValueError, "out_syn and out_real must be given together"),
+    (
+        {"out_syn": torch.ones(3, 1), "out_real": torch.ones(5, 2)},
+        ValueError,
+        r"out_syn must be \[..., 3, 2\], got shape \(3, 1\)",
+    ),
+    (
+        {"out_syn": torch.full((3, 2), float("inf")), "out_real": torch.ones(5, 2)},
+        NonFiniteError,
+        "krr_mse: out_syn holds NaN or infinity, first in row 0",
+    ),
+    ({"precision": "tf32"}, ValueError, "precision must be one of .* got 'tf32'"),
+    ({"refine": -1}, ValueError, "refine must be a whole number, zero or more, got -1"),
+    ({"check": "never"}, ValueError, "check must be one of .* got 'never'"),
+    ({"detach_ridge": 1}, TypeError, "detach_ridge must be True or False, got 1"),
+    ({"backend": "reference", "refine": 1}, ValueError, "'reference' has no solve to refine"),
+    ({"backend": "reference", "return_info": True}, ValueError, "has no info to return"),
+    ({"backend": "reference", "check": "flag"}, ValueError, "has no failure to flag"),
     ({"y_real": torch.ones(5, 2, device="meta")}, ValueError, "one device, got cpu and meta"),
     ({"ridge": 0.0}, ValueError, "ridge must be positive and finite, got 0.0"),
     ({"ridge": -1.0}, ValueError, "ridge must be positive and finite, got -1.0"),
     ({"ridge": float("nan")}, ValueError, "ridge must be positive and finite, got nan"),
-    ({"ridge": "1e-6"}, TypeError, "ridge must be a number or a scalar tensor, got '1e-6'"),
-    ({"ridge": torch.ones(2)}, ValueError, "floating scalar, got torch.float32 of shape"),
+    ({"ridge": "1e-6"}, TypeError, "ridge must be a number or a tensor, got '1e-6'"),
     ({"ridge_of": "norm"}, ValueError, "ridge_of must be one of .* got 'norm'"),
     ({"scale": 0.0}, ValueError, "scale must be positive"),
     ({"bias": -1.0}, ValueError, "bias must be zero or more"),
     ({"ridge": torch.tensor(-0.5)}, ValueError, "ridge must be positive, got -"),
-    ({"ridge": torch.tensor(float("nan"))}, NonFiniteError, "krr_mse: ridge holds NaN"),
+    ({"ridge": torch.tensor(float("nan"))}, ValueError, "krr_mse: ridge must be positive, got nan"),
     ({"max_retries": -1}, ValueError, "max_retries must be a whole number, zero or more, got -1"),
     ({"max_retries": 2.5}, ValueError, "max_retries must be a whole number, zero or more, got 2.5"),
     ({"scale": torch.tensor(2.0)}, TypeError, "krr_mse: scale must be a number, got tensor"),
@@ -91,6 +130,11 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
     positional = [arguments.pop(name) for name in NAMES]
     with pytest.raises(error, match=message):
         krr_mse(*positional, **arguments)
+
+
+def test_a_sparse_tensor_is_named() -> None:
+    with pytest.raises(ValueError, match="krr_predict: f_syn must be a dense .*sparse_coo"):
+        krr_predict(torch.ones(3, 4).to_sparse(), torch.ones(3, 2), torch.ones(5, 4))
 
 
 def test_nothing_to_average() -> None:

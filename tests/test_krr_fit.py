@@ -48,7 +48,7 @@ def test_autocast_does_not_reach_the_fit() -> None:
 
 def test_bad_input_is_named() -> None:
     fit = krr_fit(torch.eye(3), torch.ones(3, 2))
-    with pytest.raises(ValueError, match=r"KRRFit.predict: f must be \[B, 3\], got shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"f must be \[..., B, 3\], got shape \(2, 4\)"):
         fit.predict(torch.ones(2, 4))
     with pytest.raises(TypeError, match="KRRFit.predict: .* one dtype"):
         fit.predict(torch.ones(2, 3).double())

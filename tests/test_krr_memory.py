@@ -13,6 +13,7 @@ from torch import Tensor
 
 from krrst_fast import library
 from krrst_fast.backends import BACKENDS
+from krrst_fast.factor import FLOAT64_UP_TO
 from krrst_fast.ops.krr import krr_mse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,7 @@ def test_three_matrices_at_most(
     numbers = peak_bytes(partial(_loss_and_gradients, tensors, form, backend, bias=bias))
     numbers /= dtype.itemsize
     # Small ones are factored in float64.
-    factor = max(1, 8 // dtype.itemsize) if rows <= library.FLOAT64_UP_TO else 1
+    factor = max(1, 8 // dtype.itemsize) if rows <= FLOAT64_UP_TO else 1
     allowed = (1 + 2 * factor) * rows**2 + small
     assert numbers <= allowed, f"{(numbers - small) / rows**2:.2f} matrices and the small ones"
     assert numbers > (2 * rows**2 if rows > 100 else m * d), "something is not counted"

@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "krrst_fast"
 
 ROWS = (
-    ("errors", "files", "config", "environment", "seeding", "reference", "_native", "_C"),
-    ("library", "backends", "planner", "ops", "kernels"),
-    ("krr",),
+    ("errors", "files", "config", "environment", "seeding", "reference", "_native", "_C", "exact"),
+    ("library", "factor", "backends", "planner", "ops", "kernels"),
+    ("krr", "path"),
     ("data", "models", "targets", "distilled_set", "distill", "baselines", "evaluate"),
     # Its names are public: whoever imports them imports what they need.
     (

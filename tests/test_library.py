@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from krrst_fast import library
+from krrst_fast.factor import FLOAT64_UP_TO
 from tests.helpers import assert_equal, features
 
 EXTENSION = pytest.mark.skipif(not library.has_extension(), reason=library.EXTENSION)
@@ -29,7 +30,7 @@ def test_opcheck(n: int, d: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.gram.default, (x.mT, 2.0, 0.5))
     torch.library.opcheck(ops.thin_matmul.default, (x, torch.randn(d, 3, dtype=dtype)))
     k = x @ x.mT + torch.eye(n, dtype=dtype)
-    torch.library.opcheck(ops.ridge_factor.default, (k, torch.tensor(0.1, dtype=dtype), 2))
+    torch.library.opcheck(ops.ridge_factor.default, (k, torch.tensor(0.1, dtype=dtype), 2, True))
 
 
 @EXTENSION
@@ -91,11 +92,11 @@ def test_a_wild_call_is_refused() -> None:
 def test_ridge_factor_prefers_float64_only_where_it_is_free() -> None:
     generator = torch.Generator().manual_seed(0)
     for n, dtype in (
-        (library.FLOAT64_UP_TO, torch.float64),
-        (library.FLOAT64_UP_TO + 1, torch.float32),
+        (FLOAT64_UP_TO, torch.float64),
+        (FLOAT64_UP_TO + 1, torch.float32),
     ):
         k = features(n, n, 1e2, generator).float()
         k = k @ k.mT
-        factor, ridge, retries = library.ridge_factor(k, torch.tensor(0.5), 0)
+        factor, ridge, retries, _ = library.ridge_factor(k, torch.tensor(0.5), 0)
         assert factor.dtype == dtype and retries == 0 and ridge == 0.5
         assert_equal(factor.double() @ factor.double().mT, k.double() + 0.5 * torch.eye(n), 1e-5)

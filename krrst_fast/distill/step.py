@@ -12,7 +12,9 @@ from torch import Tensor
 from krrst_fast.distill.pool import Pool, Slot
 from krrst_fast.distill.source import Source
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
-from krrst_fast.ops.krr import RidgeOf, SolveInfo, krr_mse
+from krrst_fast.ops.info import SolveInfo
+from krrst_fast.ops.krr import krr_mse
+from krrst_fast.ops.options import RidgeOf
 
 
 @dataclass(frozen=True, kw_only=True)

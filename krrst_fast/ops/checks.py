@@ -1,30 +1,33 @@
 """What the public functions ask of their inputs, once, before anything is computed."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.planner import FORMS
 from krrst_fast.reference import RIDGE_OF
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def matrices(op: str, **tensors: Tensor) -> None:
-    """Every tensor is a float32 or float64 matrix, and all share one dtype and one device."""
-    first_name, first = next(iter(tensors.items()))
+def matrices(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor that is there is a dense floating matrix, or a batch of them, on one device.
+
+    Half precision mixes with float32; float64 with nothing else.
+    """
+    first_name, first = next((name, x) for name, x in tensors.items() if x is not None)
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}")
-        if x.ndim != 2:
-            raise ValueError(f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
-        if x.dtype != first.dtype:
+        if x is None:
+            continue
+        dense(op, name, x)
+        if x.ndim < 2:
+            raise ValueError(
+                f"{op}: {name} must be a matrix or a batch of them, got shape {tuple(x.shape)}"
+            )
+        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
             raise TypeError(
                 f"{op}: {first_name} and {name} must have one dtype, "
                 f"got {first.dtype} and {x.dtype}"
@@ -36,8 +39,36 @@ def matrices(op: str, **tensors: Tensor) -> None:
             )
 
 
+def dense(op: str, name: str, x: Tensor) -> None:
+    """x is a strided tensor of floating numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got a {kind} one")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}"
+        )
+
+
+def batch_of(op: str, **cores: tuple[Tensor | None, int]) -> tuple[int, ...]:
+    """The leading dimensions of tensors that each have so many dimensions in one problem."""
+    given = {name: (x, core) for name, (x, core) in cores.items() if x is not None}
+    if all(x.ndim == core for x, core in given.values()):
+        return ()
+    leading = {name: tuple(x.shape[: x.ndim - core]) for name, (x, core) in given.items()}
+    try:
+        return tuple(torch.broadcast_shapes(*leading.values()))
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: the leading dimensions must broadcast, got "
+            + ", ".join(f"{name} {shape}" for name, shape in leading.items())
+        ) from None
+
+
 def same_size(op: str, first: str, x: Tensor, second: str, y: Tensor, dim: int) -> None:
-    """x and y agree in dimension `dim` (0: rows, 1: columns)."""
+    """x and y agree in dimension `dim` (-2: rows, -1: columns)."""
     if x.shape[dim] != y.shape[dim]:
         raise ValueError(
             f"{op}: {first} and {second} must have the same number of {('rows', 'columns')[dim]}, "
@@ -57,63 +88,55 @@ def kernel(op: str, scale: float, bias: float) -> None:
 
 
 def ridge(op: str, value: float | Tensor, ridge_of: str) -> None:
-    """The ridge is a scalar; as a number it is positive (a tensor's value is not looked at)."""
-    if ridge_of not in RIDGE_OF:
-        raise ValueError(f"{op}: ridge_of must be one of {list(RIDGE_OF)}, got {ridge_of!r}")
+    """A ridge is positive: a number, or a floating tensor, whose values are read if they can be."""
+    one_of(op, "ridge_of", ridge_of, RIDGE_OF)
     if isinstance(value, Tensor):
-        if value.ndim != 0 or not value.is_floating_point():
-            raise ValueError(
-                f"{op}: a ridge tensor must be a floating scalar, "
-                f"got {value.dtype} of shape {tuple(value.shape)}"
-            )
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: a ridge tensor must be floating, got {value.dtype}")
+        if readable(value) and value.numel() and not value.detach().min().item() > 0:
+            raise ValueError(f"{op}: ridge must be positive, got {value.detach().min().item():.3g}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: ridge must be a number or a scalar tensor, got {value!r}")
+        raise TypeError(f"{op}: ridge must be a number or a tensor, got {value!r}")
     elif not 0 < value < math.inf:
         raise ValueError(f"{op}: ridge must be positive and finite, got {value}")
 
 
-def retries(op: str, value: int) -> None:
-    """The number of retries is a count."""
+def count(op: str, name: str, value: int) -> None:
+    """A count is a whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{op}: max_retries must be a whole number, zero or more, got {value!r}")
+        raise ValueError(f"{op}: {name} must be a whole number, zero or more, got {value!r}")
 
 
-def form(op: str, name: str) -> None:
-    """The closed form is one of ours, or "auto"."""
-    if name not in ("auto", *FORMS):
-        raise ValueError(f"{op}: form must be one of {['auto', *FORMS]}, got {name!r}")
+def one_of(op: str, name: str, value: object, names: tuple[object, ...]) -> None:
+    """The value is one of those that there are."""
+    if isinstance(value, Tensor) or value not in names:
+        raise ValueError(f"{op}: {name} must be one of {list(names)}, got {value!r}")
 
 
-def finite(op: str, result: Tensor, **inputs: Tensor) -> None:
+def finite(op: str, result: Tensor, **inputs: Tensor | None) -> None:
     """A non-finite result on the CPU is traced to the input it came from.
 
     On a GPU the question would stall the stream, and under torch.compile break the graph: there the
     NaN stays in the result.
     """
-    if not _readable(result):
-        return
     # A sum is finite only if its terms are; where the sum alone overflows, a second look finds it.
-    if not math.isfinite(result.sum().item()) and not result.isfinite().all():
+    if readable(result) and not math.isfinite(result.sum().item()) and not result.isfinite().all():
         blame(op, **inputs)
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether values can be looked at without a stall: not on a GPU, in a trace, or of a fake."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return type(x) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast would round the products of a solve to 8 bits: off for as long as it lasts."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def blame(op: str, **inputs: Tensor) -> NoReturn:
+def blame(op: str, **inputs: Tensor | None) -> NoReturn:
     """Raise NonFiniteError for the first input that is not finite, or for an overflow."""
     for name, x in inputs.items():
-        if not x.isfinite().all():
-            row = f", first in row {int((~x.isfinite()).nonzero()[0][0])}" if x.ndim else ""
+        if x is not None and not x.isfinite().all():
+            where = (~x.isfinite()).nonzero()[0].tolist()
+            row = f", first in row {where[-2]}" if x.ndim > 1 else ""
+            row += f" of problem {where[0]}" if x.ndim > 2 else ""
             raise NonFiniteError(f"{op}: {name} holds NaN or infinity{row}")
     raise NonFiniteError(f"{op}: finite inputs overflowed; scale the features down or use float64")

@@ -6,6 +6,8 @@ which products carry F_s: "k" keeps K_rs, "w" keeps W, "primal" solves
 (F_s^T F_s + lam I) W = F_s^T Y_s.
 A scale multiplies every product of features; the constant of the affine kernel enters as a rank-one
 term, never as a column of ones.
+
+All tensors are those of one problem, or of N of them with a first dimension N.
 """
 
 from typing import NamedTuple
@@ -14,11 +16,12 @@ import torch
 from torch import Tensor
 
 from krrst_fast.backends import Backend
+from krrst_fast.factor import residual
 from krrst_fast.library import factored_solve, ridge_factor
 
 
 class Inputs(NamedTuple):
-    """F_s [M, D], Y_s [M, P], F_r [B, D]."""
+    """F_s [N?, M, D], Y_s [N?, M, P], F_r [N?, B, D]."""
 
     f_syn: Tensor
     y_syn: Tensor
@@ -30,20 +33,23 @@ class Solve(NamedTuple):
 
     Attributes:
         factor: lower Cholesky factor, [M, M] or in primal form [D (+ 1), D (+ 1)].
-        coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
-        product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else the
-            coefficients again.
-        base: lam at ridge = 1 [].
         lam: the ridge that was added [].
         retries: how often the ridge was raised [].
+        pivot: 0, or which pivot failed [].
+        base: lam at ridge = 1 [].
+        coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
+        product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else None.
+        gram: what was factored, without its ridge, if solves are refined.
     """
 
     factor: Tensor
-    coefficients: Tensor
-    product: Tensor
-    base: Tensor
     lam: Tensor
     retries: Tensor
+    pivot: Tensor
+    base: Tensor
+    coefficients: Tensor
+    product: Tensor | None
+    gram: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -69,13 +75,15 @@ class Needs(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """scale * <x, y> + bias, and the ridge on its gram."""
+    """scale * <x, y> + bias, the ridge on its gram, and how that is solved."""
 
     scale: float
     bias: float
     ridge: float | Tensor
     ridge_of: str
     retries: int
+    raises: bool
+    refine: int
 
     def base(self, trace: Tensor, m: int) -> Tensor:
         """What the ridge multiplies."""
@@ -88,13 +96,47 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x.mul_(scale)
 
 
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum((-2, -1))
+
+
+def _add_product(ops: Backend, out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """out + alpha a b, in place."""
+    if torch.compiler.is_compiling():
+        return out.add_(ops.matmul(a, b), alpha=alpha)
+    return (out.addmm_ if out.ndim == 2 else out.baddbmm_)(a, b, alpha=alpha)
+
+
+def solved(solve: Solve, y: Tensor, refine: int) -> Tensor:
+    """(gram + lam I)^-1 y, improved by `refine` steps whose residual is taken in float64."""
+    x = factored_solve(y, solve.factor)
+    if solve.gram is None:
+        return x
+    wide = x.double()
+    for _ in range(refine):
+        step = residual(solve.gram, solve.lam, wide, y)
+        wide = wide + factored_solve(step.to(solve.factor.dtype), solve.factor)
+    return wide.to(y.dtype)
+
+
+def factored(kernel: Kernel, gram: Tensor, y: Tensor, rows: int) -> Solve:
+    """Factor a gram of `rows` images and solve with it; the product is still to come."""
+    base = kernel.base(_trace(gram), rows)
+    factor = ridge_factor(gram, kernel.ridge * base, kernel.retries, kernel.raises)
+    # A factor in float64 leaves nothing to refine in a solution that is rounded to float32.
+    refines = kernel.refine > 0 and not (y.dtype == torch.float32 != factor.factor.dtype)
+    solve = Solve(*factor, base, y, None, gram if refines else None)
+    return solve._replace(coefficients=solved(solve, y, kernel.refine))
+
+
 def fit_dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
     """alpha [M, P], before anything is predicted."""
     k_ss = ops.gram(f_syn, kernel.scale, kernel.bias)  # [M, M]
-    base = kernel.base(k_ss.diagonal().sum(), len(k_ss))
-    factor, *rest = ridge_factor(k_ss, kernel.ridge * base, kernel.retries)
-    alpha = factored_solve(y_syn, factor)  # [M, P]
-    return Solve(factor, alpha, alpha, base, *rest)
+    return factored(kernel, k_ss, y_syn, f_syn.shape[-2])
 
 
 def solve_k(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
@@ -103,10 +145,10 @@ def solve_k(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve
     solve = fit_dual(ops, kernel, f_syn, y_syn)
     # As K_sr [M, B]: MKL multiplies in this order up to 1.7 times as fast where M < B.
     # Without the bias, whose size would set the size of its rounding.
-    k_sr = _scaled(f_syn @ f_real.mT, kernel.scale)
-    prediction = k_sr.mT @ solve.coefficients
+    k_sr = _scaled(ops.matmul(f_syn, f_real.mT), kernel.scale)
+    prediction = ops.matmul(k_sr.mT, solve.coefficients)
     if kernel.bias:
-        prediction.add_(solve.coefficients.sum(0), alpha=kernel.bias)
+        prediction.add_(solve.coefficients.sum(-2, keepdim=True), alpha=kernel.bias)
     return prediction, solve._replace(product=k_sr)
 
 
@@ -116,22 +158,23 @@ def backward_k(
     """dF_s = scale (alpha R^T F_r - (beta alpha^T + alpha beta^T) F_s)."""
     f_syn, _, f_real = inputs
     alpha, k_sr = solve.coefficients, solve.product
+    assert k_sr is not None
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
-        d_f_real = _scaled((r @ alpha.mT) @ f_syn, kernel.scale)
+        d_f_real = _scaled(ops.matmul(ops.matmul(r, alpha.mT), f_syn), kernel.scale)
     if needs.adjoint:
-        adjoint = k_sr @ r  # [M, P]
+        adjoint = ops.matmul(k_sr, r)  # [M, P]
         if kernel.bias:
-            adjoint.add_(r.sum(0), alpha=kernel.bias)
-        beta = factored_solve(adjoint, solve.factor)  # [M, P]
-        d_lam = -(alpha * beta).sum() if needs.lam else None
+            adjoint.add_(r.sum(-2, keepdim=True), alpha=kernel.bias)
+        beta = solved(solve, adjoint, kernel.refine)  # [M, P]
+        d_lam = -_inner(alpha, beta) if needs.lam else None
     if needs.f_syn:
         assert beta is not None
-        outer = beta @ alpha.mT  # [M, M]
+        outer = ops.matmul(beta, alpha.mT)  # [M, M]
         symmetric = outer + outer.mT
         del outer
-        d_f_syn = (alpha @ r.mT) @ f_real
-        d_f_syn = _scaled(d_f_syn.addmm_(symmetric, f_syn, alpha=-1.0), kernel.scale)
+        d_f_syn = ops.matmul(ops.matmul(alpha, r.mT), f_real)
+        d_f_syn = _scaled(_add_product(ops, d_f_syn, symmetric, f_syn, -1.0), kernel.scale)
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
@@ -142,7 +185,7 @@ def solve_w(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve
     w = ops.matmul(f_syn.mT, solve.coefficients)  # [D, P]
     prediction = _scaled(ops.matmul(f_real, w), kernel.scale)
     if kernel.bias:
-        prediction.add_(solve.coefficients.sum(0), alpha=kernel.bias)
+        prediction.add_(solve.coefficients.sum(-2, keepdim=True), alpha=kernel.bias)
     return prediction, solve._replace(product=w)
 
 
@@ -152,36 +195,37 @@ def backward_w(
     """dF_s = scale [alpha, -beta] [dW - F_s^T beta, W]^T with dW = F_r^T R: one product."""
     f_syn, _, f_real = inputs
     alpha, w = solve.coefficients, solve.product
+    assert w is not None
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
-        d_f_real = _scaled(r @ w.mT, kernel.scale)
+        d_f_real = _scaled(ops.matmul(r, w.mT), kernel.scale)
     if needs.adjoint:
         dw = ops.matmul(f_real.mT, r)  # [D, P]
         adjoint = _scaled(ops.matmul(f_syn, dw), kernel.scale)  # [M, P]
         if kernel.bias:
-            adjoint.add_(r.sum(0), alpha=kernel.bias)
-        beta = factored_solve(adjoint, solve.factor)  # [M, P]
-        d_lam = -(alpha * beta).sum() if needs.lam else None
+            adjoint.add_(r.sum(-2, keepdim=True), alpha=kernel.bias)
+        beta = solved(solve, adjoint, kernel.refine)  # [M, P]
+        d_lam = -_inner(alpha, beta) if needs.lam else None
     if needs.f_syn:
         assert beta is not None
         dw.sub_(ops.matmul(f_syn.mT, beta))
-        left, right = torch.cat((alpha, -beta), 1), torch.cat((dw, w), 1)  # [M, 2P], [D, 2P]
-        d_f_syn = _scaled(left @ right.mT, kernel.scale)
+        left, right = torch.cat((alpha, -beta), -1), torch.cat((dw, w), -1)  # [M, 2P], [D, 2P]
+        d_f_syn = _scaled(ops.matmul(left, right.mT), kernel.scale)
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
-def _features_t(ops: Backend, kernel: Kernel, f: Tensor, y: Tensor) -> Tensor:
+def features_t(ops: Backend, kernel: Kernel, f: Tensor, y: Tensor) -> Tensor:
     """Phi^T y [D (+ 1), P] for Phi = [sqrt(scale) F, sqrt(bias)]."""
     product = _scaled(ops.matmul(f.mT, y), kernel.scale**0.5)
     if not kernel.bias:
         return product
-    return torch.cat((product, kernel.bias**0.5 * y.sum(0, keepdim=True)))
+    return torch.cat((product, kernel.bias**0.5 * y.sum(-2, keepdim=True)), -2)
 
 
-def _features(ops: Backend, kernel: Kernel, f: Tensor, w: Tensor) -> Tensor:
+def features(ops: Backend, kernel: Kernel, f: Tensor, w: Tensor) -> Tensor:
     """Phi w [N, P]."""
-    product = _scaled(ops.matmul(f, w[: f.shape[1]]), kernel.scale**0.5)
-    return product.add_(w[-1], alpha=kernel.bias**0.5) if kernel.bias else product
+    product = _scaled(ops.matmul(f, w[..., : f.shape[-1], :]), kernel.scale**0.5)
+    return product.add_(w[..., -1:, :], alpha=kernel.bias**0.5) if kernel.bias else product
 
 
 def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
@@ -189,28 +233,27 @@ def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
     gram = ops.gram(f_syn.mT, kernel.scale, 0.0)  # [D, D]
     if not kernel.bias:
         return gram
-    m, d = f_syn.shape
-    bordered = gram.new_empty((d + 1, d + 1))
-    bordered[:d, :d] = gram
-    bordered[d, :d] = bordered[:d, d] = (kernel.scale * kernel.bias) ** 0.5 * f_syn.sum(0)
-    bordered[d, d] = m * kernel.bias
+    *batch, m, d = f_syn.shape
+    bordered = gram.new_empty((*batch, d + 1, d + 1))
+    bordered[..., :d, :d] = gram
+    border = (kernel.scale * kernel.bias) ** 0.5 * f_syn.sum(-2)
+    bordered[..., d, :d] = border
+    bordered[..., :d, d] = border
+    bordered[..., d, d] = m * kernel.bias
     return bordered
 
 
 def fit_primal(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
     """W = (Phi_s^T Phi_s + lam I)^-1 Phi_s^T Y_s [D (+ 1), P], before anything is predicted."""
     gram = _primal_gram(ops, kernel, f_syn)
-    base = kernel.base(gram.diagonal().sum(), len(f_syn))
-    factor, *rest = ridge_factor(gram, kernel.ridge * base, kernel.retries)
-    w = factored_solve(_features_t(ops, kernel, f_syn, y_syn), factor)  # [D (+ 1), P]
-    return Solve(factor, w, w, base, *rest)
+    return factored(kernel, gram, features_t(ops, kernel, f_syn, y_syn), f_syn.shape[-2])
 
 
 def solve_primal(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
     """Prediction [B, P] through W."""
     f_syn, y_syn, f_real = inputs
     solve = fit_primal(ops, kernel, f_syn, y_syn)
-    return _features(ops, kernel, f_real, solve.coefficients), solve
+    return features(ops, kernel, f_real, solve.coefficients), solve
 
 
 def backward_primal(
@@ -218,19 +261,20 @@ def backward_primal(
 ) -> Gradients:
     """With V = M^-1 Phi_r^T R: dY_s = Phi_s V, dPhi_s = (Y_s - Phi_s W) V^T - (Phi_s V) W^T."""
     f_syn, y_syn, f_real = inputs
-    w, d = solve.coefficients, f_syn.shape[1]
+    w, d = solve.coefficients, f_syn.shape[-1]
     d_f_syn = d_f_real = d_y_syn = d_lam = None
     if needs.f_real:
-        d_f_real = _scaled(r @ w[:d].mT, kernel.scale**0.5)
+        d_f_real = _scaled(ops.matmul(r, w[..., :d, :].mT), kernel.scale**0.5)
     if needs.adjoint:
-        v = factored_solve(_features_t(ops, kernel, f_real, r), solve.factor)
-        d_y_syn = _features(ops, kernel, f_syn, v)  # [M, P]
-        d_lam = -(v * w).sum() if needs.lam else None
+        v = solved(solve, features_t(ops, kernel, f_real, r), kernel.refine)
+        d_y_syn = features(ops, kernel, f_syn, v)  # [M, P]
+        d_lam = -_inner(v, w) if needs.lam else None
     if needs.f_syn:
         assert d_y_syn is not None
-        residual = y_syn - _features(ops, kernel, f_syn, w)  # [M, P]
-        left, right = torch.cat((residual, -d_y_syn), 1), torch.cat((v[:d], w[:d]), 1)
-        d_f_syn = _scaled(left @ right.mT, kernel.scale**0.5)
+        error = y_syn - features(ops, kernel, f_syn, w)  # [M, P]
+        left = torch.cat((error, -d_y_syn), -1)  # [M, 2P]
+        right = torch.cat((v[..., :d, :], w[..., :d, :]), -1)  # [D, 2P]
+        d_f_syn = _scaled(ops.matmul(left, right.mT), kernel.scale**0.5)
     return Gradients(d_f_syn, d_y_syn, d_f_real, d_lam)
 
 

@@ -1,51 +1,79 @@
 """The gram of a set of features with itself."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from krrst_fast import reference
+from krrst_fast import library, reference
 from krrst_fast.backends import BackendName, choose
+from krrst_fast.exact import exact_arithmetic
 from krrst_fast.ops import checks
-from krrst_fast.ops.once import once_differentiable
+from krrst_fast.ops.once import Batched, Tensors, gradients
+from krrst_fast.ops.options import Options, Precision
+from krrst_fast.ops.prepare import fold, result_dtype, unfold, working_dtype
 
 
 def gram(
-    x: Tensor, *, scale: float = 1.0, bias: float = 0.0, backend: BackendName = "auto"
+    x: Tensor,
+    *,
+    scale: float = 1.0,
+    bias: float = 0.0,
+    precision: Precision | None = None,
+    backend: BackendName = "auto",
 ) -> Tensor:
     """K = scale X X^T + bias, differentiable once.
 
     The C++ kernel, taken from 48 rows on, computes one triangle and is exactly symmetric.
 
     Args:
-        x: features [N, D], float32 or float64, any strides (`gram(x.mT)` is the feature gram).
+        x: features [..., N, D], float32, float64, or half precision (computed in float32), any
+            strides (`gram(x.mT)` is the feature gram).
         scale: multiplies every inner product.
         bias: added to every entry.
+        precision: None | "float64" | "float32" | "fast", as in `krrst_fast.krr_mse`.
         backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
-        K [N, N].
+        K [..., N, N].
 
     Raises:
         ValueError, TypeError: `x` or a setting does not fit.
+        NonFiniteError: x, on the CPU, holds NaN or infinity.
     """
-    checks.matrices("gram", x=x)
-    checks.kernel("gram", scale, bias)
+    op = "gram"
+    checks.matrices(op, x=x)
+    checks.kernel(op, scale, bias)
+    checks.one_of(op, "precision", precision, (None, "float64", "float32", "fast"))
+    batch, dtype = tuple(x.shape[:-2]), result_dtype(x)
+    x = fold(x.to(working_dtype(dtype, Options(precision=precision))), batch, 2)
+    if precision == "fast":
+        x, _ = reference.round_features(x, None)
     if backend == "reference":
-        return reference.gram(x, scale, bias)
-    return _Gram.apply(x, float(scale), float(bias), choose(backend, x, "gram").name)
+        with exact_arithmetic(x):
+            k = reference.gram(x, scale, bias)
+    else:
+        k = _Gram.apply(x, float(scale), float(bias), choose(backend, x, op).name)
+    return unfold(k, batch).to(dtype)
 
 
-class _Gram(torch.autograd.Function):
+class _Gram(Batched):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float, bias: float, backend: str) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        ctx.scale = scale
-        with checks.no_autocast(x):
-            return choose(backend, x, "gram").gram(x, scale, bias)
+    def forward(x: Tensor, scale: float, bias: float, backend: str) -> Tensor:
+        with exact_arithmetic(x):
+            k = choose(backend, x, "gram").gram(x, scale, bias)
+        checks.finite("gram", k, x=x)
+        return k
 
     @staticmethod
-    @once_differentiable("gram")
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        with checks.no_autocast(x):
-            return ctx.scale * ((grad + grad.mT) @ x), None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensors:
+        return (*gradients(_backward, "gram", (ctx.scale,), *ctx.saved_tensors, grad), *[None] * 3)
+
+
+def _backward(static: tuple[float], x: Tensor, grad: Tensor) -> Tensors:
+    with exact_arithmetic(x):
+        return (static[0] * library.matmul(grad + grad.mT, x),)

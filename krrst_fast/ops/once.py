@@ -1,44 +1,72 @@
-"""Backward passes that are written by hand have no backward pass of their own."""
+"""Functions with a gradient written by hand: batched under vmap, differentiable once.
 
-import functools
+A gradient written by hand has none of its own. torch's `once_differentiable` raises only where the
+incoming gradient requires grad; elsewhere it leaves the second derivative out of the sum in
+silence. Here a gradient that somebody could differentiate hangs on everything it was computed from,
+so that no path of a second derivative can miss the error.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Tensors = tuple[Tensor | None, ...]
 
-def once_differentiable(op: str) -> Callable[[Callable], Callable]:
-    """Decorate `Function.backward` of `op`: a second derivative through it raises.
 
-    torch's own decorator does that only where the incoming gradient requires grad; elsewhere it
-    leaves the second derivative out of the sum in silence. Here every gradient hangs on all saved
-    tensors, so that no path of a second derivative can miss the error.
+class Batched(torch.autograd.Function):
+    """A function of one problem, or of N of them along a first dimension: `vmap` is just that.
+
+    The first tensor argument is a matrix in one problem, and has three dimensions in N of them.
     """
 
-    def decorate(backward: Callable) -> Callable:
-        @functools.wraps(backward)
-        def first_order(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            with torch.no_grad():
-                outputs = backward(ctx, *grads)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                return outputs
-            roots = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
-            return tuple(x if x is None else _End.apply(op, x, *roots) for x in outputs)
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        moved = [_to_front(x, dim, size) for x, dim in zip(args, in_dims)]
+        many = next(x for x in moved if isinstance(x, Tensor)).ndim == 4
+        if many:
+            moved = [x.flatten(0, 1) if isinstance(x, Tensor) else x for x in moved]
+        outputs = cls.apply(*moved)
+        single = isinstance(outputs, Tensor)
+        values = (outputs,) if single else outputs
+        if many:
+            values = tuple(x if x is None else x.unflatten(0, (size, -1)) for x in values)
+        dims = tuple(None if x is None else 0 for x in values)
+        return (values[0], dims[0]) if single else (values, dims)
 
-        return first_order
 
-    return decorate
+def _to_front(x: Any, dim: int | None, size: int) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-class _End(torch.autograd.Function):
+def gradients(
+    compute: Callable[..., Tensors], op: str, static: tuple[Any, ...], *tensors: Tensor | None
+) -> Tensors:
+    """compute(static, *tensors), of which a derivative raises and names `op`."""
+    if torch.compiler.is_compiling():
+        return compute(static, *tensors)
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return compute(static, *tensors)
+    return _Gradients.apply(compute, op, static, *tensors)
+
+
+class _Gradients(Batched):
     @staticmethod
-    def forward(ctx: Any, op: str, x: Tensor, *roots: Tensor) -> Tensor:
-        ctx.op = op
-        return x.clone()
+    def forward(
+        compute: Callable[..., Tensors], op: str, static: tuple[Any, ...], *tensors: Tensor | None
+    ) -> Tensors:
+        return compute(static, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
         raise RuntimeError(
             f"{ctx.op}: is differentiable once, and a second derivative was asked for"
         )

@@ -1,71 +1,127 @@
 """Solve with a ridged positive semi-definite gram."""
 
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple, cast
 
-from krrst_fast.library import RIDGE_FACTOR, factored_solve, ridge_factor
+from torch import Tensor
+from typing_extensions import Unpack
+
+from krrst_fast import library
+from krrst_fast.exact import exact_arithmetic
+from krrst_fast.factor import RIDGE_FACTOR
 from krrst_fast.ops import checks
-from krrst_fast.ops.krr import RidgeOf
-from krrst_fast.ops.once import once_differentiable
+from krrst_fast.ops.forms import Kernel, Solve, factored, solved
+from krrst_fast.ops.once import Batched, Tensors, gradients
+from krrst_fast.ops.options import Options, SolveOptions, read, takes
+from krrst_fast.ops.prepare import fold, ready_ridge, result_dtype, unfold, working_dtype
 from krrst_fast.reference import absolute_ridge
 
 
-def ridge_solve(
-    k: Tensor,
-    y: Tensor,
-    *,
-    ridge: float | Tensor = 1e-6,
-    ridge_of: RidgeOf = "trace",
-    max_retries: int = 3,
-) -> Tensor:
+@takes(SolveOptions)
+def ridge_solve(k: Tensor, y: Tensor, **options: Unpack[SolveOptions]) -> Tensor:
     """alpha = (k + lam I)^-1 y by Cholesky, differentiable once in k, y and ridge.
 
     Args:
-        k: symmetric positive semi-definite [M, M]; symmetry is taken, not checked.
-        y: right-hand sides [M, P].
-        ridge: positive; a scalar tensor may be learnt.
-        ridge_of: lam is `ridge` times "trace" of k, its "mean_diagonal", or 1 ("absolute"); the
-            gradient goes through the trace.
-        max_retries: how often a failed factorisation is tried again with ten times the ridge.
+        k: symmetric positive semi-definite [..., M, M]; symmetry is taken, not checked.
+        y: right-hand sides [..., M, P].
+        **options: see `krrst_fast.ops.options.SolveOptions`; "fast" is no precision of a gram that
+            is given. The gradient goes through the trace.
 
     Returns:
-        alpha [M, P]. The gradient to k is symmetric.
+        alpha [..., M, P]. The gradient to k is symmetric.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or settings that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
         NonFiniteError: an input on the CPU holds NaN or infinity.
         NotPositiveDefiniteError: no factor even with the largest ridge.
     """
     op = "ridge_solve"
+    chosen = read(op, cast(dict[str, Any], options), SolveOptions)
     checks.matrices(op, k=k, y=y)
-    if k.shape[0] != k.shape[1]:
-        raise ValueError(f"{op}: k must be square, got shape {tuple(k.shape)}")
-    checks.same_size(op, "k", k, "y", y, 0)
-    checks.ridge(op, ridge, ridge_of)
-    checks.retries(op, max_retries)
-    lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
-    alpha = _RidgeSolve.apply(k, y, lam, max_retries)
-    checks.finite(op, alpha, k=k, y=y)
-    return alpha
+    check_gram(op, "k", k, chosen)
+    checks.same_size(op, "k", k, "y", y, -2)
+    ridge = chosen.ridge if isinstance(chosen.ridge, Tensor) else None
+    batch = checks.batch_of(op, k=(k, 2), y=(y, 2), ridge=(ridge, 0))
+    dtype = result_dtype(k, y)
+    working = working_dtype(dtype, chosen)
+    chosen = chosen._replace(ridge=ready_ridge(chosen.ridge, batch, working, k))
+    k, y = (fold(x.to(working), batch, 2) for x in (k, y))
+    alpha, *_ = solve_gram(op, k, y, chosen._replace(detach_ridge=False), ("k", "y"))
+    return unfold(alpha, batch).to(dtype)
 
 
-class _RidgeSolve(torch.autograd.Function):
+def check_gram(op: str, name: str, k: Tensor, options: Options) -> None:
+    """k is square, and nothing asks to round the features that it no longer has."""
+    if k.shape[-2] != k.shape[-1]:
+        raise ValueError(f"{op}: {name} must be square, got shape {tuple(k.shape)}")
+    if options.precision == "fast":
+        raise ValueError(f"{op}: precision 'fast' rounds features, and a gram has none")
+
+
+def solve_gram(
+    op: str, k: Tensor, y: Tensor, options: Options, names: tuple[str, str]
+) -> tuple[Tensor, ...]:
+    """alpha [N?, M, P], factor, lam, retries, pivot for k [N?, M, M] and y [N?, M, P]."""
+    lam = absolute_ridge(k, options.ridge, options.ridge_of, options.detach_ridge)
+    lam = lam.expand(k.shape[:-2])
+    static = _Static(op, *names, options.retries, options.raises, options.refine)
+    return _RidgeSolve.apply(k, y, lam, *static)
+
+
+class _Static(NamedTuple):
+    op: str
+    k_name: str
+    y_name: str
+    retries: int
+    raises: bool
+    refine: int
+
+
+class _RidgeSolve(Batched):
     @staticmethod
-    def forward(ctx, k: Tensor, y: Tensor, lam: Tensor, max_retries: int) -> Tensor:  # type: ignore[no-untyped-def]
-        factor, _, retries = ridge_factor(k, lam, max_retries)
-        alpha = factored_solve(y, factor)
-        ctx.save_for_backward(factor, alpha, retries)
-        return alpha
+    def forward(k: Tensor, y: Tensor, lam: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
+        static = _Static(*settings)
+        kernel = Kernel(1.0, 0.0, lam, "absolute", static.retries, static.raises, static.refine)
+        with exact_arithmetic(k):
+            solve = factored(kernel, k, y, k.shape[-2])
+        alpha = solve.coefficients
+        if static.raises:
+            checks.finite(static.op, alpha, **{static.k_name: k, static.y_name: y})
+        return alpha, solve.factor, solve.lam, solve.retries, solve.pivot
 
     @staticmethod
-    @once_differentiable("ridge_solve")
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        factor, alpha, retries = ctx.saved_tensors
-        beta = factored_solve(grad, factor)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        alpha, factor, lam, retries, pivot = output
+        static = _Static(*inputs[3:])
+        ctx.save_for_backward(inputs[0] if static.refine else None, alpha, factor, lam, retries)
+        ctx.static = static
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(factor, lam, retries, pivot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        static = (ctx.needs_input_grad[0], ctx.static.refine)
+        grads = gradients(_backward, ctx.static.op, static, *ctx.saved_tensors, grad)
+        return (*grads, *[None] * len(ctx.static))
+
+
+def _backward(
+    static: tuple[bool, int],
+    k: Tensor | None,
+    alpha: Tensor,
+    factor: Tensor,
+    lam: Tensor,
+    retries: Tensor,
+    grad: Tensor,
+) -> Tensors:
+    needs_k, refine = static
+    with exact_arithmetic(grad):
+        solve = Solve(factor, lam, retries, retries, lam, alpha, None, k)
+        beta = solved(solve, grad, refine)
         d_k = None
-        if ctx.needs_input_grad[0]:
-            with checks.no_autocast(grad):
-                outer = beta @ alpha.mT
+        if needs_k:
+            outer = library.matmul(beta, alpha.mT)
             d_k = (outer + outer.mT).mul_(-0.5)
-        d_lam = -(alpha * beta).sum() * RIDGE_FACTOR**retries
-        return d_k, beta, d_lam, None
+        d_lam = -(alpha * beta).sum((-2, -1)) * RIDGE_FACTOR**retries
+    return d_k, beta, d_lam

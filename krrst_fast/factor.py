@@ -1,0 +1,175 @@
+"""Cholesky factors of ridged grams: the ladder of larger ridges, and the solves with them.
+
+Letters: M rows of the gram, P right-hand sides, N problems side by side.
+"""
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
+
+RIDGE_FACTOR = 10.0
+"""By how much a retry raises the ridge."""
+
+FLOAT64_UP_TO = 512
+"""Grams of at most this many rows are factored in float64, whatever their own precision."""
+
+_log = logging.getLogger("krrst_fast")
+
+# Rows of a gram that are taken to float64 at a time for a residual.
+_RESIDUAL_ROWS = 1024
+
+
+class Factor(NamedTuple):
+    """The Cholesky factor of k + ridge I, for one problem or for each of N.
+
+    Attributes:
+        factor: lower triangular, zero above the diagonal [N?, M, M]; NaN where there is none.
+        ridge: the number that was added to the diagonal [N?].
+        retries: how often it was raised [N?] int64.
+        pivot: 0, or the number, from 1, of the pivot that failed [N?] int32.
+    """
+
+    factor: Tensor
+    ridge: Tensor
+    retries: Tensor
+    pivot: Tensor
+
+
+def factor_dtype(k: Tensor) -> torch.dtype:
+    """The precision k [N?, M, M] is factored in: float64 where it costs nothing beside k."""
+    return torch.float64 if k.shape[-1] <= FLOAT64_UP_TO else k.dtype
+
+
+def factor_one(k: Tensor, lam: Tensor, retries: int) -> Factor:
+    """`ridge_factor` of one gram [M, M], which raises when the last ridge fails."""
+    factor = torch.empty_like(k, dtype=factor_dtype(k)).mT
+    info = torch.empty((), dtype=torch.int32, device=k.device)
+    ridge = lam.clone()
+    _require_ridge(lam)
+    for attempt in range(retries + 1):
+        factor.mT.copy_(k)
+        factor.diagonal().add_(ridge)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        # NaN passes the test of a pivot in some builds of LAPACK
+        if info.item() == 0 and math.isfinite(factor.diagonal().sum().item()):
+            if attempt:
+                _log.warning("ridge_factor: ridge raised %d times to %.3g", attempt, ridge.item())
+            return Factor(factor, ridge, torch.full((), attempt, device=k.device), info)
+        if attempt < retries:
+            ridge = ridge * RIDGE_FACTOR
+    raise _failure(k, lam, ridge, retries, int(info.item()), factor.dtype)
+
+
+def factor_many(k: Tensor, lam: Tensor, retries: int) -> Factor:
+    """`ridge_factor` of N grams [N, M, M]: only those that fail are tried again."""
+    _require_ridge(lam)
+    ridge, count = lam.clone(), torch.zeros_like(lam, dtype=torch.int64)
+    factor, pivot = _cholesky(k, ridge)
+    for attempt in range(1, retries + 1):
+        failed = pivot.nonzero().squeeze(1)
+        if len(failed) == 0:
+            break
+        ridge[failed] *= RIDGE_FACTOR
+        count[failed] = attempt
+        factor[failed], pivot[failed] = _cholesky(k[failed], ridge[failed])
+    failed = pivot.nonzero().squeeze(1)
+    if len(failed):
+        i = int(failed[0])
+        raise _failure(k[i], lam[i], ridge[i], retries, int(pivot[i]), factor.dtype, i)
+    raised = int((count > 0).sum())
+    if raised:
+        _log.warning("ridge_factor: ridge raised in %d of %d problems", raised, len(k))
+    return Factor(factor, ridge, count, pivot)
+
+
+def factor_unread(k: Tensor, lam: Tensor, retries: int) -> Factor:
+    """`ridge_factor` of [N?, M, M] without a look at any value: what has no factor becomes NaN.
+
+    The whole ladder is climbed, whether it is needed or not: a decision would be a look.
+    """
+    ridge, count = lam.clone(), torch.zeros_like(lam, dtype=torch.int64)
+    factor, pivot = _cholesky(k, ridge)
+    for _ in range(retries):
+        failed = pivot != 0
+        ridge = torch.where(failed, ridge * RIDGE_FACTOR, ridge)
+        count = count + failed
+        again, pivot_again = _cholesky(k, ridge)
+        factor = torch.where(failed[..., None, None], again, factor)
+        pivot = torch.where(failed, pivot_again, pivot)
+    failed = (pivot != 0) | ~(lam > 0)
+    factor = factor.masked_fill(failed[..., None, None], math.nan)
+    return Factor(factor, ridge, count, torch.where(failed, pivot.clamp(min=1), pivot))
+
+
+def _cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of k + ridge I [N?, M, M] and failed pivots [N?]; a NaN is a failure of pivot 1."""
+    if k.ndim == 3 and factor_dtype(k) == torch.float64:
+        factor, pivot = torch.ops.krrst_fast.batched_cholesky(k, ridge)
+    else:
+        system = k.to(factor_dtype(k), copy=True)
+        system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
+        factor, pivot = torch.linalg.cholesky_ex(system)
+    finite = factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return factor, torch.where(finite, pivot, pivot.clamp(min=1))
+
+
+def _failure(
+    k: Tensor,
+    lam: Tensor,
+    ridge: Tensor,
+    retries: int,
+    pivot: int,
+    dtype: torch.dtype,
+    problem: int | None = None,
+) -> Exception:
+    """Why there is no factor of k [M, M] with this ridge."""
+    where = "" if problem is None else f" of problem {problem}"
+    if not bool(k.isfinite().all()):
+        return NonFiniteError(f"ridge_factor: the gram{where} holds NaN or infinity")
+    if lam.item() == 0:
+        return NotPositiveDefiniteError(
+            f"ridge_factor: the ridge{where} is 0, and so the trace it follows: the features are "
+            "zero, or their squares underflow; scale them up, or pass ridge_of='absolute'"
+        )
+    name = str(dtype).removeprefix("torch.")
+    return NotPositiveDefiniteError(
+        f"ridge_factor: k + {ridge.item():.3g} * I [{len(k)}, {len(k)}]{where} ({name}) has a "
+        f"non-positive pivot at row {max(pivot - 1, 0)} after raising the ridge {retries} times "
+        f"from {lam.item():.3g}; pass a larger ridge or float64"
+    )
+
+
+def _require_ridge(lam: Tensor) -> None:
+    if lam.numel() == 0:
+        return
+    value = lam.min().item() if lam.ndim else lam.item()
+    if not math.isfinite(value if lam.ndim == 0 else lam.sum().item()):
+        raise NonFiniteError(f"ridge_factor: the ridge is {value}: it, or the trace, is not finite")
+    if value < 0:
+        raise ValueError(f"ridge_factor: the ridge must be positive, got {value:.3g}")
+
+
+def cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
+    """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
+    if y.dtype == factor.dtype:
+        return torch.cholesky_solve(y, factor)
+    if factor.ndim == 3 and factor.dtype == torch.float64:
+        return torch.ops.krrst_fast.batched_cholesky_solve(y, factor)
+    return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
+
+
+def residual(k: Tensor, ridge: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """y - (k + ridge I) x in float64 for k [N?, M, M] of any precision and float64 x [N?, M, P].
+
+    The gram is taken to float64 a block of rows at a time.
+    """
+    out = y.double() - ridge.double()[..., None, None] * x
+    for first in range(0, k.shape[-2], _RESIDUAL_ROWS):
+        rows = slice(first, first + _RESIDUAL_ROWS)
+        out[..., rows, :] -= k[..., rows, :].double() @ x
+    return out
