@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         NonFiniteError,
         NotPositiveDefiniteError,
     )
+    from krrst_fast.estimator import KernelRidge
+    from krrst_fast.head import RidgeHead
     from krrst_fast.krr import KRRFit, krr_fit
     from krrst_fast.ops.from_gram import krr_predict_from_gram
     from krrst_fast.ops.gram import gram
@@ -32,10 +34,12 @@ __all__ = [
     "DataError",
     "KRRFit",
     "KRRPath",
+    "KernelRidge",
     "KrrstError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
     "Plan",
+    "RidgeHead",
     "SolveInfo",
     "gram",
     "krr_fit",
@@ -49,6 +53,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "krrst_fast.estimator": ("KernelRidge",),
+    "krrst_fast.head": ("RidgeHead",),
     "krrst_fast.krr": ("KRRFit", "krr_fit"),
     "krrst_fast.ops.gram": ("gram",),
     "krrst_fast.ops.from_gram": ("krr_predict_from_gram",),

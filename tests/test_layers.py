@@ -12,7 +12,7 @@ PACKAGE = ROOT / "krrst_fast"
 ROWS = (
     ("errors", "files", "config", "environment", "seeding", "reference", "_native", "_C", "exact"),
     ("library", "factor", "backends", "planner", "ops", "kernels"),
-    ("krr", "path"),
+    ("krr", "path", "estimator_base", "estimator", "head"),
     ("data", "models", "targets", "distilled_set", "distill", "baselines", "evaluate"),
     # Its names are public: whoever imports them imports what they need.
     (
