@@ -1,7 +1,6 @@
 """Kernel ridge regression as a value: fit once, predict many times."""
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -150,7 +149,7 @@ def krr_fit(f_syn: Tensor, y_syn: Tensor, **options: Unpack[FitOptions]) -> KRRF
     is no backend of a fit. No gradients are recorded.
     """
     op = "krr_fit"
-    chosen = read(op, cast(dict[str, Any], options), FitOptions)
+    chosen = read(op, options, FitOptions)
     problem = prepare(op, chosen, f_syn, y_syn)
     (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
     if m == 0:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ def krr_path(
         NonFiniteError: an input on the CPU holds NaN or infinity.
     """
     op = "krr_path"
-    chosen = read(op, cast(dict[str, Any], options), PathOptions)
+    chosen = read(op, options, PathOptions)
     chosen = chosen._replace(ridge=1.0, precision="float64")
     problem = prepare(op, chosen, f_syn, y_syn)
     if problem.f_syn.shape[-2] == 0:

@@ -1,10 +1,13 @@
-"""Which closed form a call takes: counted work, no measurement, no state."""
+"""Which closed form a call takes: counted work and memory, no measurement, no state."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal["k", "w", "primal"]
 FORMS: tuple[Form, ...] = ("k", "w", "primal")
+
+# As krrst_fast.factor, which imports torch: grams of up to so many rows are factored in float64.
+_FLOAT64_UP_TO = 512
 
 
 @dataclass(frozen=True)
@@ -14,35 +17,49 @@ class Plan:
     Attributes:
         form: "k" | "w" | "primal".
         flops: floating-point operations of forward + backward, by form.
+        bytes: the most memory that is alive at once in forward + backward beyond the inputs, by
+            form: what is kept for the backward pass, temporaries, and the gradients. Right to
+            within 15 % (measured on the CPU for sizes in the hundreds).
         reason: one sentence.
     """
 
     form: Form
     flops: dict[Form, float]
+    bytes: dict[Form, float]
     reason: str
 
 
-def plan(*, m: int, b: int, d: int, p: int) -> Plan:
+def plan(*, m: int, b: int, d: int, p: int, problems: int = 1, itemsize: int = 4) -> Plan:
     """Choose the closed form for M synthetic and B real images, D features and P target features.
 
     Counted are one forward pass and the gradients to `f_syn` and `y_syn`; a Gram counts half of the
     full product, a multiply-add counts two. "k" keeps K_rs [B, M]; "w" goes through W = F_s^T alpha
     [D, P] and never multiplies M x M by D; "primal" solves in D x D and is taken only when M > D.
 
+    Args:
+        m, b, d, p: the sizes.
+        problems: how many of them side by side (leading dimensions).
+        itemsize: bytes of a number, 4 for float32.
+
     Raises:
         ValueError: a size is negative.
     """
-    for name, size in (("m", m), ("b", b), ("d", d), ("p", p)):
+    sizes = {"m": m, "b": b, "d": d, "p": p, "problems": problems, "itemsize": itemsize}
+    for name, size in sizes.items():
         if size < 0:
             raise ValueError(f"plan: {name} must not be negative, got {size}")
-    flops = _flops(m, b, d, p)
     form = cheapest(m, b, d, p)
     reasons: dict[Form, str] = {
         "primal": f"M = {m} > D = {d}: the D x D system is the smaller one",
         "w": f"P = {p}: products with W [D, P] cost less than K_rs [B, M]",
         "k": f"P = {p} is large: products with W [D, P] cost more than K_rs [B, M]",
     }
-    return Plan(form, flops, reasons[form])
+    return Plan(
+        form=form,
+        flops={name: problems * count for name, count in _flops(m, b, d, p).items()},
+        bytes={name: problems * _bytes(name, m, b, d, p, itemsize) for name in FORMS},
+        reason=reasons[form],
+    )
 
 
 def cheapest(m: int, b: int, d: int, p: int) -> Form:
@@ -79,3 +96,32 @@ def _primal(m: int, b: int, d: int, p: int) -> float:
     predict = m * d * d + d**3 / 3 + 2 * m * d * p + 2 * d * d * p + 2 * b * d * p
     backward = 2 * b * d * p + 2 * d * d * p + 4 * m * d * p + 4 * m * p * d
     return predict + backward
+
+
+def _bytes(form: Form, m: int, b: int, d: int, p: int, itemsize: int) -> float:
+    """The larger of the peaks of factoring, predicting and going back."""
+    n = d if form == "primal" else m
+    wide = 8 if n <= _FLOAT64_UP_TO else itemsize  # a number of the factor
+    factor = n * n * wide
+    # LAPACK solves in a copy of the factor; right-hand sides are taken to its precision and back.
+    solve = n * n * wide + n * p * (itemsize + (2 * wide if wide > itemsize else 0))
+    factoring = n * n * itemsize + factor + solve
+    saved, back = _numbers(form, m, b, d, p)
+    predicting = factor + (saved + b * p) * itemsize
+    adjoint = b * p + {"k": m, "w": m + d, "primal": d}[form] * p  # R and what is solved for
+    solving = factor + solve + (saved + adjoint) * itemsize
+    return max(factoring, predicting, solving, factor + (saved + back) * itemsize)
+
+
+def _numbers(form: Form, m: int, b: int, d: int, p: int) -> tuple[float, float]:
+    """Numbers that are kept beside the factor, and those of the way back at its widest."""
+    if form == "k":
+        # error, alpha, K_sr | R, beta, outer and its symmetric part, then the gradient
+        alpha_r, symmetric = m * b, m * m
+        return b * p + m * p + m * b, b * p + m * p + max(2 * m * m, symmetric + alpha_r + m * d)
+    columns = 2 * p * (m + d)  # the two factors of the last product, beside their four parts
+    if form == "w":
+        # error, alpha, W | R, dW, beta, -beta
+        return b * p + m * p + d * p, b * p + d * p + 2 * m * p + columns + m * d
+    # error, W | R, V, dY, residual, -dY
+    return b * p + d * p, b * p + d * p + 3 * m * p + columns + m * d

@@ -1,8 +1,18 @@
 """The planner: counted work, and the choice it leads to."""
 
-import pytest
+import sys
+from importlib import import_module
+from pathlib import Path
 
-from krrst_fast import plan
+import pytest
+import torch
+
+from krrst_fast import krr_mse, plan, planner
+from krrst_fast.factor import FLOAT64_UP_TO
+from krrst_fast.planner import FORMS, Form
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+peak_bytes = import_module("bench.common").peak_bytes
 
 
 def test_counts_of_the_paper_setting() -> None:
@@ -39,3 +49,28 @@ def test_no_primal_form_where_it_is_less_accurate() -> None:
 def test_bad_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="plan: d must not be negative, got -1"):
         plan(m=1, b=1, d=-1, p=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m,b,d,p", [(600, 64, 100, 9), (600, 300, 700, 100), (300, 200, 900, 300)])
+def test_the_bytes_are_those_of_the_allocator(
+    m: int, b: int, d: int, p: int, dtype: torch.dtype, form: Form
+) -> None:
+    shapes = ((m, d), (m, p), (b, d), (b, p))
+    tensors = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    leaves = [x.requires_grad_() for x in tensors[:2]]
+    settings = {"form": form, "ridge": 1e-2}
+    measured = peak_bytes(lambda: torch.autograd.grad(krr_mse(*tensors, **settings), leaves))
+    counted = plan(m=m, b=b, d=d, p=p, itemsize=dtype.itemsize).bytes[form]
+    assert counted == pytest.approx(measured, rel=0.15)
+
+
+def test_problems_side_by_side_cost_as_much_as_one_after_the_other() -> None:
+    one, many = (plan(m=25, b=75, d=640, p=5, problems=n) for n in (1, 40))
+    assert many.form == one.form == "w"
+    assert many.flops["w"] == 40 * one.flops["w"] and many.bytes["w"] == 40 * one.bytes["w"]
+
+
+def test_the_planner_knows_which_factors_are_float64() -> None:
+    assert planner._FLOAT64_UP_TO == FLOAT64_UP_TO

@@ -1,6 +1,6 @@
 """Kernel ridge regression where the caller has the Gram: an NTK, a graph kernel, any other."""
 
-from typing import Any, Literal, cast, overload
+from typing import Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -66,7 +66,7 @@ def krr_predict_from_gram(
         **options: see `krrst_fast.ops.options.GramOptions`; errors as in `krrst_fast.krr_mse`.
     """
     op = "krr_predict_from_gram"
-    chosen = read(op, cast(dict[str, Any], options), GramOptions)
+    chosen = read(op, options, GramOptions)
     out_syn, out_real, weights = chosen.out_syn, chosen.out_real, chosen.weights
     checks.matrices(
         op, k_syn=k_syn, k_real_syn=k_real_syn, y_syn=y_syn, out_syn=out_syn, out_real=out_real

@@ -1,6 +1,6 @@
 """Kernel ridge regression on features, fused with its gradient: `krr_mse` and `krr_predict`."""
 
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from krrst_fast.ops.forms import BACKWARD, SOLVE, Inputs, Kernel, Needs, Solve
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.once import Batched, Tensors, gradients
 from krrst_fast.ops.options import Options, PredictOptions, read, takes
-from krrst_fast.ops.prepare import Problem, prepare, unfold
+from krrst_fast.ops.prepare import Problem, cast, prepare, unfold
 from krrst_fast.planner import cheapest
 
 
@@ -79,7 +79,7 @@ def krr_mse(
         NotPositiveDefiniteError: no factor even with the largest ridge.
     """
     op = "krr_mse"
-    chosen = read(op, cast(dict[str, Any], options), PredictOptions)
+    chosen = read(op, options, PredictOptions)
     problem = prepare(op, chosen, f_syn, y_syn, f_real, y_real)
     if y_real.numel() == 0 or problem.f_syn.shape[0] == 0 < len(problem.batch):
         raise ValueError(f"{op}: the mean is over y_real, got shape {tuple(y_real.shape)}")
@@ -125,13 +125,13 @@ def krr_predict(
     `out_real + K_rs (K_ss + lam I)^-1 (Y_s - out_syn)`; arguments and errors as in `krr_mse`.
     """
     op = "krr_predict"
-    chosen = read(op, cast(dict[str, Any], options), PredictOptions)
+    chosen = read(op, options, PredictOptions)
     problem = prepare(op, chosen, f_syn, y_syn, f_real)
     prediction, info = _compute(op, problem, chosen, return_info)
     prediction = unfold(prediction, problem.batch)
     if chosen.out_real is not None:
         prediction = prediction + chosen.out_real
-    prediction = prediction.to(problem.dtype)
+    prediction = cast(prediction, problem.dtype)
     return (prediction, info) if info is not None else prediction
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import Tensor
@@ -128,7 +128,7 @@ class Options(NamedTuple):
         return self.max_retries
 
 
-_DEFAULTS = Options()._asdict()
+_DEFAULTS = Options()
 
 
 def takes(kind: type) -> Callable[[Callable], Callable]:
@@ -139,7 +139,9 @@ def takes(kind: type) -> Callable[[Callable], Callable]:
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
         parameters += [
-            inspect.Parameter(name, keyword, default=_DEFAULTS[name], annotation=annotation)
+            inspect.Parameter(
+                name, keyword, default=getattr(_DEFAULTS, name), annotation=annotation
+            )
             for name, annotation in kind.__annotations__.items()
         ]
         function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -148,13 +150,15 @@ def takes(kind: type) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def read(op: str, given: dict[str, Any], kind: type) -> Options:
+def read(op: str, given: Mapping[str, Any], kind: type) -> Options:
     """The keywords of one call, checked one by one.
 
     Raises:
         TypeError: `op` has no such keyword, or its value is of another type.
         ValueError: a value is none of those that there are.
     """
+    if not given:
+        return _DEFAULTS
     known = kind.__annotations__
     for name in given:
         if name not in known:

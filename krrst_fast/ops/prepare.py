@@ -39,12 +39,17 @@ class Problem(NamedTuple):
 
     def restore(self, x: Tensor) -> Tensor:
         """A result [N?, ...] as the caller sees it."""
-        return unfold(x, self.batch).to(self.dtype)
+        return cast(unfold(x, self.batch), self.dtype)
 
 
 def unfold(x: Tensor, batch: tuple[int, ...]) -> Tensor:
     """[N, ...] with the leading dimensions that were one."""
     return x.unflatten(0, batch) if len(batch) > 1 else x
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another precision; a call that has nothing to do still costs a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def fold(x: Tensor, batch: tuple[int, ...], core: int) -> Tensor:
@@ -94,14 +99,14 @@ def prepare(
     dtype = result_dtype(f_syn, y_syn, f_real, y_real)
     working = working_dtype(dtype, options)
 
-    def ready(x: Tensor | None) -> Tensor | None:
-        return x if x is None else fold(x.to(working), batch, 2)
+    def ready(x: Tensor) -> Tensor:
+        return fold(cast(x, working), batch, 2)
 
     problem = Problem(
-        f_syn=fold(f_syn.to(working), batch, 2),
-        y_syn=fold(y_syn.to(working), batch, 2),
-        f_real=ready(f_real),
-        y_real=ready(y_real),
+        f_syn=ready(f_syn),
+        y_syn=ready(y_syn),
+        f_real=None if f_real is None else ready(f_real),
+        y_real=None if y_real is None else ready(y_real),
         ridge=ready_ridge(options.ridge, batch, working, f_syn),
         ridge_of=options.ridge_of,
         bias=float(options.bias),

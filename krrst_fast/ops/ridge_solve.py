@@ -1,6 +1,6 @@
 """Solve with a ridged positive semi-definite gram."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -35,7 +35,7 @@ def ridge_solve(k: Tensor, y: Tensor, **options: Unpack[SolveOptions]) -> Tensor
         NotPositiveDefiniteError: no factor even with the largest ridge.
     """
     op = "ridge_solve"
-    chosen = read(op, cast(dict[str, Any], options), SolveOptions)
+    chosen = read(op, options, SolveOptions)
     checks.matrices(op, k=k, y=y)
     check_gram(op, "k", k, chosen)
     checks.same_size(op, "k", k, "y", y, -2)
