@@ -15,6 +15,7 @@ from krrst_fast.estimator_base import (
     MultiOutputMixin,
     NotFittedError,
     RegressorMixin,
+    floats,
     validated,
 )
 from krrst_fast.krr import KRRFit, krr_fit
@@ -144,15 +145,16 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         prediction = self.predict(X)
         if isinstance(X, Tensor):
             _tensors(op, X=X, y=y)
-        pair = [
-            (x.detach() if isinstance(x, Tensor) else _tensor(np.asarray(x))).double()
-            for x in (prediction, y)
-        ]
-        predicted, exact = (x if x.ndim == 2 else x[:, None] for x in pair)
+            pair = prediction.detach(), y.detach()
+        else:
+            pair = _tensor(prediction), _tensor(floats(op, "y", y))
+        predicted, exact = (x.double() if x.ndim == 2 else x.double()[:, None] for x in pair)
         if predicted.shape != exact.shape:
             raise ValueError(
                 f"{op}: y must be of shape {tuple(prediction.shape)}, got {tuple(pair[1].shape)}"
             )
+        if not exact.isfinite().all():
+            checks.blame(op, y=exact)
         if len(exact) < 2:
             warnings.warn(f"{op}: R^2 is not defined for fewer than two rows", stacklevel=2)
             return float("nan")

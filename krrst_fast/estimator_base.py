@@ -75,11 +75,11 @@ def validated(estimator: Any, x: Any, y: Any, *, reset: bool) -> tuple[np.ndarra
         return validate_data(estimator, x, **settings), y
     name = type(estimator).__name__
     columns = _column_names(x)
-    x = _floats(name, "X", x)
+    x = floats(name, "X", x)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name}: X must be a matrix of some rows and columns, got {x.shape}")
     if reset:
-        y = _floats(name, "y", y)
+        y = floats(name, "y", y)
         if y.ndim not in (1, 2) or 0 in y.shape or len(y) != len(x):
             raise ValueError(f"{name}: y must be [{len(x)}] or [{len(x)}, P], got {y.shape}")
         estimator.n_features_in_ = x.shape[1]
@@ -106,7 +106,7 @@ def _column_names(x: Any) -> np.ndarray | None:
     return np.array(columns, dtype=object)
 
 
-def _floats(owner: str, name: str, x: Any) -> np.ndarray:
+def floats(owner: str, name: str, x: Any) -> np.ndarray:
     """x as a finite float32 or float64 array."""
     if x is None:
         raise ValueError(f"{owner}: {name} must be an array, got None")

@@ -65,8 +65,10 @@ class RidgeHead(nn.Module):
         super().__init__()
         if isinstance(ridge, Tensor):
             raise TypeError("RidgeHead: ridge must be a number; learn_ridge=True makes it learn")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"RidgeHead: num_classes must be one or more, got {num_classes}")
+        if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+            raise ValueError(
+                f"RidgeHead: num_classes must be a whole number, one or more, got {num_classes!r}"
+            )
         self.num_classes = num_classes
         self.detach_ridge = detach_ridge
         self._settings: dict[str, Any] = {
@@ -198,7 +200,9 @@ class RidgeHead(nn.Module):
         for name in PROBE:
             saved, mine = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and (mine is None or mine.shape != saved.shape):
-                setattr(self, name, torch.empty_like(saved))
+                device = (next(self.parameters(), saved) if mine is None else mine).device
+                dtype = (saved if mine is None else mine).dtype
+                setattr(self, name, torch.empty(saved.shape, dtype=dtype, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

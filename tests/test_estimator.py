@@ -247,6 +247,11 @@ def test_bad_predictions_and_parameters_are_named() -> None:
         ValueError, match=r"KernelRidge.score: y must be of shape \(3,\), got \(2,\)"
     ):
         model.score(np.eye(3), np.ones(2))
+    with pytest.raises(ValueError, match="KernelRidge.score: y must be numbers: could not convert"):
+        model.score(np.eye(3), ["a", "b", "c"])
+    for bad in (f * torch.nan, np.eye(3) * np.nan):
+        with pytest.raises(ValueError, match="KernelRidge.score: y holds NaN or infinity"):
+            model.score(f if isinstance(bad, torch.Tensor) else np.eye(3), bad[0])
     with pytest.raises(ValueError, match="KernelRidge.fit: ridge must be positive"):
         KernelRidge(-1.0).fit(f, y)
     with pytest.raises(ValueError, match="Invalid parameter 'alpha'"):

@@ -110,6 +110,10 @@ def test_a_probe_is_kept_saved_and_loaded(lead: tuple[int, ...], tmp_path: Path)
     smaller = RidgeHead(**settings).double().fit(f[..., :2], y[..., :1])
     smaller.load_state_dict(head.state_dict())
     assert torch.equal(smaller(q), head(q))
+    assert smaller.weights.dtype == torch.float64
+    single = RidgeHead(**settings).fit(f[..., :2].float(), y.float())
+    single.load_state_dict(head.state_dict())  # keeps its dtype, as every module does
+    assert_equal(single(q.float()).double(), exact, 1e-5)
     assigned = RidgeHead(**settings)
     assigned.load_state_dict(head.state_dict(), assign=True)
     assert torch.equal(assigned(q), head(q))
@@ -169,6 +173,15 @@ def test_autocast_and_half_features_reach_neither_solve_nor_probe() -> None:
     assert_equal(gradient.double(), wanted, 2**-7)  # rounded once to 8 bits
 
 
+def test_vmap_is_the_batch() -> None:
+    f, _, q = episodes(4, m=6, d=11, b=5, p=1)
+    labels = torch.randint(0, 3, (4, 6))
+    head = RidgeHead(num_classes=3, calibrate=True, learn_ridge=True)
+    assert_equal(torch.func.vmap(head)(f, labels, q), head(f, labels, q), 1e-12)
+    head.fit(f[0], labels[0])
+    assert_equal(torch.func.vmap(head)(q), head(q), 1e-12)
+
+
 @pytest.mark.parametrize("precision", ["float64", "float32", "fast"])
 def test_precision_is_that_of_the_computation(precision: str) -> None:
     f, y, q = (x.float() for x in episodes(2, m=6, d=11, b=5, p=3))
@@ -205,8 +218,9 @@ def test_bad_input_is_named() -> None:
         RidgeHead(ridge=torch.tensor(1.0))
     with pytest.raises(ValueError, match="RidgeHead: scale must be positive"):
         RidgeHead(scale=-1.0)
-    with pytest.raises(ValueError, match="RidgeHead: num_classes must be one or more, got 0"):
-        RidgeHead(num_classes=0)
+    for count in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_classes must be a whole .* got {count}"):
+            RidgeHead(num_classes=count)
     with pytest.raises(RuntimeError, match="RidgeHead: there is no probe; call fit"):
         head(f)
     with pytest.raises(ValueError, match="RidgeHead: y_support and f_query come together"):

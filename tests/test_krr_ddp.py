@@ -110,8 +110,8 @@ def run_two(folder: Path) -> list[list[list[Tensor]]]:
         for process in processes:
             process.kill()
             process.wait()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (folder / f"log{rank}").read_text()
+    logs = "\n".join((folder / f"log{rank}").read_text() for rank in range(2))
+    assert [process.returncode for process in processes] == [0, 0], logs
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
