@@ -1,15 +1,14 @@
 """The gram alone, and with its gradient."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from bench.common import Case, Comparison, features
-from krrst_fast.backends import BackendName
-from krrst_fast.ops.gram import gram
+from bench import flops
+from bench.common import features
+from bench.suite import EVERYWHERE, PLAIN, Case, Comparison, Setting, compared
+from krrst_fast import gram, reference
 
 
 class Shape(NamedTuple):
@@ -29,42 +28,41 @@ SHAPES = (
 )
 
 
-def value(backend: BackendName, x: Tensor) -> Sequence[Tensor]:
-    """K [N, N]."""
-    return (gram(x, scale=1.0, bias=1.0, backend=backend),)
+def plain_gram(x: Tensor) -> Tensor:
+    """X X^T + 1 as the specification has it."""
+    return reference.gram(x, 1.0, 1.0)
 
 
-def gradient(backend: BackendName, x: Tensor) -> Sequence[Tensor]:
-    """The gradient [N, D] of |K|^2 / 2."""
-    k = gram(x, scale=1.0, bias=1.0, backend=backend)
-    return torch.autograd.grad(k, x, grad_outputs=k.detach())
+def gram_case(shape: Shape, how: Setting, *, gradient: bool) -> Case:
+    """The gram [N, N]; with its gradient, that of |K|^2 / 2."""
+    (x,) = features(shape.n, columns=shape.d)
+    x = (x.mT if shape.transposed else x).requires_grad_(gradient)
+    rows, columns = x.shape
+    backward = flops.product(rows, rows, columns) if gradient else 0.0
+    return compared(
+        how,
+        [x],
+        ours=partial(gram, scale=1.0, bias=1.0, backend=how.backend, **how.options),
+        plain=plain_gram,
+        flops=flops.gram(rows, columns) + backward,
+    )
 
 
 class Gram(Comparison):
     """K = X X^T + 1."""
 
-    params = (SHAPES, ("cpp", "torch"))
+    against = "the full product"
+    params = (SHAPES, EVERYWHERE, (*PLAIN, "fast"))
 
-    def case(self, shape: Shape, backend: BackendName) -> Case:
-        (x,) = features(shape.n, columns=shape.d)
-        x = x.mT if shape.transposed else x
-        return Case(
-            ours=partial(value, backend, x),
-            reference=partial(value, "reference", x),
-            exact=partial(value, "reference", x.double()),
-        )
+    def case(self, shape: Shape, how: Setting) -> Case:
+        return gram_case(shape, how, gradient=False)
 
 
 class GramGradient(Comparison):
     """Forward and backward pass of |K|^2 / 2."""
 
-    params = (SHAPES, ("cpp", "torch"))
+    against = "the full product and autograd"
+    params = (SHAPES, EVERYWHERE, (*PLAIN, "fast"))
 
-    def case(self, shape: Shape, backend: BackendName) -> Case:
-        (x,) = features(shape.n, columns=shape.d)
-        x = (x.mT if shape.transposed else x).requires_grad_()
-        return Case(
-            ours=partial(gradient, backend, x),
-            reference=partial(gradient, "reference", x),
-            exact=partial(gradient, "reference", x.detach().double().requires_grad_()),
-        )
+    def case(self, shape: Shape, how: Setting) -> Case:
+        return gram_case(shape, how, gradient=True)

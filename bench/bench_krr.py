@@ -1,15 +1,15 @@
-"""The KRR loss of KRR-ST with its gradients to the synthetic features and targets."""
+"""The KRR loss of KRR-ST with its gradients, and the prediction that other losses stand on."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.common import Case, Comparison, features
-from krrst_fast.backends import BackendName
-from krrst_fast.ops.krr import krr_mse
+from bench import flops
+from bench.common import features
+from bench.suite import EVERYWHERE, PLAIN, SPECIAL, Case, Comparison, Setting, compared
+from krrst_fast import krr_mse, krr_predict
 from krrst_fast.seeding import generator
 
 
@@ -35,6 +35,15 @@ FLOORS = {
 }
 """How many times as fast as the reference a shape has to be, on two threads."""
 
+# One for each closed form, and one that the calls and not the work take most of.
+FEW = (
+    Shape(1000, 512, 8192),
+    Shape(1000, 10, 8192),
+    Shape(5000, 512, 512),
+    Shape(100, 64, 2048, 256),
+)
+FORMULA = "the formula, by LU and autograd"
+
 
 def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f_syn [M, D] and y_syn [M, P], which ask for gradients, f_real [B, D] and y_real [B, P]."""
@@ -45,29 +54,49 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return f_syn.requires_grad_(), y_syn.requires_grad_(), f_real, y_real
 
 
-def loss_and_gradients(
-    backend: BackendName, f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor
-) -> Sequence[Tensor]:
+def krr_case(shape: Shape, how: Setting) -> Case:
     """The loss [], its gradients [M, D] and [M, P]."""
-    loss = krr_mse(f_syn, y_syn, f_real, y_real, bias=1.0, backend=backend)
-    return (loss.detach(), *torch.autograd.grad(loss, (f_syn, y_syn)))
-
-
-def krr_case(shape: Shape, backend: BackendName) -> Case:
-    """Forward and backward pass; "auto" leaves the choice of the backend to the library."""
-    tensors = inputs(shape)
-    double = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
-    return Case(
-        ours=partial(loss_and_gradients, backend, *tensors),
-        reference=partial(loss_and_gradients, "reference", *tensors),
-        exact=partial(loss_and_gradients, "reference", *double),
+    return compared(
+        how,
+        inputs(shape),
+        ours=partial(krr_mse, bias=1.0, backend=how.backend, **how.options),
+        plain=partial(krr_mse, bias=1.0, backend="reference"),
+        flops=flops.krr(shape.m, shape.b, shape.d, shape.p),
     )
 
 
 class KRR(Comparison):
-    """`krr_mse` against LU and autograd."""
+    """The loss of KRR-ST, forward and backward."""
 
-    params = (tuple(FLOORS), ("cpp", "torch"))
+    against = FORMULA
+    params = (tuple(FLOORS), EVERYWHERE, PLAIN)
 
-    def case(self, shape: Shape, backend: BackendName) -> Case:
-        return krr_case(shape, backend)
+    def case(self, shape: Shape, how: Setting) -> Case:
+        return krr_case(shape, how)
+
+
+class KRRPrecision(Comparison):
+    """The same loss in every other precision, against the formula in float32."""
+
+    against = FORMULA
+    params = (FEW, EVERYWHERE, SPECIAL)
+
+    def case(self, shape: Shape, how: Setting) -> Case:
+        return krr_case(shape, how)
+
+
+class KRRPredict(Comparison):
+    """Predictions for any loss on top, forward and backward, trace not detached."""
+
+    against = FORMULA
+    params = (FEW, EVERYWHERE, PLAIN)
+
+    def case(self, shape: Shape, how: Setting) -> Case:
+        predict = partial(krr_predict, ridge_of="mean_diagonal", detach_ridge=False)
+        return compared(
+            how,
+            inputs(shape)[:3],
+            ours=partial(predict, backend=how.backend, **how.options),
+            plain=partial(predict, backend="reference"),
+            flops=flops.krr(shape.m, shape.b, shape.d, shape.p),
+        )

@@ -7,16 +7,17 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import Case, Comparison
-from krrst_fast.backends import BackendName
+from bench import flops
+from bench.suite import EVERYWHERE, Case, Comparison, Setting
+from krrst_fast import krr_mse
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import step
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Source
 from krrst_fast.models import ModelConfig
-from krrst_fast.ops.krr import krr_mse
 from krrst_fast.seeding import generator
 
 IMAGES = 1024
@@ -48,12 +49,14 @@ def reference_mse(*tensors: Tensor, return_info: bool, **options: Any) -> tuple[
 class Run:
     """A distillation at its first step."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         draw = generator(0, "images")
         size = (3, shape.size, shape.size)
-        outputs = torch.randn(IMAGES, shape.p, generator=draw)
+        outputs = torch.randn(IMAGES, shape.p, generator=draw).to(device)
+        images = torch.randint(256, (IMAGES, *size), generator=draw, dtype=torch.uint8)
+        self.shape, self.device = shape, device
         self.source = Source(
-            images=torch.randint(256, (IMAGES, *size), generator=draw, dtype=torch.uint8),
+            images=images.to(device),
             mean=(0.5,) * 3,
             std=(0.3,) * 3,
             view=ViewConfig(),
@@ -67,11 +70,11 @@ class Run:
             PoolConfig(size=2, online_steps=10**9, lr=0.01, model=ModelConfig(widths=shape.widths)),
             image_size=shape.size,
             num_outputs=shape.p,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             dtype=dtype,
         )
-        x_syn = torch.randn((shape.m, *size), generator=draw).to(dtype)
-        y_syn = torch.randn((shape.m, shape.p), generator=draw).to(dtype)
+        x_syn = torch.randn((shape.m, *size), generator=draw).to(device, dtype)
+        y_syn = torch.randn((shape.m, shape.p), generator=draw).to(device, dtype)
         self.state = step.State(x_syn, y_syn, pool, generator(0, "steps"))
 
     def advance(self, loss: Any) -> tuple[Tensor, Tensor]:
@@ -82,22 +85,34 @@ class Run:
         assert d_x is not None and d_y is not None
         return d_x, d_y
 
-    def next_exactly(self, shape: Shape) -> tuple[Tensor, Tensor]:
+    def next_exactly(self) -> tuple[Tensor, Tensor]:
         """What `advance` is about to give, computed in float64 from the same state."""
-        exact = Run(shape, torch.float64)
+        exact = Run(self.shape, self.device, torch.float64)
         exact.state.load_state_dict(copy.deepcopy(self.state.state_dict()))
         return exact.advance(reference_mse)
+
+    def flops(self) -> float:
+        """Those of the convolutions of the next step, which it takes, and of the KRR loss."""
+        with FlopCounterMode(display=False) as counter:
+            self.advance(reference_mse)
+        counts = counter.get_flop_counts()["Global"]
+        convolutions = sum(count for op, count in counts.items() if "convolution" in str(op))
+        d = self.state.pool.slots[0].network.feature_dim
+        return convolutions + flops.krr(self.shape.m, self.shape.b, d, self.shape.p)
 
 
 class OuterStep(Comparison):
     """Views, features, loss, AdamW, and one SGD step of a network of the pool."""
 
-    params = (SHAPES, ("cpp", "torch"))
+    against = "the same step with the formula, by LU and autograd"
+    params = (SHAPES, EVERYWHERE, ("float32",))
 
-    def case(self, shape: Shape, backend: BackendName) -> Case:
-        ours, plain = (Run(shape, torch.float32) for _ in range(2))
+    def case(self, shape: Shape, how: Setting) -> Case:
+        ours, plain, counted = (Run(shape, how.device, how.dtype) for _ in range(3))
         return Case(
-            ours=partial(ours.advance, partial(krr_mse, backend=backend)),
+            ours=partial(ours.advance, partial(krr_mse, backend=how.backend)),
             reference=partial(plain.advance, reference_mse),
-            exact=partial(ours.next_exactly, shape),
+            exact=ours.next_exactly,
+            exact_reference=plain.next_exactly,
+            flops=counted.flops(),
         )

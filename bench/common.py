@@ -2,9 +2,9 @@
 
 import gc
 import json
+import math
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from krrst_fast.backends import BACKENDS, BackendName
 from krrst_fast.seeding import generator
 
 THREADS = 2
@@ -45,7 +44,7 @@ def interleaved(
     ours: Call,
     reference: Call,
     *,
-    seconds: float = 15.0,
+    seconds: float,
     at_least: int = 5,
     at_most: int = 1000,
     clock: Callable[[], float] = time.perf_counter,
@@ -76,13 +75,58 @@ def interleaved(
     return Timing(median(taken[0]), median(taken[1]), pair)
 
 
+def median_seconds(call: Call, *, seconds: float, at_least: int = 3, at_most: int = 300) -> float:
+    """Median time of a call that was called before."""
+    taken: list[float] = []
+    end = time.monotonic() + seconds
+    while len(taken) < at_least or (len(taken) < at_most and time.monotonic() < end):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return median(taken)
+
+
 def relative_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest |got - exact| / |exact| of the pairs, in the Frobenius norm."""
+    """The largest |got - exact| / |exact| of the pairs, in the Frobenius norm.
+
+    Raises:
+        FloatingPointError: a result, or what it is compared with, is not finite.
+    """
     errors = [
         (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)
         for a, b in zip(got, exact, strict=True)
     ]
-    return max(error.item() for error in errors)
+    # Python's max would lose a NaN.
+    worst = max(error.item() if error.isfinite() else math.inf for error in errors)
+    if worst == math.inf:
+        raise FloatingPointError("the result, or the exact one, holds NaN or infinity")
+    return worst
+
+
+def waiting(call: Call, device: str) -> Call:
+    """The call, which on a GPU waits for what it started."""
+    if device == "cpu":
+        return call
+
+    def wait() -> Sequence[Tensor]:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return wait
+
+
+def peak_mb(call: Call, device: str) -> float:
+    """The most memory (10^6 bytes) of tensors alive at once in a call, beyond that before it."""
+    if device == "cpu":
+        return peak_bytes(call) / 1e6
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -117,59 +161,3 @@ def features(*rows: int, columns: int, seed: int = 0) -> list[Tensor]:
     draw = generator(seed, "features")
     layer = torch.randn(LATENT, columns, generator=draw) / LATENT**0.5
     return [(torch.randn(n, LATENT, generator=draw) @ layer).relu_() for n in rows]
-
-
-class Case(NamedTuple):
-    """One computation, three times: by a backend, by the reference, and by it in float64.
-
-    Calls of `exact` give what the next call of `ours` should.
-    """
-
-    ours: Call
-    reference: Call
-    exact: Call
-
-
-class Comparison(ABC):
-    """What every suite measures. asv skips abstract classes, so this one it does not run."""
-
-    param_names = ("shape", "backend")
-    params: tuple[Sequence[Any], Sequence[str]]
-    timeout = 1800
-    rounds = 1
-    repeat = (2, 10, 20.0)
-    warmup_time = 0.0
-    seconds = 15.0
-    """How long the calls take turns."""
-
-    @abstractmethod
-    def case(self, shape: Any, backend: BackendName) -> Case:
-        """The computation at this shape; `backend` can compute it here."""
-
-    def setup(self, shape: Any, backend: BackendName) -> None:
-        """Make the inputs, and call once."""
-        torch.set_num_threads(THREADS)
-        refuses = {one.name: one.refuses for one in BACKENDS}[backend]
-        if refuses(torch.empty(0)) is not None:
-            from asv_runner.benchmarks.mark import SkipNotImplemented
-
-            raise SkipNotImplemented(refuses(torch.empty(0)))
-        self._case = self.case(shape, backend)
-        self._case.ours()
-
-    def time_call(self, shape: Any, backend: str) -> None:
-        self._case.ours()
-
-    def track_ratio_to_reference(self, shape: Any, backend: str) -> float:
-        return interleaved(self._case.ours, self._case.reference, seconds=self.seconds).ratio
-
-    def track_error(self, shape: Any, backend: str) -> float:
-        exact = self._case.exact()
-        return relative_error(self._case.ours(), exact)
-
-    def track_peak_mb(self, shape: Any, backend: str) -> float:
-        return peak_bytes(self._case.ours) / 1e6
-
-    track_ratio_to_reference.unit = "reference / ours"  # type: ignore[attr-defined]
-    track_error.unit = "relative to float64"  # type: ignore[attr-defined]
-    track_peak_mb.unit = "MB"  # type: ignore[attr-defined]
