@@ -151,7 +151,9 @@ def _require_ridge(lam: Tensor) -> None:
     if not math.isfinite(value if lam.ndim == 0 else lam.sum().item()):
         raise NonFiniteError(f"ridge_factor: the ridge is {value}: it, or the trace, is not finite")
     if value < 0:
-        raise ValueError(f"ridge_factor: the ridge must be positive, got {value:.3g}")
+        raise NotPositiveDefiniteError(
+            f"ridge_factor: the ridge is {value:.3g}: it, or the trace it follows, is negative"
+        )
 
 
 def cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:

@@ -8,14 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import Self  # torch brings it
 
 from krrst_fast.backends import BackendName
-from krrst_fast.krr import krr_fit
+from krrst_fast.krr import krr_fit, predict_linear
 from krrst_fast.ops import checks, options
 from krrst_fast.ops.krr import krr_predict
 from krrst_fast.ops.options import Check, Precision, PredictOptions, RidgeOf
-from krrst_fast.ops.prepare import fold, result_dtype, unfold
-from krrst_fast.ops.product import product
+from krrst_fast.ops.prepare import result_dtype
 from krrst_fast.planner import Form
-from krrst_fast.reference import round_features
 
 PROBE = ("weights", "intercept")
 
@@ -145,22 +143,18 @@ class RidgeHead(nn.Module):
             raise RuntimeError(
                 "RidgeHead: there is no probe; call fit, or load a state_dict of one"
             )
-        checks.dense("RidgeHead", "f", f)
-        if f.ndim < 2 or f.shape[-1] != self.weights.shape[-2]:
-            raise ValueError(
-                f"RidgeHead: f must be [..., B, {self.weights.shape[-2]}], "
-                f"got shape {tuple(f.shape)}"
-            )
+        checks.matrices("RidgeHead", f=f)
         dtype = result_dtype(self.weights)
         if result_dtype(f) != dtype:
             raise TypeError(f"RidgeHead: f is {f.dtype}, and the probe {self.weights.dtype}")
-        batch = checks.batch_of("RidgeHead", f=(f, 2), weights=(self.weights, 2))
-        rows, weights = (fold(x.to(dtype), batch, 2) for x in (f, self.weights))
-        if self._settings["precision"] == "fast":
-            rows, _ = round_features(rows, None)  # as those of the fit were
-        prediction = unfold(product(rows, weights), batch) + self.intercept.to(dtype).unsqueeze(-2)
-        if self._settings["check"] == "raise":
-            checks.finite("RidgeHead", prediction, f=f)
+        prediction = predict_linear(
+            "RidgeHead",
+            f,
+            self.weights.to(dtype),
+            self.intercept.to(dtype),
+            rounds=self._settings["precision"] == "fast",
+            raises=self._settings["check"] == "raise",
+        )
         return self._calibrated(prediction)
 
     def _targets(self, y: Tensor, f: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from krrst_fast.ops import checks
 from krrst_fast.ops.forms import Kernel, Solve, features, fit_dual, fit_primal
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.options import FitOptions, read, takes
-from krrst_fast.ops.prepare import Problem, fold, prepare, result_dtype, unfold
+from krrst_fast.ops.prepare import Problem, cast, fold, prepare, result_dtype, unfold
 from krrst_fast.ops.product import product
 from krrst_fast.planner import cheapest
 from krrst_fast.reference import round_features
@@ -49,19 +49,10 @@ class KRRFit:
             ValueError, TypeError: f does not match the fit.
             NonFiniteError: f, on the CPU, holds NaN or infinity.
         """
-        op, d = "KRRFit.predict", self.weights.shape[-2]
+        op, fitted = "KRRFit.predict", self._fitted
         checks.matrices(op, weights=self.weights, f=f)
-        if f.shape[-1] != d:
-            raise ValueError(f"{op}: f must be [..., B, {d}], got shape {tuple(f.shape)}")
-        batch = checks.batch_of(op, f=(f, 2), weights=(self.weights, 2))
-        dtype, weights = result_dtype(f), fold(self.weights, batch, 2)
-        rows = fold(f.to(weights.dtype), batch, 2)
-        if self._fitted.rounds:
-            rows, _ = round_features(rows, None)
-        prediction = product(rows, weights) + fold(self.intercept[..., None, :], batch, 2)
-        if self._fitted.raises:
-            checks.finite(op, prediction, f=f, weights=weights)
-        return unfold(prediction, batch).to(dtype)
+        rounds, raises = fitted.rounds, fitted.kernel.raises
+        return predict_linear(op, f, *fitted.linear, rounds=rounds, raises=raises)
 
     @property
     def condition(self) -> Tensor:
@@ -91,18 +82,16 @@ class _Fitted:
 
     Attributes:
         rows: F_s [..., M, D] and Y_s [..., M, P] as they were given.
+        linear: weights and intercept in the precision of the computation.
         problem: the same as it was computed [N?].
     """
 
     rows: tuple[Tensor, Tensor]
+    linear: tuple[Tensor, Tensor]
     problem: Problem
     kernel: Kernel
     backend: Backend
     rounds: bool
-
-    @property
-    def raises(self) -> bool:
-        return self.kernel.raises
 
     @property
     def zero(self) -> Tensor | None:
@@ -132,6 +121,32 @@ class _Fitted:
         return unfold(fold(alpha, batch, 2) / (root.square() * own), batch)
 
 
+def predict_linear(
+    op: str, f: Tensor, weights: Tensor, intercept: Tensor, *, rounds: bool, raises: bool
+) -> Tensor:
+    """F W + intercept [..., B, P] for f [..., B, D], differentiable once, in the dtype of f.
+
+    Args:
+        op: the name in errors.
+        f: features, in whatever precision.
+        weights: [..., D, P], in the precision of the computation.
+        intercept: [..., P].
+        rounds: round the features as precision="fast" did when the weights were fitted.
+        raises: trace a result that is not finite to its input.
+    """
+    d = weights.shape[-2]
+    if f.shape[-1] != d:
+        raise ValueError(f"{op}: f must be [..., B, {d}], got shape {tuple(f.shape)}")
+    batch = checks.batch_of(op, f=(f, 2), weights=(weights, 2))
+    rows = fold(cast(f, weights.dtype), batch, 2)
+    if rounds:
+        rows, _ = round_features(rows, None)
+    prediction = product(rows, fold(weights, batch, 2)) + fold(intercept[..., None, :], batch, 2)
+    if raises:
+        checks.finite(op, prediction, f=f, weights=weights)
+    return cast(unfold(prediction, batch), result_dtype(f))
+
+
 def _phi(kernel: Kernel, f: Tensor) -> Tensor:
     """[sqrt(scale) F, sqrt(bias)] [N?, M, D (+ 1)]."""
     f = kernel.scale**0.5 * f
@@ -150,6 +165,7 @@ def krr_fit(f_syn: Tensor, y_syn: Tensor, **options: Unpack[FitOptions]) -> KRRF
     """
     op = "krr_fit"
     chosen = read(op, options, FitOptions)
+    checks.not_mapped(op, *(x for x in (f_syn, y_syn) if isinstance(x, Tensor)))
     problem = prepare(op, chosen, f_syn, y_syn)
     (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
     if m == 0:
@@ -175,12 +191,13 @@ def krr_fit(f_syn: Tensor, y_syn: Tensor, **options: Unpack[FitOptions]) -> KRRF
         checks.finite(op, alpha, f_syn=problem.f_syn, y_syn=problem.y_syn)
     batch = problem.batch
     factor, lam, retries, pivot = (unfold(x, batch) for x in solve[:4] if x is not None)
+    linear = unfold(weights, batch), unfold(intercept, batch)
     return KRRFit(
-        alpha=unfold(alpha, batch),
-        weights=unfold(weights, batch),
-        intercept=unfold(intercept, batch),
+        alpha=problem.restore(alpha),
+        weights=problem.restore(weights),
+        intercept=problem.restore(intercept),
         info=SolveInfo(form, ops.name, lam, retries, pivot, factor),
-        _fitted=_Fitted((f_syn, y_syn), problem, kernel, ops, chosen.precision == "fast"),
+        _fitted=_Fitted((f_syn, y_syn), linear, problem, kernel, ops, chosen.precision == "fast"),
     )
 
 

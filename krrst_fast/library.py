@@ -118,8 +118,7 @@ def ridge_factor(k: Tensor, lam: Tensor, retries: int, raises: bool = True) -> F
 
     Raises:
         NonFiniteError: k or lam holds NaN or infinity.
-        ValueError: lam is negative.
-        NotPositiveDefiniteError: no factor even with the largest ridge.
+        NotPositiveDefiniteError: lam is negative, or no factor even with the largest ridge.
     """
     if _traced(k):
         return Factor(*torch.ops.krrst_fast.ridge_factor(k, lam, retries, raises))

@@ -88,6 +88,7 @@ def krr_path(
     """
     op = "krr_path"
     chosen = read(op, options, PathOptions)
+    checks.not_mapped(op, *(x for x in (f_syn, y_syn) if isinstance(x, Tensor)))
     chosen = chosen._replace(ridge=1.0, precision="float64")
     problem = prepare(op, chosen, f_syn, y_syn)
     if problem.f_syn.shape[-2] == 0:

@@ -124,6 +124,17 @@ def finite(op: str, result: Tensor, **inputs: Tensor | None) -> None:
         blame(op, **inputs)
 
 
+def not_mapped(op: str, *tensors: Tensor) -> None:
+    """A value that is kept cannot belong to one slice of a vmap."""
+    if torch.compiler.is_compiling():
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        raise RuntimeError(
+            f"{op}: keeps what it fits, and torch.func.vmap and grad cannot: give it leading "
+            "dimensions, or use krr_predict"
+        )
+
+
 def readable(x: Tensor) -> bool:
     """Whether values can be looked at without a stall: not on a GPU, in a trace, or of a fake."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():

@@ -24,9 +24,9 @@ class Batched(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return super().apply(*args)  # type: ignore[misc]
+            return super().apply(*args)
         # As torch does, without the 30 us in which it looks for defaults that no forward here has.
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
