@@ -17,7 +17,8 @@ ROWS = (
     # Its names are public: whoever imports them imports what they need.
     (
         *("report", "run_folder", "contact_sheet", "figures", "verdict"),
-        *("presets", "settings", "info", "cli", "__main__", "__init__"),
+        *("presets", "settings", "info", "selftest", "selftest_checks", "cli"),
+        *("__main__", "__init__"),
     ),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -1,0 +1,338 @@
+"""Is it right on this machine? `python -m krrst_fast.selftest [--device cpu|cuda] [--json FILE]`.
+
+Prints what the machine has, which implementation takes which size and why, and one line for each
+check of each public operator, forward and backward, against the formula in float64. The exit code
+is 1 if a check failed. Takes some seconds and needs torch alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from krrst_fast import backends, environment, library, reference
+from krrst_fast.backends import Backend, choose
+from krrst_fast.planner import plan
+from krrst_fast.selftest_checks import FLOAT32, FLOAT64, Precision, Result, checks, run
+
+ISA_NAMES = ("baseline", "avx2", "avx512")
+ISA_FLAGS = {
+    "avx2": ("avx2", "fma"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+}
+"""What `csrc/cpu/dispatch.cpp` asks of the processor."""
+
+# A shape, and whether it is stored by columns.
+Layout = tuple[tuple[int, ...], bool]
+
+CHILD_SECONDS = 60
+
+GRAMS = ((30, 512), (100, 2048), (1000, 8192))
+PRODUCTS = ((8192, 1000, 10), (8192, 1000, 100), (8192, 1000, 512), (1024, 8192, 10))
+BATCHES = ((16, 25, 1600), (64, 100, 512))
+PROBLEMS = (
+    {"m": 10, "b": 256, "d": 25088, "p": 2048},
+    {"m": 100, "b": 256, "d": 2048, "p": 64},
+    {"m": 1000, "b": 1024, "d": 8192, "p": 10},
+    {"m": 1000, "b": 1024, "d": 8192, "p": 512},
+    {"m": 5000, "b": 1024, "d": 512, "p": 512},
+)
+
+
+def machine() -> dict[str, str]:
+    """What there is, ready to print."""
+    told = environment.describe()
+    rows = {name: str(told[name]) for name in ("krrst_fast", "python", "torch", "platform", "cpu")}
+    rows["instruction set"] = f"{chosen_isa()}, of {', '.join(instruction_sets())}"
+    rows["threads"] = str(torch.get_num_threads())
+    rows["extension"] = library.EXTENSION
+    rows["gpu"] = _gpus()
+    rows["float32 products"] = _product_switches()
+    return rows
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        built = (
+            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        )
+        return f"none that torch sees (torch is {built})"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)} (CUDA {torch.version.cuda})"
+
+
+def _product_switches() -> str:
+    """torch's switches that round the operands of its own float32 products."""
+    cuda, cpu = torch.backends.cuda, torch.backends.mkldnn
+    switches = {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cuda": _precision_of(cuda),
+        "cpu": _precision_of(cpu),
+    }
+    return ", ".join(f"{name} {value}" for name, value in switches.items())
+
+
+def _precision_of(backend: object) -> str:
+    return str(getattr(getattr(backend, "matmul", None), "fp32_precision", "unknown"))
+
+
+def instruction_sets() -> list[str]:
+    """The sets the compiled operators can be run with here, narrowest first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ["baseline"]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [isa for isa in ISA_NAMES if all(flag in flags for flag in ISA_FLAGS.get(isa, ()))]
+
+
+def chosen_isa() -> str:
+    """The widest set, or what KRRST_FAST_ISA lowers it to."""
+    here = instruction_sets()
+    cap = os.environ.get("KRRST_FAST_ISA", "")
+    return cap if cap in here else here[-1]
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def choices(device: str) -> list[str]:
+    """One line for each representative size: who takes it, with which operator, and why."""
+    here = torch.empty(1, 1, device=device)
+    first = choose("auto", here, "selftest")
+    lines = [f"backend on {device}: {first.name}"]
+    for backend in backends.BACKENDS:
+        reason = backend.refuses(here)
+        if backend.name != first.name:
+            why = f"refuses: {reason}" if reason else f"can, but {first.name} comes first"
+            lines.append(f"  {backend.name} {why}")
+    # What `backends.py` measured; a backend without operators of its own has no choice.
+    why = "" if first.name == "torch" else ": its own operator is not faster at this size"
+    for what, part, sizes in _calls(first):
+        who = {
+            str(dtype).removeprefix("torch."): _who(part, sizes, dtype, why)
+            for dtype in (torch.float32, torch.float64)
+        }
+        if len(set(who.values())) == 1:
+            who = {"float32 and float64": who["float32"]}
+        lines += [f"{what}, {dtype}: {name}" for dtype, name in who.items()]
+    for problem in PROBLEMS:
+        planned = plan(**problem)
+        shape = ", ".join(f"{letter.upper()} {size}" for letter, size in problem.items())
+        lines.append(f"krr_mse {shape}: form {planned.form}; {planned.reason}")
+    return lines
+
+
+def _calls(backend: Backend) -> Iterator[tuple[str, Callable[..., Tensor], list[Layout]]]:
+    """Representative calls: in words, the function, and the shapes (and layouts) of its tensors."""
+
+    def gram(x: Tensor) -> Tensor:
+        return backend.gram(x, 1.0, 1.0)
+
+    for n, d in GRAMS:
+        yield f"gram [{n}, {d}]", gram, [((n, d), False)]
+    for count, m, d in BATCHES:
+        yield f"gram of {count} problems [{m}, {d}]", gram, [((count, m, d), False)]
+    for n, k, p in PRODUCTS:
+        for word, by_columns in (("rows", False), ("columns", True)):
+            what = f"[{n}, {k}] by {word} times [{k}, {p}]"
+            yield what, backend.matmul, [((n, k), by_columns), ((k, p), False)]
+
+
+def _who(
+    function: Callable[..., Tensor], layouts: list[Layout], dtype: torch.dtype, why: str
+) -> str:
+    """The operator that does the work: on tensors without values, which cost nothing."""
+    tensors = []
+    for shape, by_columns in layouts:
+        stored = torch.empty(shape[::-1] if by_columns else shape, dtype=dtype, device="meta")
+        tensors.append(stored.mT if by_columns else stored)
+    try:
+        with _Calls() as calls:
+            function(*tensors)
+    except Exception as error:
+        return f"raises {type(error).__name__}: {error}".splitlines()[0]
+    for name in calls.names:
+        if name.startswith("krrst_fast::") and not name.endswith("::matmul"):
+            return f"{name}, its own operator"
+    product = next((n for n in calls.names if n.endswith(("mm", "matmul"))), calls.names[0])
+    return f"{product}, torch's BLAS{why}"
+
+
+def operators(isa: str) -> Iterator[Result]:
+    """The compiled operators themselves, with the instruction set of this process."""
+    ops = torch.ops.krrst_fast
+    cases: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
+        ("gram", lambda a: ops.gram(a, 2.0, 0.5), lambda a: reference.gram(a, 2.0, 0.5)),
+        ("thin_matmul", lambda a: ops.thin_matmul(a, a[:9].mT), lambda a: a @ a[:9].mT),
+        ("thin_matmul, by columns", lambda a: ops.thin_matmul(a.mT, a[:, :5]), _by_columns),
+    ]
+    many: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
+        ("batched_matmul", lambda a: ops.batched_matmul(a, a.mT), lambda a: a @ a.mT),
+        (
+            "batched_cholesky",
+            _cholesky(ops.batched_cholesky),
+            _cholesky(reference.batched_cholesky),
+        ),
+        ("batched_cholesky_solve", _solve(ops), _solve(reference)),
+    ]
+    shapes: Sequence[tuple[int, ...]] = ((1, 1), (11, 13), (49, 257), (97, 513))
+    for table, sizes in ((cases, shapes), (many, [(3, *shape) for shape in shapes])):
+        for name, got, exact in table:
+            for precision in (FLOAT32, FLOAT64):
+                yield _operator(f"operator {name}", f"cpp {isa}", got, exact, sizes, precision)
+
+
+def _by_columns(a: Tensor) -> Tensor:
+    return a.mT @ a[:, :5]
+
+
+def _cholesky(factor: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    def call(a: Tensor) -> Tensor:
+        lower, pivot = factor(a @ a.mT / a.shape[-1], a.new_ones(len(a)))
+        return torch.where(pivot[:, None, None] == 0, lower, torch.nan)
+
+    return call
+
+
+def _solve(ops: Any) -> Callable[[Tensor], Tensor]:
+    def call(a: Tensor) -> Tensor:
+        # The same factor for both sides: what differs is the solve.
+        k = a.double() @ a.double().mT / a.shape[-1]
+        factor, _ = reference.batched_cholesky(k, k.new_ones(len(k)))
+        return ops.batched_cholesky_solve(a[..., :7].contiguous(), factor)
+
+    return call
+
+
+def _operator(
+    name: str,
+    backend: str,
+    got: Callable[..., Any],
+    exact: Callable[..., Any],
+    sizes: Sequence[tuple[int, ...]],
+    precision: Precision,
+) -> Result:
+    generator = torch.Generator().manual_seed(0)
+    problems = [{"a": torch.randn(*size, generator=generator).double()} for size in sizes]
+
+    @torch.no_grad()
+    def forward(a: Tensor) -> Any:
+        return got(a)
+
+    @torch.no_grad()
+    def formula(a: Tensor) -> Any:
+        return exact(a)
+
+    return run(name, backend, forward, formula, problems, precision)
+
+
+def every_operator() -> Iterator[Result]:
+    """The compiled operators under each instruction set of this processor.
+
+    The set is chosen once a process, so each but this one's gets a process of its own.
+    """
+    if not library.has_extension():
+        return
+    yield from operators(chosen_isa())
+    for isa in instruction_sets():
+        if isa != chosen_isa():
+            yield from _in_a_child(isa)
+
+
+def _in_a_child(isa: str) -> Iterator[Result]:
+    command = [sys.executable, "-m", "krrst_fast.selftest", "--operators"]
+    env = {**os.environ, "KRRST_FAST_ISA": isa}
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=CHILD_SECONDS, check=True
+        )
+        rows = json.loads(done.stdout)
+        yield from (Result(**row) for row in rows)
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        yield Result(
+            check="operators",
+            backend=f"cpp {isa}",
+            precision="",
+            error=math.nan,
+            allowed=math.nan,
+            seconds=time.perf_counter() - start,
+            problem=said[-1] if said else type(error).__name__,
+        )
+
+
+def line(result: Result) -> str:
+    """One check as a line."""
+    verdict = "ok" if result.ok else "FAILED"
+    told = f"error {result.error:8.1e}  allowed {result.allowed:8.1e}"
+    text = (
+        f"{verdict:6}  {result.check:40} {result.backend:13} {result.precision:19} {told}"
+        f"  {result.seconds:5.2f} s"
+    )
+    return f"{text}  {result.problem}" if result.problem else text
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    """JSON has no NaN: an error that is not a number is null."""
+    row = {**asdict(result), "ok": result.ok}
+    numbers = ("error", "allowed")
+    return row | {name: row[name] if math.isfinite(row[name]) else None for name in numbers}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run everything, print it, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m krrst_fast.selftest", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
+    parser.add_argument("--operators", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.operators:
+        print(json.dumps([asdict(result) for result in operators(chosen_isa())]))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: {_gpus()}")
+    start = time.perf_counter()
+    about = machine()
+    for name, value in about.items():
+        print(f"{name:17} {value}")
+    chosen = choices(args.device)
+    print("", *chosen, "", sep="\n")
+    results = []
+    for source in (checks(args.device), every_operator() if args.device == "cpu" else ()):
+        for result in source:
+            results.append(result)
+            print(line(result), flush=True)
+    failed = sum(not result.ok for result in results)
+    seconds = time.perf_counter() - start
+    print(f"\n{len(results)} checks on {args.device}, {failed} FAILED, {seconds:.1f} s")
+    if args.json:
+        rows = [_as_json(result) for result in results]
+        told = {"machine": about, "choices": chosen, "checks": rows, "failed": failed}
+        args.json.write_text(json.dumps({**told, "seconds": seconds}, indent=1), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The self-test: ok where all is right; FAILED, and exit code 1, where something is not."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from krrst_fast import backends, krr_predict, library, selftest, selftest_checks
+from krrst_fast.planner import FORMS
+
+LINE = re.compile(
+    r"(?P<verdict>ok|FAILED) +(?P<check>\S.*?)  +(?P<rest>.*)error +(?P<error>\S+)  "
+    r"allowed +(?P<allowed>\S+) +(?P<seconds>[\d.]+) s(?:  (?P<problem>.*))?$"
+)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the processes for the other instruction sets."""
+    monkeypatch.setattr(selftest, "every_operator", lambda: iter(()))
+
+
+def lines(printed: str) -> list[dict[str, str]]:
+    """The lines of checks that a run printed, taken apart."""
+    return [m.groupdict() for m in map(LINE.match, printed.splitlines()) if m]
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, gram: Callable[..., Tensor]) -> str:
+    """Give the first backend another gram; return its name."""
+    first = backends.BACKENDS[0]
+    wrong = dataclasses.replace(first, gram=gram)
+    monkeypatch.setattr(backends, "BACKENDS", (wrong, *backends.BACKENDS[1:]))
+    return first.name
+
+
+def test_everything_is_right_on_this_machine(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "krrst_fast.selftest", "--json", str(tmp_path / "told.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    checks = lines(done.stdout)
+    assert len(checks) == len(told["checks"]) > 50
+    assert told["failed"] == 0 and told["seconds"] < 60
+    assert all(row["ok"] and row["error"] <= row["allowed"] < 0.1 for row in told["checks"])
+    for printed, row in zip(checks, told["checks"]):
+        assert printed["check"] == row["check"]
+        assert float(printed["error"]) == pytest.approx(row["error"], rel=0.1)
+    for value in told["machine"].values():
+        assert value in done.stdout
+    assert f"{len(checks)} checks on cpu, 0 FAILED" in done.stdout
+    names = " ".join(row["check"] for row in told["checks"])
+    for op in ("gram", "ridge_solve", "krr_mse", "krr_predict", "krr_predict_from_gram"):
+        assert op in names
+    for op in ("krr_fit", "leave-one-out", "krr_path", "views", *(f"form {f}" for f in FORMS)):
+        assert op in names
+    by = {row["backend"] for row in told["checks"]}
+    assert {backend.name for backend in backends.BACKENDS} - {"cpp"} <= by
+    if library.has_extension():
+        assert {f"cpp {isa}" for isa in selftest.instruction_sets()} <= by
+
+
+def test_a_gram_off_by_a_thousandth_fails(
+    alone: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = backends.BACKENDS[0].gram
+
+    def off(x: Tensor, scale: float, bias: float) -> Tensor:
+        return right(x, scale, bias).mul_(1.001)
+
+    name = plant(monkeypatch, off)
+    assert selftest.main([]) == 1
+    printed = capsys.readouterr().out
+    checks = lines(printed)
+    failed = [row for row in checks if row["verdict"] == "FAILED"]
+    for op in ("gram", "krr_predict", "krr_mse, form k", "krr_mse, form w", "krr_mse, form primal"):
+        mine = [row for row in checks if row["check"] == op and row["rest"].startswith(name)]
+        assert mine and all(row["verdict"] == "FAILED" for row in mine), op
+        assert all(float(row["error"]) > 1e-5 for row in mine), op
+    assert all(row["rest"].startswith(name) for row in failed), "another backend was blamed"
+    assert f"{len(failed)} FAILED" in printed
+
+
+def test_a_backend_that_raises_fails_and_the_rest_goes_on(
+    alone: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(x: Tensor, scale: float, bias: float) -> Tensor:
+        raise OSError("no such instruction\nand more")
+
+    name = plant(monkeypatch, broken)
+    assert selftest.main(["--json", str(tmp_path / "told.json")]) == 1
+    checks = lines(capsys.readouterr().out)
+    failed = [row for row in checks if row["verdict"] == "FAILED"]
+    assert failed and all(row["problem"] == "OSError: no such instruction" for row in failed)
+    assert all(row["rest"].startswith(name) for row in failed)
+    assert {"views 1x1x1", "ridge_solve"} <= {
+        row["check"] for row in checks if row["verdict"] == "ok"
+    }
+    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    assert told["failed"] == len(failed)
+    assert [row["error"] for row in told["checks"] if not row["ok"]] == [None] * len(failed)
+    assert any("raises OSError: no such instruction" in choice for choice in told["choices"])
+
+
+def test_not_a_number_fails(
+    alone: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = backends.BACKENDS[0].gram
+    plant(monkeypatch, lambda x, scale, bias: right(x, scale, bias).fill_(float("nan")))
+    assert selftest.main([]) == 1
+    failed = [row for row in lines(capsys.readouterr().out) if row["verdict"] == "FAILED"]
+    assert any(row["check"] == "gram" and row["error"] == "nan" for row in failed)
+
+
+def test_a_wrong_gradient_alone_fails(
+    alone: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steeper(*args: Tensor, **settings: Any) -> Tensor:
+        value = krr_predict(*args, **settings)
+        if settings["backend"] == "reference":
+            return value
+        return value + 1e-3 * (value - value.detach())
+
+    monkeypatch.setattr(selftest_checks, "krr_predict", steeper)
+    assert selftest.main([]) == 1
+    failed = {r["check"] for r in lines(capsys.readouterr().out) if r["verdict"] == "FAILED"}
+    assert failed == {"krr_predict"}
+
+
+def test_an_instruction_set_that_dies_is_a_failed_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest.sys, "executable", "/bin/false")
+    (dead,) = selftest._in_a_child("avx2")
+    assert not dead.ok and dead.backend == "cpp avx2" and dead.problem
+    assert selftest.line(dead).startswith("FAILED")
+
+
+def test_choices_name_operator_and_reason() -> None:
+    told = selftest.choices("cpu")
+    assert any("krr_mse M 5000" in row and "form primal; M = 5000 > D = 512" in row for row in told)
+    large = next(row for row in told if row.startswith("gram [1000, 8192]"))
+    assert ("krrst_fast::gram" in large) == library.has_extension()
+    for backend in backends.BACKENDS[1:]:
+        assert any(row.startswith(f"  {backend.name} ") for row in told)
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as stopped:
+        selftest.main(["--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "none that torch sees" in capsys.readouterr().err
