@@ -60,12 +60,12 @@ def _batched_matmul_fake(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _batched_cholesky_fake(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    factor = torch.empty_like(k, dtype=torch.float64)
+    factor = k.new_empty(k.shape, dtype=torch.float64).mT  # column-major, as LAPACK has it
     return factor, k.new_empty((k.shape[0],), dtype=torch.int32)
 
 
 def _batched_cholesky_solve_fake(y: Tensor, factor: Tensor) -> Tensor:
-    return y.new_empty(y.shape)
+    return y.new_empty(y.mT.shape).mT
 
 
 def _factored(k: Tensor, lam: Tensor, retries: int, raises: bool) -> Factor:

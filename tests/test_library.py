@@ -84,7 +84,7 @@ def _compare(n: int, d: int, dtype: torch.dtype) -> None:
 
 def test_a_wild_call_is_refused() -> None:
     with pytest.raises(RuntimeError):
-        torch.ops.krrst_fast.gram(torch.ones(2, 3, 4), 1.0, 0.0)
+        torch.ops.krrst_fast.gram(torch.ones(2, 2, 3, 4), 1.0, 0.0)
     with pytest.raises(RuntimeError):
         torch.ops.krrst_fast.thin_matmul(torch.ones(2, 3), torch.ones(4, 2))
 

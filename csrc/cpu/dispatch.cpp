@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "gemm.h"
+#include "kernels.h"
 
 namespace krrst::cpu {
 namespace {
@@ -30,11 +30,20 @@ const Kernels& kernels() {
 
 template <>
 const Gemm<float>& gemm<float>() {
-  return kernels().f32;
+  return kernels().gemm_f32;
 }
 template <>
 const Gemm<double>& gemm<double>() {
-  return kernels().f64;
+  return kernels().gemm_f64;
 }
+template <>
+const Small<float>& small<float>() {
+  return kernels().small_f32;
+}
+template <>
+const Small<double>& small<double>() {
+  return kernels().small_f64;
+}
+const Triangular& triangular() { return kernels().triangular; }
 
 }  // namespace krrst::cpu

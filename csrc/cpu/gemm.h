@@ -35,18 +35,6 @@ struct Gemm {
   }
 };
 
-struct Kernels {
-  const char* isa;
-  Gemm<float> f32;
-  Gemm<double> f64;
-};
-
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
-
-// The widest set this processor runs, chosen once; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it
-// (tests).
-const Kernels& kernels();
-
 template <typename T>
 const Gemm<T>& gemm();
 

@@ -6,8 +6,18 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <atomic>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
+#include <atomic>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "batched_cholesky.h"
+#include "batched_matmul.h"
 #include "gram.h"
 #include "module.h"
 #include "thin_matmul.h"
@@ -31,6 +41,24 @@ void on_torch_threads(int64_t count, const std::function<void(int64_t, int64_t)>
   STD_TORCH_CHECK(!failed, "krrst_fast: a CPU kernel ran out of memory");
 }
 
+// An empty tensor like x. malloc takes memory of this size from the system and gives it back with
+// the tensor, and the system makes and zeroes a page at the first write to it: with pages of 2 MB
+// that is four times faster than with pages of 4 KB.
+Tensor fresh(const Tensor& x, std::initializer_list<int64_t> shape,
+             std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr size_t kLarge = 32 << 20, kPage = 2 << 20;
+  Tensor out = torch::stable::new_empty(x, shape, dtype);
+#if defined(__linux__)
+  const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
+  if (bytes >= kLarge) {
+    const auto first = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
+    const auto last = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+  }
+#endif
+  return out;
+}
+
 template <typename F>
 void for_real_dtype(const char* op, const Tensor& x, F&& body) {
   if (x.scalar_type() == ScalarType::Float) return body(float{});
@@ -39,24 +67,83 @@ void for_real_dtype(const char* op, const Tensor& x, F&& body) {
   body(double{});
 }
 
+// Entries [.., i, j] of a 2-D or 3-D tensor.
+template <typename T>
+krrst::cpu::Matrices<const T> matrices(const Tensor& x) {
+  const int64_t d = x.dim();
+  return {static_cast<const T*>(x.data_ptr()), d == 3 ? x.stride(0) : 0, x.stride(d - 2),
+          x.stride(d - 1)};
+}
+
 Tensor gram(Tensor x, double scale, double bias) {
-  STD_TORCH_CHECK(x.dim() == 2, "gram: x must be a matrix");
-  const int64_t n = x.size(0);
-  Tensor k = torch::stable::new_empty(x, {n, n});
+  const int64_t d = x.dim();
+  STD_TORCH_CHECK(d == 2 || d == 3, "gram: x must be [M, D] or [N, M, D]");
+  const int64_t problems = d == 3 ? x.size(0) : 1, n = x.size(d - 2);
+  Tensor k = d == 3 ? fresh(x, {problems, n, n}) : fresh(x, {n, n});
   for_real_dtype("gram", x, [&](auto zero) {
     using T = decltype(zero);
-    krrst::cpu::gram<T>(static_cast<const T*>(x.data_ptr()), x.stride(0), x.stride(1), n, x.size(1),
-                        static_cast<T>(scale), static_cast<T>(bias), static_cast<T*>(k.data_ptr()),
-                        on_torch_threads);
+    krrst::cpu::gram<T>(matrices<T>(x), problems, n, x.size(d - 1), static_cast<T>(scale),
+                        static_cast<T>(bias), static_cast<T*>(k.data_ptr()), on_torch_threads);
   });
   return k;
+}
+
+Tensor batched_matmul(Tensor a, Tensor b) {
+  STD_TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(1),
+                  "batched_matmul: a and b must be [N, I, K] and [N, K, J]");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(),
+                  "batched_matmul: a and b must have one dtype");
+  Tensor out = fresh(a, {a.size(0), a.size(1), b.size(2)});
+  for_real_dtype("batched_matmul", a, [&](auto zero) {
+    using T = decltype(zero);
+    krrst::cpu::batched_matmul<T>(matrices<T>(a), matrices<T>(b), a.size(0), a.size(1), a.size(2),
+                                  b.size(2), static_cast<T*>(out.data_ptr()), on_torch_threads);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> batched_cholesky(Tensor k, Tensor ridge) {
+  STD_TORCH_CHECK(
+      k.dim() == 3 && k.size(1) == k.size(2) && ridge.dim() == 1 && ridge.size(0) == k.size(0),
+      "batched_cholesky: k and ridge must be [N, M, M] and [N]");
+  const int64_t problems = k.size(0), m = k.size(1);
+  std::vector<double> ridges(static_cast<size_t>(problems));
+  for_real_dtype("batched_cholesky", ridge, [&](auto zero) {
+    const auto* values = static_cast<const decltype(zero)*>(ridge.data_ptr());
+    for (int64_t n = 0; n < problems; ++n) ridges[n] = values[n * ridge.stride(0)];
+  });
+  Tensor factor = fresh(k, {problems, m, m}, ScalarType::Double);
+  Tensor pivot = torch::stable::new_empty(k, {problems}, ScalarType::Int);
+  for_real_dtype("batched_cholesky", k, [&](auto zero) {
+    using T = decltype(zero);
+    krrst::cpu::batched_cholesky<T>(matrices<T>(k), ridges.data(), problems, m,
+                                    static_cast<double*>(factor.data_ptr()),
+                                    static_cast<int32_t*>(pivot.data_ptr()), on_torch_threads);
+  });
+  return {torch::stable::transpose(factor, 1, 2), pivot};
+}
+
+Tensor batched_cholesky_solve(Tensor y, Tensor factor) {
+  STD_TORCH_CHECK(y.dim() == 3 && factor.dim() == 3 && y.size(0) == factor.size(0) &&
+                      y.size(1) == factor.size(1) && factor.size(1) == factor.size(2),
+                  "batched_cholesky_solve: y and factor must be [N, M, P] and [N, M, M]");
+  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Double,
+                  "batched_cholesky_solve: the factor must be float64");
+  Tensor out = fresh(y, {y.size(0), y.size(2), y.size(1)});
+  for_real_dtype("batched_cholesky_solve", y, [&](auto zero) {
+    using T = decltype(zero);
+    krrst::cpu::batched_cholesky_solve<T>(matrices<T>(y), matrices<double>(factor), y.size(0),
+                                          y.size(1), y.size(2), static_cast<T*>(out.data_ptr()),
+                                          on_torch_threads);
+  });
+  return torch::stable::transpose(out, 1, 2);
 }
 
 Tensor thin_matmul(Tensor a, Tensor b) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0),
                   "thin_matmul: a and b must be [N, K] and [K, P]");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "thin_matmul: a and b must have one dtype");
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  Tensor out = fresh(a, {a.size(0), b.size(1)});
   for_real_dtype("thin_matmul", a, [&](auto zero) {
     using T = decltype(zero);
     krrst::cpu::thin_matmul<T>(static_cast<const T*>(a.data_ptr()), a.stride(0), a.stride(1),
@@ -107,5 +194,8 @@ Tensor views(Tensor images, Tensor index, Tensor offset, Tensor flip, int64_t pa
 STABLE_TORCH_LIBRARY_IMPL(krrst_fast, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("thin_matmul", TORCH_BOX(&thin_matmul));
+  m.impl("batched_matmul", TORCH_BOX(&batched_matmul));
+  m.impl("batched_cholesky", TORCH_BOX(&batched_cholesky));
+  m.impl("batched_cholesky_solve", TORCH_BOX(&batched_cholesky_solve));
   m.impl("views", TORCH_BOX(&views));
 }

@@ -9,4 +9,18 @@ namespace krrst::cpu {
 using Parallel = std::function<void(int64_t count,
                                     const std::function<void(int64_t first, int64_t last)>& body)>;
 
+// No other thread.
+inline const Parallel& this_thread() {
+  static const Parallel alone = [](int64_t count,
+                                   const std::function<void(int64_t, int64_t)>& body) {
+    if (count > 0) body(0, count);
+  };
+  return alone;
+}
+
+// `threads`, unless waking them takes longer than so many multiplications.
+inline const Parallel& worth(int64_t multiplications, const Parallel& threads) {
+  return multiplications < (1 << 20) ? this_thread() : threads;
+}
+
 }  // namespace krrst::cpu

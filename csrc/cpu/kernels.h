@@ -1,0 +1,23 @@
+// What one instruction set computes with.
+#pragma once
+#include "gemm.h"
+#include "small.h"
+
+namespace krrst::cpu {
+
+struct Kernels {
+  const char* isa;
+  Gemm<float> gemm_f32;
+  Gemm<double> gemm_f64;
+  Small<float> small_f32;
+  Small<double> small_f64;
+  Triangular triangular;
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+// The widest set this processor runs, chosen once; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it
+// (tests).
+const Kernels& kernels();
+
+}  // namespace krrst::cpu
