@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from krrst_fast import krr_mse
+
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "drop-in.md").read_text(encoding="utf-8")
 METHODS = [
     "1. KRR-ST",
@@ -140,6 +142,29 @@ def test_after_equals_before(pair: Pair, seed: int) -> None:
             for name, value in exact.items():
                 error = (got[name].double() - value).abs().max() / value.abs().max()
                 assert error <= tolerance, f"{name}, {dtype}: {error:.2e} > {tolerance}"
+
+
+def test_rows_that_come_twice() -> None:
+    """What the page says of FRePo's ridge on 500 rows, half of them copies."""
+    before = next(pair for pair in PAIRS if pair.name == "2. FRePo").function("before")
+    generator = torch.Generator().manual_seed(0)
+    f_syn, f_real = (torch.randn(n, 2048, generator=generator) + 2 for n in (500, 64))
+    f_syn[250:] = f_syn[:250]
+    y_syn, y_real = (torch.randn(n, 10, generator=generator) for n in (500, 64))
+    tensors = (f_syn, y_syn, f_real, y_real)
+    exact = before(*(x.double() for x in tensors))
+    settings = {"ridge": 1e-6, "ridge_of": "mean_diagonal"}
+
+    def wrong(loss: Tensor) -> float:
+        return abs(loss.item() / exact.item() - 1)
+
+    try:
+        assert wrong(before(*tensors)) > 1
+    except torch.linalg.LinAlgError as error:
+        assert "not positive-definite" in str(error)
+    assert wrong(5 * krr_mse(*tensors, **settings, backend="reference")) > 100
+    assert 1e-3 < wrong(5 * krr_mse(*tensors, **settings)) < 0.5
+    assert wrong(5 * krr_mse(*tensors, **settings, precision="float64")) < 2e-7
 
 
 @pytest.mark.parametrize("missing", ["### Before", "### After", "Inputs: "])
