@@ -1,5 +1,6 @@
 # make test   all tests                      make lint   style, types, C++ format
 # make demo   the whole chain on digits      make clean  everything that make made
+# make bench  all of asv and its page: hours make bench-quick  that every benchmark runs
 #
 # Each of them first makes .venv: needs Python 3.11 or later and a C++ compiler, nothing else.
 
@@ -17,7 +18,7 @@ TRITON := triton==3.9.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: test demo lint clean install
+.PHONY: test demo lint clean install bench bench-quick
 
 install: .venv/.built
 
@@ -31,6 +32,25 @@ demo: install
 	$(KRRST) distill --run digits --store demo/digits --target demo/target --out demo/run
 	$(KRRST) evaluate demo/run --run digits --store demo/digits
 	$(KRRST) report demo/run
+
+bench: install
+	$(BIN)/asv machine --yes
+	$(BIN)/asv run -E existing --set-commit-hash "$$(git rev-parse HEAD)"
+	$(BIN)/python -m bench.report --out .asv/report.html --readme README.md
+
+# A small shape of every suite, and every measurement of one; asv keeps what it knows of the machine
+# in HOME.
+SMALLEST := (m=30|m=100|n=10|n=256|episodes=256|i=1024|b=256, size=8|name='digits'
+SMALLEST := $(SMALLEST)|n=1000, p=10|m=1000, p=10, d=2048|n=4096, i=25)[,)]
+bench-quick: install
+	$(BIN)/asv check -E existing
+	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && export HOME=$$home \
+		&& $(BIN)/asv machine --yes > $$home/log && echo "asv run --quick" \
+		&& { $(BIN)/asv run --quick --dry-run -E existing --show-stderr \
+			--bench "track_error\(\w+\($(SMALLEST)" --bench track_threads \
+			--bench "RidgeSolve\.\w+\(Shape\(m=30.*'torch', 'float32'" > $$home/log 2>&1 \
+		|| { tail -n 60 $$home/log; exit 1; }; } \
+		&& awk '/time_call|track_/ { n++ } END { print n + 0, "benchmarks ran" }' $$home/log
 
 lint: install
 	$(BIN)/ruff check .

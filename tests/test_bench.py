@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,6 +111,15 @@ def test_discovery_gives_six_measurements_a_suite() -> None:
         assert len(shapes) == len(set(shapes)) > 1
         assert set(where) <= set(suite.BACKENDS) and set(precisions) <= set(suite.PRECISIONS)
         assert [len(values) for values in one.params] == [len(shapes), len(where), len(precisions)]
+
+
+def test_the_quick_run_has_a_small_shape_of_every_suite() -> None:
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    first, second = (line.split(":= ")[1] for line in lines if line.startswith("SMALLEST :="))
+    smallest = re.compile(r"\w+\(" + second.replace("$(SMALLEST)", first))
+    for kind in TINY:
+        matching = [shape for shape in kind.params[0] if smallest.match(repr(shape))]
+        assert 1 <= len(matching) <= 2, f"{kind.__name__}: {matching}"
 
 
 def test_rows_are_the_same_on_every_machine() -> None:
