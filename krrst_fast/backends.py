@@ -38,9 +38,12 @@ def _cpp_refuses(x: Tensor) -> str | None:
     return None
 
 
-# Measured against MKL on one core: reading `a` by rows pays below 16 columns, by columns below 256.
+# Measured against MKL on one core, for a [rows, depth] that is read once from memory: by rows the
+# thin product pays below 16 columns; by columns, which MKL reads slowly, below 256 if it is deep.
 _ROW_MAJOR_COLUMNS = 16
 _COLUMN_MAJOR_COLUMNS = 256
+_DEEP = 64
+_THIN_NUMBERS = 4096
 
 
 # Below, a gram does not fill the kernel's panels of 48 rows and MKL is up to twice as fast.
@@ -54,25 +57,45 @@ def _cpp_gram(x: Tensor, scale: float, bias: float) -> Tensor:
 
 
 def _cpp_matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim == 2:
-        # In a traced backward pass strides are not known yet.
-        by_columns = not torch.compiler.is_compiling() and a.stride(0) == 1
-        limit = _COLUMN_MAJOR_COLUMNS if by_columns else _ROW_MAJOR_COLUMNS
-        if 1 < b.shape[1] < limit and a.shape[0] > 2 * b.shape[1]:
-            return torch.ops.krrst_fast.thin_matmul(a, b)
-    return library.matmul(a, b)
+    if a.ndim == 2 and _is_thin(a, b):
+        return torch.ops.krrst_fast.thin_matmul(a, b)
+    return a @ b
+
+
+def _is_thin(a: Tensor, b: Tensor) -> bool:
+    (rows, depth), columns = a.shape, b.shape[1]
+    if not (columns > 1 and 2 * columns < rows and rows * depth >= _THIN_NUMBERS):
+        return False
+    return columns < (_COLUMN_MAJOR_COLUMNS if _is_deep(a) else _ROW_MAJOR_COLUMNS)
+
+
+def _is_deep(a: Tensor) -> bool:
+    return a.stride(0) == 1 and a.shape[1] >= _DEEP
 
 
 def _torch_gram(x: Tensor, scale: float, bias: float) -> Tensor:
-    k = library.matmul(x, x.mT)
+    k = x @ x.mT
     k = k if scale == 1.0 else k.mul_(scale)
     return k.add_(bias) if bias else k
 
 
 BACKENDS = (
     Backend("cpp", _cpp_refuses, _cpp_gram, _cpp_matmul),
-    Backend("torch", lambda x: None, _torch_gram, library.matmul),
+    Backend("torch", lambda x: None, _torch_gram, torch.matmul),
 )
+
+
+def _traced_gram(x: Tensor, scale: float, bias: float) -> Tensor:
+    k = scale * torch.ops.krrst_fast.matmul(x, x.mT)
+    return k + bias if bias else k
+
+
+# In a graph that torch.compile traces, products are operators of their own: they keep torch's
+# switches for less precise products out when the graph runs. Strides are not known there.
+_TRACED = {
+    "cpp": Backend("cpp", _cpp_refuses, torch.ops.krrst_fast.gram, torch.ops.krrst_fast.matmul),
+    "torch": Backend("torch", lambda x: None, _traced_gram, torch.ops.krrst_fast.matmul),
+}
 
 
 def choose(name: str, x: Tensor, op: str) -> Backend:
@@ -85,7 +108,7 @@ def choose(name: str, x: Tensor, op: str) -> Backend:
         if name in ("auto", backend.name):
             reason = backend.refuses(x)
             if reason is None:
-                return backend
+                return _TRACED[backend.name] if torch.compiler.is_compiling() else backend
             if name != "auto":
                 raise ValueError(f"{op}: backend {name!r} cannot compute this: {reason}")
     names = ["auto", *(backend.name for backend in BACKENDS)]

@@ -8,6 +8,7 @@ programs; here they are off for as long as an operator computes.
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,40 +17,36 @@ from torch import Tensor
 _LIBRARIES = ("cuda", "mkldnn")
 _FULL = ("ieee", "none")
 
+_NOTHING = nullcontext()
+
 _lock = threading.Lock()
 _inside = 0
 _before: dict[str, str] = {}
 
 
-def exact_arithmetic(x: Tensor) -> AbstractContextManager[object]:
+def exact_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
     """No autocast on x's device, and float32 products in float32, until the context ends.
 
     While torch.compile traces, autocast alone: a switch that is read when the graph runs must be
     set then, which the operators of `krrst_fast.library` do for themselves.
     """
-    autocast = _autocast_off(x)
-    if torch.compiler.is_compiling() or not _rounding():
-        return autocast or nullcontext()
-    return _both(autocast) if autocast else full_precision()
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[object] | None:
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return None
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    rounding = not torch.compiler.is_compiling() and _rounding()
+    if not autocast and not rounding:
+        return _NOTHING
+    off = torch.autocast(device, enabled=False) if autocast else _NOTHING
+    return _both(off) if rounding else off
 
 
 def _rounding() -> bool:
     """Whether some library would round the operands of a float32 product now."""
-    if _inside:
-        return True
     get = torch._C._get_fp32_precision_getter
-    return any(get(library, "matmul") not in _FULL for library in _LIBRARIES)
+    return _inside > 0 or get("cuda", "matmul") not in _FULL or get("mkldnn", "matmul") not in _FULL
 
 
 @contextmanager
-def _both(autocast: AbstractContextManager[object]) -> Iterator[None]:
+def _both(autocast: AbstractContextManager[Any]) -> Iterator[None]:
     with autocast, full_precision():
         yield
 

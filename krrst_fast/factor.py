@@ -49,10 +49,10 @@ def factor_one(k: Tensor, lam: Tensor, retries: int) -> Factor:
     """`ridge_factor` of one gram [M, M], which raises when the last ridge fails."""
     factor = torch.empty_like(k, dtype=factor_dtype(k)).mT
     info = torch.empty((), dtype=torch.int32, device=k.device)
-    ridge = lam.clone()
+    ridge, upper = lam.clone(), factor.mT
     _require_ridge(lam)
     for attempt in range(retries + 1):
-        factor.mT.copy_(k)
+        upper.copy_(k)
         factor.diagonal().add_(ridge)
         torch.linalg.cholesky_ex(factor, out=(factor, info))
         # NaN passes the test of a pivot in some builds of LAPACK

@@ -1,6 +1,7 @@
 """What the public functions ask of their inputs, once, before anything is computed."""
 
 import math
+import sys
 from typing import NoReturn
 
 import torch
@@ -8,21 +9,27 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.reference import RIDGE_OF
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
+# What a call may leave out.
+_OPTIONAL = ("out_syn", "out_real")
+
+# A whole number may be larger, and is then no float.
+_LARGEST = sys.float_info.max
+
 
 def matrices(op: str, **tensors: Tensor | None) -> None:
-    """Each tensor that is there is a dense floating matrix, or a batch of them, on one device.
+    """Each tensor is a dense floating matrix, or a batch of them, on one device.
 
     Half precision mixes with float32; float64 with nothing else.
     """
-    first_name, first = next((name, x) for name, x in tensors.items() if x is not None)
+    first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name in _OPTIONAL:
             continue
         dense(op, name, x)
+        assert x is not None and first is not None
         if x.ndim < 2:
             raise ValueError(
                 f"{op}: {name} must be a matrix or a batch of them, got shape {tuple(x.shape)}"
@@ -39,7 +46,7 @@ def matrices(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def dense(op: str, name: str, x: Tensor) -> None:
+def dense(op: str, name: str, x: object) -> None:
     """x is a strided tensor of floating numbers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
@@ -76,29 +83,43 @@ def same_size(op: str, first: str, x: Tensor, second: str, y: Tensor, dim: int) 
         )
 
 
-def kernel(op: str, scale: float, bias: float) -> None:
-    """scale * <x, y> + bias is a kernel."""
-    for name, value in (("scale", scale), ("bias", bias)):
-        if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
-            raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
-    if not 0 <= bias < math.inf:
-        raise ValueError(f"{op}: bias must be zero or more and finite, got {bias}")
+def scale(op: str, name: str, value: float) -> None:
+    """A factor of inner products is positive."""
+    _number(op, name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
 
 
-def ridge(op: str, value: float | Tensor, ridge_of: str) -> None:
+def bias(op: str, name: str, value: float) -> None:
+    """A constant that is added to a kernel is not negative."""
+    _number(op, name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{op}: {name} must be zero or more and finite, got {value}")
+
+
+def _number(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def ridge(op: str, name: str, value: float | Tensor) -> None:
     """A ridge is positive: a number, or a floating tensor, whose values are read if they can be."""
-    one_of(op, "ridge_of", ridge_of, RIDGE_OF)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"{op}: a ridge tensor must be floating, got {value.dtype}")
+            raise TypeError(f"{op}: a {name} tensor must be floating, got {value.dtype}")
         if readable(value) and value.numel() and not value.detach().min().item() > 0:
-            raise ValueError(f"{op}: ridge must be positive, got {value.detach().min().item():.3g}")
+            least = value.detach().min().item()
+            raise ValueError(f"{op}: {name} must be positive, got {least:.3g}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: ridge must be a number or a tensor, got {value!r}")
-    elif not 0 < value < math.inf:
-        raise ValueError(f"{op}: ridge must be positive and finite, got {value}")
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {value!r}")
+    elif not 0 < value <= _LARGEST:
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+
+
+def yes_or_no(op: str, name: str, value: bool) -> None:
+    """A switch is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def count(op: str, name: str, value: int) -> None:
@@ -108,8 +129,8 @@ def count(op: str, name: str, value: int) -> None:
 
 
 def one_of(op: str, name: str, value: object, names: tuple[object, ...]) -> None:
-    """The value is one of those that there are."""
-    if isinstance(value, Tensor) or value not in names:
+    """The value is one of those that there are: words, or None."""
+    if not isinstance(value, str | None) or value not in names:
         raise ValueError(f"{op}: {name} must be one of {list(names)}, got {value!r}")
 
 

@@ -42,7 +42,8 @@ def gram(
     """
     op = "gram"
     checks.matrices(op, x=x)
-    checks.kernel(op, scale, bias)
+    checks.scale(op, "scale", scale)
+    checks.bias(op, "bias", bias)
     checks.one_of(op, "precision", precision, (None, "float64", "float32", "fast"))
     batch, dtype = tuple(x.shape[:-2]), result_dtype(x)
     x = fold(x.to(working_dtype(dtype, Options(precision=precision))), batch, 2)

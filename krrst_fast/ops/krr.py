@@ -176,7 +176,7 @@ def _compute(
         *(op, scale, bias, number, ridge_of, options.detach_ridge),
         *(form, backend, options.retries, options.raises, options.refine),
     )
-    value, _, *solve = _Krr.apply(f_syn, y_syn, f_real, y_real, learnt, *static)
+    value, _, *solve = _Krr.apply(f_syn, y_syn, f_real, y_real, learnt, static)
     if not return_info:
         return value, None
     info = (unfold(x, problem.batch) for x in Solve(*solve)[:4])
@@ -217,9 +217,8 @@ class _Krr(Batched):
         f_real: Tensor,
         y_real: Tensor | None,
         ridge: Tensor | None,
-        *settings: Any,
+        static: _Static,
     ) -> tuple[Tensor | None, ...]:
-        static = _Static(*settings)
         ops = choose(static.backend, f_syn, static.op)
         named = {"f_syn": f_syn, "y_syn": y_syn, "f_real": f_real, "y_real": y_real}
         with exact_arithmetic(f_syn):
@@ -243,34 +242,32 @@ class _Krr(Batched):
         _, error, *solve = output
         # Y_r is in the error: here so that a second derivative finds its way to the refusal.
         ctx.save_for_backward(*inputs[:5], error, *solve)
-        ctx.settings = inputs[5:]
+        ctx.static = inputs[5]
         ctx.set_materialize_grads(False)  # no zeros the size of the factor on the way back
         ctx.mark_non_differentiable(*(x for x in (error, *solve) if x is not None))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:
         if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needs = tuple(ctx.needs_input_grad[:5])
-        static = (needs, *ctx.settings)
-        grads = gradients(_backward, ctx.settings[0], static, *ctx.saved_tensors, grad)
-        return (*grads, *[None] * len(ctx.settings))
+            return (None,) * 6
+        static = (ctx.static, tuple(ctx.needs_input_grad))
+        return (*gradients(_backward, ctx.static.op, static, *ctx.saved_tensors, grad), None)
 
 
 def _backward(
-    settings: tuple[Any, ...],
+    settings: tuple[_Static, tuple[bool, ...]],
     f_syn: Tensor,
     y_syn: Tensor,
     f_real: Tensor,
-    _: Tensor | None,
+    y_real: Tensor | None,
     ridge: Tensor | None,
     error: Tensor | None,
     *saved: Tensor,
 ) -> Tensors:
     """Gradients to F_s, Y_s, F_r, Y_r and the ridge; the last of `saved` is the incoming one."""
-    needs_all, static, grad = settings[0], _Static(*settings[1:]), saved[-1]
+    static, needs_all, grad = *settings, saved[-1]
     kernel, solve = static.kernel(ridge), Solve(*saved[:-1])
-    needs_f_syn, needs_y_syn, needs_f_real, needs_y_real, needs_ridge = needs_all
+    needs_f_syn, needs_y_syn, needs_f_real, needs_y_real, needs_ridge, _ = needs_all
     through_trace = needs_f_syn and not static.detach_ridge and static.ridge_of != "absolute"
     needs = Needs(needs_f_syn, needs_y_syn, needs_f_real, needs_ridge or through_trace)
     r = grad  # [N?, B, P]

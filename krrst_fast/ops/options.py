@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import Tensor
 
+from krrst_fast import reference
 from krrst_fast.backends import BackendName
 from krrst_fast.ops import checks
 from krrst_fast.planner import Form
@@ -160,22 +161,45 @@ def read(op: str, given: Mapping[str, Any], kind: type) -> Options:
     if not given:
         return _DEFAULTS
     known = kind.__annotations__
-    for name in given:
+    for name, value in given.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{op}: has no keyword {name!r}{hint}")
+        _CHECKS[name](op, name, value)
     options = Options(**given)
-    checks.kernel(op, options.scale, options.bias)
-    checks.ridge(op, options.ridge, options.ridge_of)
-    checks.one_of(op, "form", options.form, ("auto", "k", "w", "primal"))
-    checks.one_of(op, "precision", options.precision, (None, "float64", "float32", "fast"))
-    checks.one_of(op, "check", options.check, ("raise", "flag"))
-    checks.count(op, "refine", options.refine)
-    if options.max_retries is not None:
-        checks.count(op, "max_retries", options.max_retries)
-    if not isinstance(options.detach_ridge, bool):
-        raise TypeError(f"{op}: detach_ridge must be True or False, got {options.detach_ridge!r}")
     if (options.out_syn is None) != (options.out_real is None):
         raise ValueError(f"{op}: out_syn and out_real must be given together")
     return options
+
+
+def _one_of(*names: object) -> Callable[[str, str, Any], None]:
+    return lambda op, name, value: checks.one_of(op, name, value, names)
+
+
+def _count_or_none(op: str, name: str, value: Any) -> None:
+    if value is not None:
+        checks.count(op, name, value)
+
+
+def _later(op: str, name: str, value: Any) -> None:
+    """A tensor is checked against the others, a backend by who chooses it."""
+
+
+# Only what is given is looked at: the defaults are right.
+_CHECKS: dict[str, Callable[[str, str, Any], None]] = {
+    "ridge": checks.ridge,
+    "ridge_of": _one_of(*reference.RIDGE_OF),
+    "precision": _one_of(None, "float64", "float32", "fast"),
+    "refine": checks.count,
+    "max_retries": _count_or_none,
+    "check": _one_of("raise", "flag"),
+    "bias": checks.bias,
+    "scale": checks.scale,
+    "weights": _later,
+    "form": _one_of("auto", "k", "w", "primal"),
+    "backend": _later,
+    "detach_ridge": checks.yes_or_no,
+    "out_syn": _later,
+    "out_real": _later,
+}

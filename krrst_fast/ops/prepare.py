@@ -78,26 +78,30 @@ def prepare(
     options: Options,
     f_syn: Tensor,
     y_syn: Tensor,
-    f_real: Tensor | None = None,
-    y_real: Tensor | None = None,
+    *real: Tensor,
 ) -> Problem:
-    """Check tensors against each other and the options, and bring them into their final form."""
+    """Check tensors against each other and the options, and bring them into their final form.
+
+    A fit has nothing in `real`, a prediction F_r, a loss F_r and Y_r.
+    """
     out_syn, out_real, weights = options.out_syn, options.out_real, options.weights
     checks.matrices(
         op,
-        **{"f_syn": f_syn, "y_syn": y_syn, "f_real": f_real, "y_real": y_real},
+        **{"f_syn": f_syn, "y_syn": y_syn, **dict(zip(("f_real", "y_real"), real))},
         **{"out_syn": out_syn, "out_real": out_real},
     )
+    f_real, y_real = (*real, None, None)[:2]
     _check_sizes(op, f_syn, y_syn, f_real, y_real)
     if weights is not None:
         check_weights(op, weights, f_syn)
     batch = _batch(op, options, f_syn, y_syn, f_real, y_real)
-    if out_syn is not None and out_real is not None and f_real is not None:
-        check_outputs(op, y_syn, out_syn, f_real, out_real)
-        y_syn = y_syn - out_syn
-        y_real = y_real if y_real is None else y_real - out_real
     dtype = result_dtype(f_syn, y_syn, f_real, y_real)
     working = working_dtype(dtype, options)
+    if out_syn is not None and out_real is not None and f_real is not None:
+        check_outputs(op, y_syn, out_syn, f_real, out_real)
+        # What two numbers in half precision leave may have more digits.
+        y_syn = cast(y_syn, working) - cast(out_syn, working)
+        y_real = y_real if y_real is None else cast(y_real, working) - cast(out_real, working)
 
     def ready(x: Tensor) -> Tensor:
         return fold(cast(x, working), batch, 2)
@@ -118,6 +122,11 @@ def prepare(
     if weights is not None:
         problem = _weighted(problem, fold(weights.to(working), batch, 1), options.detach_ridge)
     if options.precision == "fast":
+        if options.raises:
+            # One that is not finite would spread: the features share a power of two.
+            for name, x in (("f_syn", problem.f_syn), ("f_real", problem.f_real)):
+                if x is not None:
+                    checks.finite(op, x, **{name: x})
         rounded = round_features(problem.f_syn, problem.f_real)
         problem = problem._replace(f_syn=rounded[0], f_real=rounded[1])
     return problem
@@ -129,6 +138,8 @@ def ready_ridge(
     """A ridge tensor [N?] on the device and in the precision of the computation; a number stays."""
     if not isinstance(ridge, Tensor):
         return float(ridge)
+    if ridge.device.type == "meta" != like.device.type:
+        raise ValueError(f"ridge must have values, and is on {ridge.device}, not {like.device}")
     return fold(ridge.to(device=like.device, dtype=dtype), batch, 0)
 
 
@@ -152,6 +163,9 @@ def _batch(
     y_real: Tensor | None,
 ) -> tuple[int, ...]:
     ridge = options.ridge if isinstance(options.ridge, Tensor) else None
+    plain = ridge is None is options.weights and options.out_syn is None
+    if plain and all(x is None or x.ndim == 2 for x in (f_syn, y_syn, f_real, y_real)):
+        return ()
     return checks.batch_of(
         op,
         f_syn=(f_syn, 2),
@@ -194,6 +208,8 @@ def check_weights(op: str, weights: Tensor, rows: Tensor) -> None:
     if least < 0 or weights.requires_grad and least == 0:
         what = "positive where they ask for a gradient" if weights.requires_grad else "zero or more"
         raise ValueError(f"{op}: weights must be {what}, got {least:.3g}")
+    if least == 0 and not weights.detach().amax(-1).all():
+        raise ValueError(f"{op}: weights must not all be zero")
 
 
 def _weighted(problem: Problem, weights: Tensor, detach_ridge: bool) -> Problem:
