@@ -86,14 +86,14 @@ def same_size(op: str, first: str, x: Tensor, second: str, y: Tensor, dim: int) 
 def scale(op: str, name: str, value: float) -> None:
     """A factor of inner products is positive."""
     _number(op, name, value)
-    if not 0 < value < math.inf:
+    if not 0 < value <= _LARGEST:
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
 
 
 def bias(op: str, name: str, value: float) -> None:
     """A constant that is added to a kernel is not negative."""
     _number(op, name, value)
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= _LARGEST:
         raise ValueError(f"{op}: {name} must be zero or more and finite, got {value}")
 
 
@@ -107,6 +107,7 @@ def ridge(op: str, name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{op}: a {name} tensor must be floating, got {value.dtype}")
+        dense(op, name, value)
         if readable(value) and value.numel() and not value.detach().min().item() > 0:
             least = value.detach().min().item()
             raise ValueError(f"{op}: {name} must be positive, got {least:.3g}")
