@@ -44,6 +44,7 @@ _ROW_MAJOR_COLUMNS = 16
 _COLUMN_MAJOR_COLUMNS = 256
 _DEEP = 64
 _THIN_NUMBERS = 4096
+_MANY = 128  # problems
 
 
 # Below, a gram does not fill the kernel's panels of 48 rows and MKL is up to twice as fast.
@@ -51,15 +52,21 @@ _GRAM_ROWS = 48
 
 
 def _cpp_gram(x: Tensor, scale: float, bias: float) -> Tensor:
-    if x.ndim == 3 or x.shape[0] < _GRAM_ROWS:
+    if x.ndim == 2 and x.shape[0] < _GRAM_ROWS:
         return _torch_gram(x, scale, bias)
     return torch.ops.krrst_fast.gram(x, scale, bias)
 
 
 def _cpp_matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim == 2 and _is_thin(a, b):
-        return torch.ops.krrst_fast.thin_matmul(a, b)
-    return a @ b
+    if a.ndim == 3:
+        return torch.ops.krrst_fast.batched_matmul(a, b) if _suits_many(a, b) else a @ b
+    return torch.ops.krrst_fast.thin_matmul(a, b) if _is_thin(a, b) else a @ b
+
+
+def _suits_many(a: Tensor, b: Tensor) -> bool:
+    """Not for a few products of small depth with a transposed matrix: MKL copies that faster."""
+    shallow = a.shape[2] < _DEEP <= b.shape[2] and b.stride(-2) == 1
+    return len(a) >= _MANY or not shallow
 
 
 def _is_thin(a: Tensor, b: Tensor) -> bool:
