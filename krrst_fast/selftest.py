@@ -126,8 +126,8 @@ def choices(device: str) -> list[str]:
         if backend.name != first.name:
             why = f"refuses: {reason}" if reason else f"can, but {first.name} comes first"
             lines.append(f"  {backend.name} {why}")
-    # What `backends.py` measured; a backend without operators of its own has no choice.
-    why = "" if first.name == "torch" else ": its own operator is not faster at this size"
+    # `backends.py` has the limits and what was measured; "torch" has no operators of its own.
+    why = "" if first.name == "torch" else ": outside the sizes its own operator is taken for"
     for what, part, sizes in _calls(first):
         who = {
             str(dtype).removeprefix("torch."): _who(part, sizes, dtype, why)

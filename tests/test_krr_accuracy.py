@@ -103,7 +103,8 @@ def errors(got: list[Tensor], exact: list[Tensor]) -> Tensor:
 
 def ways(shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Backend and form; primal is as exact as the others only where M > D."""
-    for backend in BACKENDS:
+    here = [backend for backend in BACKENDS if backend.refuses(torch.empty(1, 1)) is None]
+    for backend in here:
         for form in ("k", "w", "primal") if shape[0] > shape[1] else ("k", "w"):
             yield {"backend": backend.name, "form": form}
 
