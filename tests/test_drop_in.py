@@ -144,6 +144,25 @@ def test_after_equals_before(pair: Pair, seed: int) -> None:
                 assert error <= tolerance, f"{name}, {dtype}: {error:.2e} > {tolerance}"
 
 
+def test_both_sides_pick_the_same_ridge() -> None:
+    """Targets that a regression can learn in part: the best ridge lies inside of the list."""
+    pair = next(pair for pair in PAIRS if pair.name.startswith("7."))
+    before, after = (pair.function(side).__globals__ for side in ("before", "after"))
+    picked = set()
+    for noise in (1.0, 10.0, 50.0):
+        generator = torch.Generator().manual_seed(0)
+        f_syn, w, y = (
+            torch.randn(*shape, dtype=torch.float64, generator=generator)
+            for shape in ((60, 768), (768, 4), (60, 4))
+        )
+        f_syn[:, 10:] *= 0.05
+        y_syn = f_syn @ w + noise * y
+        ridge = before["pick_ridge"](f_syn, y_syn)
+        assert after["pick_ridge"](f_syn, y_syn).item() == ridge
+        picked.add(ridge)
+    assert len(picked - {before["RIDGES"][0], before["RIDGES"][-1]}) >= 2, picked
+
+
 def test_rows_that_come_twice() -> None:
     """What the page says of FRePo's ridge on 500 rows, half of them copies."""
     before = next(pair for pair in PAIRS if pair.name == "2. FRePo").function("before")
