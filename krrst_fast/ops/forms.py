@@ -111,6 +111,18 @@ def _add_product(ops: Backend, out: Tensor, a: Tensor, b: Tensor, alpha: float) 
     return (out.addmm_ if out.ndim == 2 else out.baddbmm_)(a, b, alpha=alpha)
 
 
+def _columns(ops: Backend, f: Tensor, y: Tensor) -> Tensor:
+    """F^T y [D, P]; of many problems stored as y^T F, so that all that read it go along rows."""
+    return ops.matmul(f.mT, y) if f.ndim == 2 else ops.matmul(y.mT, f).mT
+
+
+def _joined(ops: Backend, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+    """[a, b] [c, d]^T [M, D]: two sums of outer products in one."""
+    if left[0].ndim == 2:
+        return ops.matmul(torch.cat(left, -1), torch.cat(right, -1).mT)
+    return ops.matmul(torch.cat(left, -1), torch.cat([x.mT for x in right], -2))
+
+
 def solved(solve: Solve, y: Tensor, refine: int) -> Tensor:
     """(gram + lam I)^-1 y, improved by `refine` steps whose residual is taken in float64."""
     x = factored_solve(y, solve.factor)
@@ -182,7 +194,7 @@ def solve_w(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve
     """Prediction [B, P] through W = F_s^T alpha [D, P]."""
     f_syn, y_syn, f_real = inputs
     solve = fit_dual(ops, kernel, f_syn, y_syn)
-    w = ops.matmul(f_syn.mT, solve.coefficients)  # [D, P]
+    w = _columns(ops, f_syn, solve.coefficients)  # [D, P]
     prediction = _scaled(ops.matmul(f_real, w), kernel.scale)
     if kernel.bias:
         prediction.add_(solve.coefficients.sum(-2, keepdim=True), alpha=kernel.bias)
@@ -200,7 +212,7 @@ def backward_w(
     if needs.f_real:
         d_f_real = _scaled(ops.matmul(r, w.mT), kernel.scale)
     if needs.adjoint:
-        dw = ops.matmul(f_real.mT, r)  # [D, P]
+        dw = _columns(ops, f_real, r)  # [D, P]
         adjoint = _scaled(ops.matmul(f_syn, dw), kernel.scale)  # [M, P]
         if kernel.bias:
             adjoint.add_(r.sum(-2, keepdim=True), alpha=kernel.bias)
@@ -208,15 +220,14 @@ def backward_w(
         d_lam = -_inner(alpha, beta) if needs.lam else None
     if needs.f_syn:
         assert beta is not None
-        dw.sub_(ops.matmul(f_syn.mT, beta))
-        left, right = torch.cat((alpha, -beta), -1), torch.cat((dw, w), -1)  # [M, 2P], [D, 2P]
-        d_f_syn = _scaled(ops.matmul(left, right.mT), kernel.scale)
+        dw.sub_(_columns(ops, f_syn, beta))
+        d_f_syn = _scaled(_joined(ops, (alpha, -beta), (dw, w)), kernel.scale)
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
 def features_t(ops: Backend, kernel: Kernel, f: Tensor, y: Tensor) -> Tensor:
     """Phi^T y [D (+ 1), P] for Phi = [sqrt(scale) F, sqrt(bias)]."""
-    product = _scaled(ops.matmul(f.mT, y), kernel.scale**0.5)
+    product = _scaled(_columns(ops, f, y), kernel.scale**0.5)
     if not kernel.bias:
         return product
     return torch.cat((product, kernel.bias**0.5 * y.sum(-2, keepdim=True)), -2)
@@ -272,9 +283,8 @@ def backward_primal(
     if needs.f_syn:
         assert d_y_syn is not None
         error = y_syn - features(ops, kernel, f_syn, w)  # [M, P]
-        left = torch.cat((error, -d_y_syn), -1)  # [M, 2P]
-        right = torch.cat((v[..., :d, :], w[..., :d, :]), -1)  # [D, 2P]
-        d_f_syn = _scaled(ops.matmul(left, right.mT), kernel.scale**0.5)
+        right = (v[..., :d, :], w[..., :d, :])
+        d_f_syn = _scaled(_joined(ops, (error, -d_y_syn), right), kernel.scale**0.5)
     return Gradients(d_f_syn, d_y_syn, d_f_real, d_lam)
 
 
