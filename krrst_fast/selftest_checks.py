@@ -263,7 +263,7 @@ def _krr(device: str) -> Iterator[Result]:
     for name in backends_of(device):
         for precision in PRECISIONS:
             how: dict[str, Any] = {"backend": name, **precision.settings}
-            extra = "ridge" if precision.dtype == torch.bfloat16 else "ridge out_syn out_real"
+            extra = "ridge out_syn out_real"
             if how.get("precision") != "fast":  # which rounds weighted rows, and not these
                 extra += " weights"
             alone = [problem(s, device, f"f_syn y_syn f_real {extra}") for s in SHAPES]
