@@ -182,8 +182,16 @@ def _count_or_none(op: str, name: str, value: Any) -> None:
         checks.count(op, name, value)
 
 
-def _later(op: str, name: str, value: Any) -> None:
-    """A tensor is checked against the others, a backend by who chooses it."""
+def _dense_or_none(op: str, name: str, value: Any) -> None:
+    """Against the other tensors it is checked later."""
+    if value is not None:
+        checks.dense(op, name, value)
+
+
+def _word(op: str, name: str, value: Any) -> None:
+    """Which words there are, knows who chooses."""
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be a word, got {value!r}")
 
 
 # Only what is given is looked at: the defaults are right.
@@ -196,10 +204,10 @@ _CHECKS: dict[str, Callable[[str, str, Any], None]] = {
     "check": _one_of("raise", "flag"),
     "bias": checks.bias,
     "scale": checks.scale,
-    "weights": _later,
+    "weights": _dense_or_none,
     "form": _one_of("auto", "k", "w", "primal"),
-    "backend": _later,
+    "backend": _word,
     "detach_ridge": checks.yes_or_no,
-    "out_syn": _later,
-    "out_real": _later,
+    "out_syn": _dense_or_none,
+    "out_real": _dense_or_none,
 }
