@@ -47,22 +47,36 @@ def factor_dtype(k: Tensor) -> torch.dtype:
 
 def factor_one(k: Tensor, lam: Tensor, retries: int) -> Factor:
     """`ridge_factor` of one gram [M, M], which raises when the last ridge fails."""
-    factor = torch.empty_like(k, dtype=factor_dtype(k)).mT
-    info = torch.empty((), dtype=torch.int32, device=k.device)
-    ridge, upper = lam.clone(), factor.mT
+    ridge, cholesky = lam.clone(), _large if k.shape[0] > FLOAT64_UP_TO else _small
     _require_ridge(lam)
+    factor = None
     for attempt in range(retries + 1):
-        upper.copy_(k)
-        factor.diagonal().add_(ridge)
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
-        # NaN passes the test of a pivot in some builds of LAPACK
-        if info.item() == 0 and math.isfinite(factor.diagonal().sum().item()):
+        factor, pivot = cholesky(k, ridge, factor)
+        if pivot.item() == 0:
             if attempt:
                 _log.warning("ridge_factor: ridge raised %d times to %.3g", attempt, ridge.item())
-            return Factor(factor, ridge, torch.full((), attempt, device=k.device), info)
+            return Factor(factor, ridge, torch.full((), attempt, device=k.device), pivot)
         if attempt < retries:
             ridge = ridge * RIDGE_FACTOR
-    raise _failure(k, lam, ridge, retries, int(info.item()), factor.dtype)
+    raise _failure(k, lam, ridge, retries, int(pivot.item()), factor_dtype(k))
+
+
+def _small(k: Tensor, ridge: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factor of one gram in float64 [M, M], and its failed pivot []."""
+    factor, pivot = torch.ops.krrst_fast.batched_cholesky(k[None], ridge[None])
+    return factor[0], pivot[0]
+
+
+def _large(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same in the precision of the gram, in the memory of the last try: column by column."""
+    factor = k.new_empty(k.shape).mT if factor is None else factor
+    factor.mT.copy_(k)
+    factor.diagonal().add_(ridge)
+    pivot = torch.empty((), dtype=torch.int32, device=k.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, pivot))
+    # NaN passes the test of a pivot in some builds of LAPACK
+    finite = math.isfinite(factor.diagonal().sum().item())
+    return factor, pivot if finite else pivot.clamp(min=1)
 
 
 def factor_many(k: Tensor, lam: Tensor, retries: int) -> Factor:
@@ -107,13 +121,14 @@ def factor_unread(k: Tensor, lam: Tensor, retries: int) -> Factor:
 
 
 def _cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of k + ridge I [N?, M, M] and failed pivots [N?]; a NaN is a failure of pivot 1."""
-    if k.ndim == 3 and factor_dtype(k) == torch.float64:
-        factor, pivot = torch.ops.krrst_fast.batched_cholesky(k, ridge)
-    else:
-        system = k.to(factor_dtype(k), copy=True)
-        system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
-        factor, pivot = torch.linalg.cholesky_ex(system)
+    """Factors of k + ridge I [N?, M, M] and failed pivots [N?], without a look at any value."""
+    if k.shape[-1] <= FLOAT64_UP_TO:
+        if k.ndim == 2:
+            return _small(k, ridge, None)
+        return torch.ops.krrst_fast.batched_cholesky(k, ridge)
+    system = k.to(factor_dtype(k), copy=True)
+    system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
+    factor, pivot = torch.linalg.cholesky_ex(system)
     finite = factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
     return factor, torch.where(finite, pivot, pivot.clamp(min=1))
 
@@ -158,10 +173,12 @@ def _require_ridge(lam: Tensor) -> None:
 
 def cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
     """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
+    if factor.dtype == torch.float64 and factor.shape[-1] <= FLOAT64_UP_TO:
+        many = factor.ndim == 3
+        solve = torch.ops.krrst_fast.batched_cholesky_solve
+        return solve(y, factor) if many else solve(y[None], factor[None])[0]
     if y.dtype == factor.dtype:
         return torch.cholesky_solve(y, factor)
-    if factor.ndim == 3 and factor.dtype == torch.float64:
-        return torch.ops.krrst_fast.batched_cholesky_solve(y, factor)
     return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from krrst_fast import reference
 from krrst_fast.exact import exact_arithmetic
 from krrst_fast.factor import (
+    FLOAT64_UP_TO,
     Factor,
     cholesky_solve,
     factor_dtype,
@@ -74,20 +75,25 @@ def _factored(k: Tensor, lam: Tensor, retries: int, raises: bool) -> Factor:
     return factor_one(k, lam, retries) if k.ndim == 2 else factor_many(k, lam, retries)
 
 
+def _by_columns(k: Tensor, raises: bool) -> bool:
+    """Whether the factor is stored as LAPACK has it."""
+    return k.ndim == 2 and raises and k.shape[0] > FLOAT64_UP_TO
+
+
 def _ridge_factor_impl(
     k: Tensor, lam: Tensor, retries: int, raises: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     factor, ridge, count, pivot = _factored(k, lam, retries, raises)
     # As the shape rule below says, whoever computed it.
-    factor = factor if k.ndim == 2 and raises else factor.contiguous()
+    factor = factor if _by_columns(k, raises) else factor.contiguous()
     return factor, ridge, count, pivot
 
 
 def _ridge_factor_fake(
     k: Tensor, lam: Tensor, retries: int, raises: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factor = torch.empty_like(k, dtype=factor_dtype(k))
-    if k.ndim == 2 and raises:
+    factor = k.new_empty(k.shape, dtype=factor_dtype(k))
+    if _by_columns(k, raises):
         factor = factor.mT
     count = torch.empty_like(lam, dtype=torch.int64)
     return factor, torch.empty_like(lam), count, torch.empty_like(lam, dtype=torch.int32)

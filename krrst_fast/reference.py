@@ -38,7 +38,10 @@ def batched_cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """
     k = k.double()
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    return torch.linalg.cholesky_ex(k + ridge.double()[:, None, None] * eye)
+    factor, pivot = torch.linalg.cholesky_ex(k + ridge.double()[:, None, None] * eye)
+    # NaN passes the test of a pivot in some builds of LAPACK
+    finite = factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return factor.contiguous(), torch.where(finite, pivot, pivot.clamp(min=1))
 
 
 def batched_cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
