@@ -118,3 +118,17 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
     good = {"k_syn": torch.eye(3), "k_real_syn": torch.ones(4, 3), "y_syn": torch.ones(3, 2)}
     with pytest.raises(error, match=message):
         krr_predict_from_gram(**{**good, **change})
+
+
+def test_half_precision_is_not_rounded_on_the_way() -> None:
+    x_syn, x_real, y_syn = _points()
+    k_ss, k_rs = _kernel(x_syn, x_syn), _kernel(x_real, x_syn)
+    given = [k_ss, k_rs, y_syn, torch.randn(9, 3).double(), torch.randn(6, 3).double()]
+    half = [x.bfloat16() for x in given]
+
+    def predict(k_ss: Tensor, k_rs: Tensor, y: Tensor, out_syn: Tensor, out_real: Tensor) -> Tensor:
+        outputs = {"out_syn": out_syn, "out_real": out_real}
+        return krr_predict_from_gram(k_ss, k_rs, y, ridge=0.1, **outputs)
+
+    got, exact = predict(*half), predict(*(x.float() for x in half))
+    assert got.dtype == torch.float32 and torch.equal(got, exact)

@@ -86,11 +86,12 @@ def krr_predict_from_gram(
     )
     if out_syn is not None and out_real is not None:
         check_outputs(op, y_syn, out_syn, k_real_syn, out_real)
-        y_syn = y_syn - out_syn
     dtype = result_dtype(k_syn, k_real_syn, y_syn)
     working = working_dtype(dtype, chosen)
     chosen = chosen._replace(ridge=ready_ridge(chosen.ridge, batch, working, k_syn))
     k_ss, k_rs, y = (fold(x.to(working), batch, 2) for x in (k_syn, k_real_syn, y_syn))
+    if out_syn is not None:
+        y = y - fold(out_syn.to(working), batch, 2)
     if weights is not None:
         check_weights(op, weights, k_syn)
         row = fold(weights.to(working), batch, 1)
