@@ -69,6 +69,14 @@ def _batched_cholesky_solve_fake(y: Tensor, factor: Tensor) -> Tensor:
     return y.new_empty(y.mT.shape).mT
 
 
+def _cholesky_fake(
+    k: Tensor, ridge: Tensor, y: Tensor, float64: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if float64 else k.dtype
+    factor = k.new_empty(k.shape, dtype=dtype).mT  # column-major, as LAPACK has it
+    return factor, k.new_empty(y.shape, dtype=dtype), k.new_empty((), dtype=torch.int32)
+
+
 def _factored(k: Tensor, lam: Tensor, retries: int, raises: bool) -> Factor:
     if not raises:
         return factor_unread(k, lam, retries)
@@ -170,6 +178,11 @@ _define(
     reference.batched_cholesky_solve,
     _batched_cholesky_solve_fake,
 )
+_define(
+    "cholesky(Tensor k, Tensor ridge, Tensor y, bool float64) -> (Tensor, Tensor, Tensor)",
+    reference.cholesky,
+    _cholesky_fake,
+)
 _define("matmul(Tensor a, Tensor b) -> Tensor", torch.matmul, _matmul_fake)
 _define(
     "ridge_factor(Tensor k, Tensor lam, int retries, bool raises) "
@@ -213,3 +226,22 @@ EXTENSION = _load_extension()
 def has_extension() -> bool:
     """Whether the compiled operators are loaded."""
     return not EXTENSION.startswith("not loaded")
+
+
+def _load_cuda_extension() -> str:
+    """As `_load_extension` for CUDA tensors; that most machines have none is no warning."""
+    if os.environ.get("KRRST_FAST_EXTENSION", "auto") == "0":
+        return "not loaded: KRRST_FAST_EXTENSION=0"
+    try:
+        return str(importlib.import_module("krrst_fast._C_cuda").__file__)
+    except ImportError as error:
+        return f"not loaded: {error}"
+
+
+CUDA_EXTENSION = _load_cuda_extension()
+"""The file of the operators compiled for CUDA, or "not loaded: <reason>"."""
+
+
+def has_cuda_extension() -> bool:
+    """Whether the operators compiled for CUDA are loaded."""
+    return not CUDA_EXTENSION.startswith("not loaded")

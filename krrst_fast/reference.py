@@ -49,6 +49,20 @@ def batched_cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
     return torch.cholesky_solve(y.double(), factor).to(y.dtype)
 
 
+def cholesky(k: Tensor, ridge: Tensor, y: Tensor, float64: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The Cholesky factor L of k + ridge I, and half the solution of a system with it, L^-1 y.
+
+    k symmetric [M, M], ridge [], y [M, P] of the precision of k, in which all is computed, or in
+    float64. Returns L, zero above the diagonal, L^-1 y [M, P] and 0 or the number, from 1, of the
+    first pivot that is not positive (int32 []); what the other two then hold is not defined.
+    """
+    dtype = torch.float64 if float64 else k.dtype
+    eye = torch.eye(k.shape[-1], dtype=dtype, device=k.device)
+    factor, pivot = torch.linalg.cholesky_ex(k.to(dtype) + ridge.to(dtype) * eye)
+    half = torch.linalg.solve_triangular(factor, y.to(dtype), upper=False)
+    return factor, half.contiguous(), pivot
+
+
 def absolute_ridge(k: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge: bool) -> Tensor:
     """The numbers [...] that are added to the diagonals of k [..., M, M].
 
