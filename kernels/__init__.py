@@ -1,1 +1,5 @@
-"""GPU kernels, installed as `krrst_fast.kernels`. There are none yet: GPUs run plain PyTorch."""
+"""GPU kernels in Triton, installed as `krrst_fast.kernels`; nothing here is imported without one.
+
+Each file has the functions of the same names in `krrst_fast.reference`, with their parameters;
+where there is a choice, `input_precision` says how float32 is multiplied.
+"""

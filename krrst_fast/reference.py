@@ -183,3 +183,17 @@ def views(
     pixels = crop.permute(0, 3, 1, 2).contiguous().float() / 255
     centre, scale = (pixels.new_tensor(v).view(channels, 1, 1) for v in (mean, std))
     return (pixels - centre) / scale
+
+
+def ridged_gram(
+    x: Tensor, scale: float | Tensor, bias: float, ridge: float | Tensor, ridge_of: str
+) -> tuple[Tensor, Tensor]:
+    """K + lam I and trace(K) [...] for K = gram(x, scale, bias) of x [..., N, D].
+
+    lam as in `absolute_ridge`; `scale` and `ridge` are numbers, or one for each problem [...].
+    """
+    scale = scale[..., None, None] if isinstance(scale, Tensor) else scale
+    k = scale * (x @ x.mT) + bias
+    lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    return k + lam[..., None, None] * eye, k.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -1,6 +1,7 @@
 """What every test runs under: deterministic algorithms, and uninitialised memory full of NaN."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,28 @@ def _nan_poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def _interpreter() -> Iterator[Callable]:
+    from tests.interpreted import Interpreter
+
+    with Interpreter() as interpreter:
+        yield interpreter
+
+
+@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest) -> Callable:
+    """kernels("gram.gram", x, 1.0, 0.0) calls a Triton kernel, from and to CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if request.param == "interpreter":
+        return request.getfixturevalue("_interpreter")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use")
+    from tests.interpreted import call_on_gpu
+
+    return call_on_gpu
 
 
 @pytest.fixture(scope="session")

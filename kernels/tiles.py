@@ -1,0 +1,95 @@
+"""The one table of block sizes: which a kernel takes for a size, a precision and an architecture.
+
+Nothing is tuned at run time, so that the compile gate can compile every configuration there is, and
+the same call computes the same bits on every GPU of an architecture.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krrst_fast.kernels.common import HOPPER, Tile
+
+# By how float32 is multiplied ("half": the features are float16) and by architecture.
+GRAM = {
+    ("half", "hopper"): (Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
+    ("half", "ampere"): (Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4)),
+    ("tf32x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 16, 8, 5)),
+    ("tf32x3", "ampere"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("ieee", "hopper"): (Tile(64, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
+    ("ieee", "ampere"): (Tile(64, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
+}
+_GRAM_LARGE = 384
+
+TABLES = {"gram": GRAM}
+
+FINISH = Tile(64, 64, 1, 8, 1)
+"""Block in which the parts of a gram are added and mirrored; it divides every block of GRAM."""
+
+# No block is longer than 256: further than that times this needs more than 31 bits.
+_FURTHEST = 2**31 // 512
+# About two programs for each of the 108 to 132 multiprocessors.
+_PROGRAMS = 264
+_SPLIT_DEPTH = 256
+# Tensor cores truncate what they accumulate: after so many terms the sum goes to a float32 that
+# ordinary instructions add up.
+_RUN = 1280
+
+
+class Depth(NamedTuple):
+    """How the inner dimension of a product is cut: into splits, and these into runs."""
+
+    splits: int
+    split: int
+    run: int
+
+
+def kind_of(x: Tensor, input_precision: str) -> str:
+    """The first half of the keys of the table."""
+    return "half" if x.dtype == torch.float16 else input_precision
+
+
+def generation(arch: int) -> str:
+    """The second half of the keys of the table."""
+    return "hopper" if arch >= HOPPER else "ampere"
+
+
+def gram_tile(x: Tensor, kind: str, arch: int) -> Tile:
+    """Of x [..., N, D]; the large block for many rows that are read 16 bytes at a time."""
+    small, large = GRAM[kind, generation(arch)]
+    return large if x.shape[-2] >= _GRAM_LARGE and aligned(x) else small
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether each row, or else each column, of the matrices of x is in pieces of 16 bytes."""
+    strides = sorted(x.stride())
+    return strides[0] <= 1 and not any(
+        address % 16
+        for address in (x.data_ptr(), *(stride * x.element_size() for stride in strides[1:]))
+    )
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x, or a copy if 32 bits cannot number what lies between two entries of a block.
+
+    Programs and steps are counted in 64 bits; only inside a block in 32.
+    """
+    if max(x.stride()[-2:]) < _FURTHEST:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    if max(x.stride()[-2:]) >= _FURTHEST:
+        raise ValueError(f"a kernel: rows must be shorter than {_FURTHEST}, got {tuple(x.shape)}")
+    return x
+
+
+def cut(depth: int, tiles: int, block: int) -> Depth:
+    """Splits enough to fill a GPU with `tiles` blocks of output, and runs short enough for them."""
+    wanted = min(-(-depth // _SPLIT_DEPTH), _PROGRAMS // max(tiles, 1))
+    split = _blocks(-(-depth // max(wanted, 1)), block)
+    splits = max(-(-depth // split), 1)
+    return Depth(splits, split, _blocks(-(-split // -(-split // _RUN)), block))
+
+
+def _blocks(length: int, block: int) -> int:
+    return max(-(-length // block), 1) * block

@@ -1,0 +1,200 @@
+"""Compiles every Triton kernel in every configuration that a launch may pick, without a GPU.
+
+For sm_80 and sm_90: registers, stack (spills), shared memory and tensor-core instructions of each
+binary against BOUNDS. Prints a table; exits 1 if something does not compile or breaks a bound.
+
+    python tools/check_triton.py [--only TEXT] [--jobs N]
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+ARCHITECTURES = (80, 90)
+
+
+class Bound(NamedTuple):
+    """What a kernel may take of a multiprocessor, and the instruction its products must use."""
+
+    registers: int
+    tensor_cores: bool
+
+
+# Of 65,536 registers and 163 or 227 KiB of shared memory that a multiprocessor has; no stack ever.
+BOUNDS = {
+    "_parts_kernel": Bound(255, True),
+    "_finish_kernel": Bound(128, False),
+}
+SHARED = {80: 163 << 10, 90: 227 << 10}
+# The fastest instruction of an architecture; "ieee" products run on none.
+INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+
+
+class Result(NamedTuple):
+    """One binary: what it takes, and what is wrong with it."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    tensor_cores: int
+    seconds: float
+    faults: tuple[str, ...]
+
+
+def variants(only: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """Name -> launch, its specialisation and architecture; equal specialisations once."""
+    from triton_cases import cases, untested
+
+    found: dict[Any, tuple[str, Any, dict[str, Any], int]] = {}
+    launched = []
+    for arch in ARCHITECTURES:
+        for label, launch in cases(arch):
+            launched.append((arch, launch))
+            special = specialised(launch)
+            key = arch, launch.kernel.__module__, launch.kernel.__name__, launch.tile, repr(special)
+            found.setdefault(key, (f"sm_{arch} {label}", launch, special, arch))
+    missing = untested(launched)
+    if missing:
+        raise SystemExit(f"configurations that no case reaches: {missing}")
+    named: dict[str, tuple[Any, dict[str, Any], int]] = {}
+    for name, launch, special, arch in found.values():
+        name = f"{name} {launch.kernel.__name__.strip('_').removesuffix('_kernel')}"
+        assert name not in named, f"two variants are called {name}"
+        named[name] = launch, special, arch
+    return {name: value for name, value in named.items() if only in name}
+
+
+def specialised(launch: Any) -> dict[str, Any]:
+    """What the launcher would compile for these arguments: types, constants, alignments."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            kind, aligned = "constexpr", value
+        else:
+            kind, aligned = native_specialize_impl(CUDABackend, value, False, True, True)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(position,)] = aligned
+        elif aligned == "D":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+
+
+def compiled(name: str) -> Result:
+    """Compile one variant; a compile error is a fault of the result."""
+    launch, special, arch = variants(name)[name]
+    start = time.perf_counter()
+    try:
+        registers, stack, shared, tensor_cores = build(launch, special, arch)
+    except Exception:
+        last = traceback.format_exc().strip().splitlines()[-6:]
+        seconds = time.perf_counter() - start
+        return Result(name, 0, 0, 0, 0, seconds, ("does not compile: " + "\n    ".join(last),))
+    bound = BOUNDS[launch.kernel.__name__]
+    faults = []
+    if registers > bound.registers:
+        faults.append(f"{registers} registers > {bound.registers}")
+    if stack > 0:
+        faults.append(f"{stack} bytes of stack: it spills")
+    if shared > SHARED[arch]:
+        faults.append(f"{shared} bytes of shared memory > {SHARED[arch]}")
+    if bound.tensor_cores and not tensor_cores and launch.arguments.get("PRECISION") != "ieee":
+        faults.append(f"no {INSTRUCTION[arch]} in it")
+    seconds = time.perf_counter() - start
+    return Result(name, registers, stack, shared, tensor_cores, seconds, tuple(faults))
+
+
+def build(launch: Any, special: dict[str, Any], arch: int) -> tuple[int, int, int, int]:
+    """Registers, bytes of stack and of shared memory, and number of tensor-core instructions."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    binary = triton.compile(
+        ASTSource(launch.kernel, **special),
+        target=GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": launch.tile.warps,
+            "num_stages": launch.tile.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    instructions = len(re.findall(rf"\b{INSTRUCTION[arch]}\b", code))
+    return registers, max(stack, spills), binary.metadata.shared, instructions
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
+
+
+def results(names: list[str], jobs: int) -> Iterator[Result]:
+    """Each variant in one of `jobs` processes, printed as they end."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ.pop("TRITON_INTERPRET", None)
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            yield from pool.map(compiled, names)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="variants whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        raise SystemExit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    import triton
+
+    start = time.perf_counter()
+    names = list(variants(arguments.only))
+    if not names:
+        raise SystemExit(f"no variant has {arguments.only!r} in its name")
+    print(f"triton {triton.__version__}, {len(names)} variants, {arguments.jobs} processes")
+    width = max(map(len, names))
+    print(f"{'variant':{width}}  registers  stack  shared  tensor cores  seconds")
+    failed = 0
+    for result in results(names, arguments.jobs):
+        _, registers, stack, shared, tensor_cores, seconds, faults = result
+        print(
+            f"{result.name:{width}}  {registers:9}  {stack:5}  {shared:6}  {tensor_cores:12}"
+            f"  {seconds:7.1f}",
+            flush=True,
+        )
+        for fault in faults:
+            print(f"  FAILED {result.name}: {fault}")
+        failed += bool(faults)
+    print(f"{len(names) - failed} of {len(names)} passed in {time.perf_counter() - start:.0f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
