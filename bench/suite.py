@@ -164,9 +164,9 @@ class Comparison(ABC):
     params: tuple[Sequence[Any], Sequence[str], Sequence[str]]
     timeout = 1800
     rounds = 1
-    repeat = (2, 8, 3.0)
+    repeat = (2, 8, 2.0)
     warmup_time = 0.0
-    seconds = 4.0
+    seconds = 3.0
     """How long the calls take turns."""
     at_least = 5
     """How often they do."""

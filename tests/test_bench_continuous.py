@@ -1,4 +1,4 @@
-"""`asv continuous` on two commits: it catches a slow-down that was planted, and cries at no other."""
+"""`asv continuous` on two commits: it catches a planted slow-down, and cries at nothing else."""
 
 import json
 import os
