@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen:
             names = sorted({one.latest.machine for one in series})
             raise DataError(f"bench.report: no machine {options.machine!r}; there are {names}")
+        if not options.out.parent.is_dir() or options.out.is_dir():
+            raise DataError(f"bench.report: {options.out} must be a file in a folder that is there")
         parts = [part(one) for one in chosen]
         write_text(options.out, render(parts))
         print(options.out)

@@ -259,6 +259,9 @@ def test_what_cannot_be_told_is_refused(recorded: Path, tmp_path: Path, capsys) 
     assert report.main([*options, "--machine", "mars"]) == 2
     assert "no machine 'mars'; there are ['here']" in capsys.readouterr().err
     assert report.main(["--results", str(tmp_path / "nowhere")]) == 2
+    for out in (tmp_path / "no" / "page.html", tmp_path):
+        assert report.main(["--results", str(recorded), "--out", str(out)]) == 2
+        assert f"{out} must be a file in a folder" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(
