@@ -86,9 +86,13 @@ def _torch_gram(x: Tensor, scale: float, bias: float) -> Tensor:
     return k.add_(bias) if bias else k
 
 
+def _never_refuses(x: Tensor) -> str | None:
+    return None
+
+
 BACKENDS = (
     Backend("cpp", _cpp_refuses, _cpp_gram, _cpp_matmul),
-    Backend("torch", lambda x: None, _torch_gram, torch.matmul),
+    Backend("torch", _never_refuses, _torch_gram, torch.matmul),
 )
 
 
@@ -101,7 +105,7 @@ def _traced_gram(x: Tensor, scale: float, bias: float) -> Tensor:
 # switches for less precise products out when the graph runs. Strides are not known there.
 _TRACED = {
     "cpp": Backend("cpp", _cpp_refuses, torch.ops.krrst_fast.gram, torch.ops.krrst_fast.matmul),
-    "torch": Backend("torch", lambda x: None, _traced_gram, torch.ops.krrst_fast.matmul),
+    "torch": Backend("torch", _never_refuses, _traced_gram, torch.ops.krrst_fast.matmul),
 }
 
 

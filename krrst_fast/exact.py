@@ -5,6 +5,7 @@ one of them leaves no digit. Autocast and torch's switches for float32 products 
 programs; here they are off for as long as an operator computes.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,7 +43,12 @@ def exact_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
 def _rounding() -> bool:
     """Whether some library would round the operands of a float32 product now."""
     get = torch._C._get_fp32_precision_getter
-    return _inside > 0 or get("cuda", "matmul") not in _FULL or get("mkldnn", "matmul") not in _FULL
+    with _lock:  # or a switch could be read while another thread has it turned
+        return (
+            _inside > 0
+            or get("cuda", "matmul") not in _FULL
+            or get("mkldnn", "matmul") not in _FULL
+        )
 
 
 @contextmanager
@@ -76,6 +82,17 @@ def _turn_on() -> None:
         # One that follows the switch for everything goes back to following it.
         _before[library] = "none" if value == everywhere else value
         put(library, "matmul", "ieee")
+
+
+def _forked() -> None:
+    """In a child only the thread that forked lives on: nobody is inside."""
+    global _lock, _inside
+    _lock, _inside = threading.Lock(), 0
+    _turn_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _turn_back() -> None:

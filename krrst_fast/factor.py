@@ -48,7 +48,7 @@ def factor_dtype(k: Tensor) -> torch.dtype:
 def factor_one(k: Tensor, lam: Tensor, retries: int) -> Factor:
     """`ridge_factor` of one gram [M, M], which raises when the last ridge fails."""
     ridge, cholesky = lam.clone(), _large if k.shape[0] > FLOAT64_UP_TO else _small
-    _require_ridge(lam)
+    _require_ridge(lam, k.shape[-1])
     factor = None
     for attempt in range(retries + 1):
         factor, pivot = cholesky(k, ridge, factor)
@@ -81,7 +81,7 @@ def _large(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Ten
 
 def factor_many(k: Tensor, lam: Tensor, retries: int) -> Factor:
     """`ridge_factor` of N grams [N, M, M]: only those that fail are tried again."""
-    _require_ridge(lam)
+    _require_ridge(lam, k.shape[-1])
     ridge, count = lam.clone(), torch.zeros_like(lam, dtype=torch.int64)
     factor, pivot = _cholesky(k, ridge)
     for attempt in range(1, retries + 1):
@@ -115,7 +115,7 @@ def factor_unread(k: Tensor, lam: Tensor, retries: int) -> Factor:
         again, pivot_again = _cholesky(k, ridge)
         factor = torch.where(failed[..., None, None], again, factor)
         pivot = torch.where(failed, pivot_again, pivot)
-    failed = (pivot != 0) | ~(lam > 0)
+    failed = (pivot != 0) | (~(lam > 0) if k.shape[-1] else False)
     factor = factor.masked_fill(failed[..., None, None], math.nan)
     return Factor(factor, ridge, count, torch.where(failed, pivot.clamp(min=1), pivot))
 
@@ -159,7 +159,7 @@ def _failure(
     )
 
 
-def _require_ridge(lam: Tensor) -> None:
+def _require_ridge(lam: Tensor, rows: int) -> None:
     if lam.numel() == 0:
         return
     value = lam.min().item() if lam.ndim else lam.item()
@@ -168,6 +168,12 @@ def _require_ridge(lam: Tensor) -> None:
     if value < 0:
         raise NotPositiveDefiniteError(
             f"ridge_factor: the ridge is {value:.3g}: it, or the trace it follows, is negative"
+        )
+    if value == 0 and rows:
+        where = f" of problem {int(lam.argmin())}" if lam.ndim else ""
+        raise NotPositiveDefiniteError(
+            f"ridge_factor: the ridge{where} is 0, and so the trace it follows: the features are "
+            "zero, or their squares underflow; scale them up, or pass ridge_of='absolute'"
         )
 
 

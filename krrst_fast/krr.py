@@ -1,5 +1,6 @@
 """Kernel ridge regression as a value: fit once, predict many times."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ class KRRFit:
 
         In closed form from the factor, alpha_i / (A^-1)_ii, with the ridge lam of the whole fit:
         where the ridge follows the trace, a fit without a row would have another one. A weighted
-        row is left out with its whole weight.
+        row is left out with its whole weight. Infinite where no other row says anything of a row,
+        to float64 rounding, and the ridge is below that.
         """
         left_out, there = self._fitted.loo_residuals(self.alpha, self.info), self._fitted.zero
         if there is None:
@@ -84,6 +86,7 @@ class _Fitted:
         rows: F_s [..., M, D] and Y_s [..., M, P] as they were given.
         linear: weights and intercept in the precision of the computation.
         problem: the same as it was computed [N?].
+        rounds: whether features are rounded as those of the fit were.
     """
 
     rows: tuple[Tensor, Tensor]
@@ -104,21 +107,27 @@ class _Fitted:
         f_syn, root, batch = self.problem.f_syn, self.problem.root, self.problem.batch
         factor = fold(info.factor, batch, 2)
         with exact_arithmetic(f_syn):
-            if info.form == "primal":
-                # 1 - h_i, h the diagonal of Phi M^-1 Phi^T: what is left of row i's own target
-                phi = _phi(self.kernel, f_syn).to(factor.dtype)  # [M, D (+ 1)]
-                half = torch.linalg.solve_triangular(factor, phi.mT, upper=False)
-                own = 1 - half.square().sum(-2)  # [M]
-                own = own / fold(info.ridge, batch, 0)[..., None]
-            else:
-                eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-                inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-                own = inverse.square().sum(-2)  # diagonal of A^-1 [M]
-        own = own.to(f_syn.dtype)[..., None]
-        if root is None:
-            return unfold(fold(alpha, batch, 2) / own, batch)
-        # alpha is that of the rows as given, w_i the weight: (alpha_i / root_i) / own_i / root_i
-        return unfold(fold(alpha, batch, 2) / (root.square() * own), batch)
+            own = _own(self.kernel, f_syn, info, factor, batch)[..., None]  # [M, 1]
+        # With weights w_i: alpha is that of the rows as given, (alpha_i / root_i) / own_i / root_i.
+        own = own if root is None else root.square() * own
+        left_out = fold(alpha, batch, 2).to(own.dtype) / own
+        return unfold(left_out.masked_fill(own == 0, math.inf).to(alpha.dtype), batch)
+
+
+def _own(
+    kernel: Kernel, f_syn: Tensor, info: SolveInfo, factor: Tensor, batch: tuple[int, ...]
+) -> Tensor:
+    """Diagonal of A^-1 [N?, M]."""
+    if info.form != "primal":
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(-2)
+    # (1 - h_i) / lam with h the diagonal of Phi M^-1 Phi^T; where 1 - h_i is rounding, 0.
+    phi = _phi(kernel, f_syn).to(factor.dtype)  # [M, D (+ 1)]
+    half = torch.linalg.solve_triangular(factor, phi.mT, upper=False)
+    own = 1 - half.square().sum(-2)
+    rounding = factor.shape[-1] * torch.finfo(factor.dtype).eps
+    lam = fold(info.ridge, batch, 0).to(factor.dtype)[..., None]
+    return torch.where(own > rounding, own / lam, 0)
 
 
 def predict_linear(
@@ -192,13 +201,25 @@ def krr_fit(f_syn: Tensor, y_syn: Tensor, **options: Unpack[FitOptions]) -> KRRF
     batch = problem.batch
     factor, lam, retries, pivot = (unfold(x, batch) for x in solve[:4] if x is not None)
     linear = unfold(weights, batch), unfold(intercept, batch)
+    # What `loo_residuals` looks at later must not change with what was given.
+    weighted = problem.root is not None
+    rows = _kept(f_syn, weighted), _kept(y_syn, weighted)
+    problem = problem._replace(
+        f_syn=_kept(problem.f_syn, form == "primal" and not weighted),
+        y_syn=_kept(problem.y_syn, False),
+    )
     return KRRFit(
         alpha=problem.restore(alpha),
         weights=problem.restore(weights),
         intercept=problem.restore(intercept),
         info=SolveInfo(form, ops.name, lam, retries, pivot, factor),
-        _fitted=_Fitted((f_syn, y_syn), linear, problem, kernel, ops, chosen.precision == "fast"),
+        _fitted=_Fitted(rows, linear, problem, kernel, ops, chosen.precision == "fast"),
     )
+
+
+def _kept(x: Tensor, needed: bool) -> Tensor:
+    """x as it is now, without its graph; a copy where it is looked at again."""
+    return x.detach().clone() if needed else x.detach()
 
 
 def _dual(

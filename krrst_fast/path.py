@@ -1,5 +1,6 @@
 """Kernel ridge regression for many ridges from one eigendecomposition."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from krrst_fast.errors import NotPositiveDefiniteError
 from krrst_fast.exact import exact_arithmetic
 from krrst_fast.ops import checks
 from krrst_fast.ops.options import PathOptions, read, takes
 from krrst_fast.ops.prepare import Problem, fold, prepare, result_dtype, unfold
+
+_EPSILON = 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,11 @@ class KRRPath:
         weights = self.weights
         checks.batch_of(op, f=(f, 2), weights=(weights[0], 2))
         with torch.no_grad(), exact_arithmetic(f):
-            prediction = f.to(weights.dtype) @ weights + self.intercept[..., None, :]
+            # A leading dimension that only f has comes after that of the ridges.
+            extra = (len(weights), *[1] * max(0, f.ndim + 1 - weights.ndim))
+            weights = weights.reshape(*extra, *weights.shape[1:])
+            intercept = self.intercept.reshape(*extra, *self.intercept.shape[1:])
+            prediction = f.to(weights.dtype) @ weights + intercept[..., None, :]
         checks.finite(op, prediction, f=f)
         return prediction.to(result_dtype(f))
 
@@ -85,6 +93,7 @@ def krr_path(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
         NonFiniteError: an input on the CPU holds NaN or infinity.
+        NotPositiveDefiniteError: a ridge is below the rounding of the Gram.
     """
     op = "krr_path"
     chosen = read(op, options, PathOptions)
@@ -125,7 +134,11 @@ def krr_path(
 
 
 def _ridges(op: str, ridges: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    values = torch.as_tensor(ridges, dtype=torch.float64, device=like.device)
+    try:
+        values = torch.as_tensor(ridges, dtype=torch.float64, device=like.device)
+    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+        raise TypeError(f"{op}: ridges must be numbers, or a tensor of them: {error}") from None
+    checks.dense(op, "ridges", values)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"{op}: ridges must be [R], R > 0, got shape {tuple(values.shape)}")
     if checks.readable(values) and not (values.isfinite() & (values > 0)).all():
@@ -147,15 +160,33 @@ def _decomposed(problem: Problem, ridges: Tensor) -> tuple[Tensor, Tensor, Tenso
     lam = ridges.reshape(-1, *[1] * trace.ndim) * (problem.ridge * base)  # [R, N?]
     if m > d:
         values, vectors = torch.linalg.eigh(scale * phi.mT @ phi)
+        _above_rounding(values, lam)
         right = vectors  # [D, D]
         left = phi @ vectors  # U sqrt(S / scale) [M, D]
         target = left.mT @ y  # [D, P]
         shrunk = 1 / (values.clamp(min=0) + lam[..., None])  # [R, N?, D]
         weights = scale * right @ (shrunk[..., None] * target)
         own = 1 - scale * (left.square() @ shrunk[..., None])[..., 0]  # [R, N?, M]
-        return lam, weights, (y - phi @ weights) / own[..., None]
+        return lam, weights, _left_out(y - phi @ weights, own)
     values, vectors = torch.linalg.eigh(scale * phi @ phi.mT)  # [M], [M, M]
+    _above_rounding(values, lam)
     shrunk = 1 / (values.clamp(min=0) + lam[..., None])  # [R, N?, M]
     alpha = vectors @ (shrunk[..., None] * (vectors.mT @ y))  # [R, N?, M, P]
     own = (vectors.square() @ shrunk[..., None])[..., 0]  # diagonal of A^-1 [R, N?, M]
     return lam, scale * phi.mT @ alpha, alpha / own[..., None]
+
+
+def _left_out(residual: Tensor, own: Tensor) -> Tensor:
+    """Residuals [R, N?, M, P] over 1 - h [R, N?, M]; infinite where that is rounding."""
+    nothing = own <= own.shape[-1] * _EPSILON
+    return (residual / own[..., None]).masked_fill(nothing[..., None], math.inf)
+
+
+def _above_rounding(values: Tensor, lam: Tensor) -> None:
+    """Below the rounding of the decomposition a ridge regularises nothing."""
+    floor = values.shape[-1] * _EPSILON * values[..., -1]  # [N?]
+    if checks.readable(lam) and not (lam > floor).all():
+        raise NotPositiveDefiniteError(
+            f"krr_path: a ridge of {lam.min().item():.3g} is below the rounding of the gram "
+            f"({floor.max().item():.3g}): the features are zero, or the ridge is too small"
+        )

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -85,21 +86,21 @@ def same_size(op: str, first: str, x: Tensor, second: str, y: Tensor, dim: int) 
 
 def scale(op: str, name: str, value: float) -> None:
     """A factor of inner products is positive."""
-    _number(op, name, value)
-    if not 0 < value <= _LARGEST:
+    if not 0 < _number(op, name, value) <= _LARGEST:
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
 
 
 def bias(op: str, name: str, value: float) -> None:
     """A constant that is added to a kernel is not negative."""
-    _number(op, name, value)
-    if not 0 <= value <= _LARGEST:
+    if not 0 <= _number(op, name, value) <= _LARGEST:
         raise ValueError(f"{op}: {name} must be zero or more and finite, got {value}")
 
 
-def _number(op: str, name: str, value: float) -> None:
-    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+def _number(op: str, name: str, value: float, what: str = "a number") -> float:
+    """The value as Python has it: a NumPy float32 would overflow in a comparison."""
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float | Real):
+        raise TypeError(f"{op}: {name} must be {what}, got {value!r}")
+    return value if isinstance(value, int) else float(value)
 
 
 def ridge(op: str, name: str, value: float | Tensor) -> None:
@@ -111,9 +112,7 @@ def ridge(op: str, name: str, value: float | Tensor) -> None:
         if readable(value) and value.numel() and not value.detach().min().item() > 0:
             least = value.detach().min().item()
             raise ValueError(f"{op}: {name} must be positive, got {least:.3g}")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a number or a tensor, got {value!r}")
-    elif not 0 < value <= _LARGEST:
+    elif not 0 < _number(op, name, value, "a number or a tensor") <= _LARGEST:
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
 
 

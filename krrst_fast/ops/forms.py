@@ -135,13 +135,17 @@ def solved(solve: Solve, y: Tensor, refine: int) -> Tensor:
     return wide.to(y.dtype)
 
 
+def refines(steps: int, y: Tensor, factor: Tensor) -> bool:
+    """A factor in float64 leaves nothing to refine in a solution that is rounded to float32."""
+    return steps > 0 and not (y.dtype == torch.float32 and factor.dtype == torch.float64)
+
+
 def factored(kernel: Kernel, gram: Tensor, y: Tensor, rows: int) -> Solve:
     """Factor a gram of `rows` images and solve with it; the product is still to come."""
     base = kernel.base(_trace(gram), rows)
     factor = ridge_factor(gram, kernel.ridge * base, kernel.retries, kernel.raises)
-    # A factor in float64 leaves nothing to refine in a solution that is rounded to float32.
-    refines = kernel.refine > 0 and not (y.dtype == torch.float32 != factor.factor.dtype)
-    solve = Solve(*factor, base, y, None, gram if refines else None)
+    kept = gram if refines(kernel.refine, y, factor.factor) else None
+    solve = Solve(*factor, base, y, None, kept)
     return solve._replace(coefficients=solved(solve, y, kernel.refine))
 
 

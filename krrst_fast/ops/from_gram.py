@@ -67,6 +67,7 @@ def krr_predict_from_gram(
     """
     op = "krr_predict_from_gram"
     chosen = read(op, options, GramOptions)
+    checks.yes_or_no(op, "return_info", return_info)
     out_syn, out_real, weights = chosen.out_syn, chosen.out_real, chosen.weights
     checks.matrices(
         op, k_syn=k_syn, k_real_syn=k_real_syn, y_syn=y_syn, out_syn=out_syn, out_real=out_real

@@ -52,6 +52,7 @@ def gram(
     if backend == "reference":
         with exact_arithmetic(x):
             k = reference.gram(x, scale, bias)
+        checks.finite(op, k, x=x)
     else:
         k = _Gram.apply(x, float(scale), float(bias), choose(backend, x, op).name)
     return unfold(k, batch).to(dtype)

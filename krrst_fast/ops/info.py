@@ -41,16 +41,19 @@ class SolveInfo:
         triangular solves with one right-hand side, done when asked for.
         """
         *batch, n, _ = self.factor.shape
-        high = self.factor.new_ones((*batch, n, 1))
-        low = torch.linspace(1, 2, n).to(self.factor)[:, None].expand_as(high).clone()
+        # No direction that centred features have nothing in.
+        high = torch.sin(torch.arange(1, n + 1, device=self.factor.device) ** 2).to(self.factor)
+        high = high[:, None].expand(*batch, n, 1)
+        low = torch.linspace(1, 2, n, device=self.factor.device).to(self.factor)[:, None]
+        low = low.expand_as(high).clone()
         low[..., 1::2, :] *= -1
-        largest = smallest = high.new_ones((*batch, 1, 1))
+        largest = smallest = self.factor.new_ones((*batch, 1, 1))
         for _ in range(6 if n else 0):
             high, low = high / _norm(high), low / _norm(low)
             high = self.factor @ (self.factor.mT @ high)
             low = torch.cholesky_solve(low, self.factor)
             largest, smallest = _norm(high), 1 / _norm(low)
-        return (largest / smallest)[..., 0, 0]
+        return (largest / smallest).clamp(min=1)[..., 0, 0]
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ def krr_mse(
     """
     op = "krr_mse"
     chosen = read(op, options, PredictOptions)
+    checks.yes_or_no(op, "return_info", return_info)
     problem = prepare(op, chosen, f_syn, y_syn, f_real, y_real)
     if y_real.numel() == 0 or problem.f_syn.shape[0] == 0 < len(problem.batch):
         raise ValueError(f"{op}: the mean is over y_real, got shape {tuple(y_real.shape)}")
@@ -126,6 +127,7 @@ def krr_predict(
     """
     op = "krr_predict"
     chosen = read(op, options, PredictOptions)
+    checks.yes_or_no(op, "return_info", return_info)
     problem = prepare(op, chosen, f_syn, y_syn, f_real)
     prediction, info = _compute(op, problem, chosen, return_info)
     prediction = unfold(prediction, problem.batch)

@@ -57,7 +57,7 @@ class FitOptions(SolveOptions, total=False):
             the repeated rows. None: ones.
         form: the closed form, "k" | "w" | "primal"; "auto" (the default) asks `krrst_fast.plan`.
         backend: "auto" (the default), "cpp", "torch", or "reference" (the formula by LU and
-            autograd).
+            autograd, whose backward pass torch's switches for less precise products do reach).
     """
 
     bias: float
@@ -131,6 +131,9 @@ class Options(NamedTuple):
 
 _DEFAULTS = Options()
 
+# Ten to this power is more than any float64 holds.
+_MOST_RETRIES = 700
+
 
 def takes(kind: type) -> Callable[[Callable], Callable]:
     """Give a function with `**options: Unpack[kind]` the signature that `help` should show."""
@@ -178,8 +181,11 @@ def _one_of(*names: object) -> Callable[[str, str, Any], None]:
 
 
 def _count_or_none(op: str, name: str, value: Any) -> None:
-    if value is not None:
-        checks.count(op, name, value)
+    if value is None:
+        return
+    checks.count(op, name, value)
+    if value > _MOST_RETRIES:
+        raise ValueError(f"{op}: {name} must be at most {_MOST_RETRIES}, got {value}")
 
 
 def _dense_or_none(op: str, name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from krrst_fast import library
 from krrst_fast.exact import exact_arithmetic
 from krrst_fast.factor import RIDGE_FACTOR
 from krrst_fast.ops import checks
-from krrst_fast.ops.forms import Kernel, Solve, factored, solved
+from krrst_fast.ops.forms import Kernel, Solve, factored, refines, solved
 from krrst_fast.ops.once import Batched, Tensors, gradients
 from krrst_fast.ops.options import Options, SolveOptions, read, takes
 from krrst_fast.ops.prepare import fold, ready_ridge, result_dtype, unfold, working_dtype
@@ -64,7 +64,7 @@ def solve_gram(
     lam = absolute_ridge(k, options.ridge, options.ridge_of, options.detach_ridge)
     lam = lam.expand(k.shape[:-2])
     static = _Static(op, *names, options.retries, options.raises, options.refine)
-    return _RidgeSolve.apply(k, y, lam, *static)
+    return _RidgeSolve.apply(k, y, lam, static)
 
 
 class _Static(NamedTuple):
@@ -78,8 +78,7 @@ class _Static(NamedTuple):
 
 class _RidgeSolve(Batched):
     @staticmethod
-    def forward(k: Tensor, y: Tensor, lam: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
-        static = _Static(*settings)
+    def forward(k: Tensor, y: Tensor, lam: Tensor, static: _Static) -> tuple[Tensor | None, ...]:
         kernel = Kernel(1.0, 0.0, lam, "absolute", static.retries, static.raises, static.refine)
         with exact_arithmetic(k):
             solve = factored(kernel, k, y, k.shape[-2])
@@ -91,8 +90,9 @@ class _RidgeSolve(Batched):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         alpha, factor, lam, retries, pivot = output
-        static = _Static(*inputs[3:])
-        ctx.save_for_backward(inputs[0] if static.refine else None, alpha, factor, lam, retries)
+        static = inputs[3]
+        k = inputs[0] if refines(static.refine, alpha, factor) else None
+        ctx.save_for_backward(k, alpha, factor, lam, retries)
         ctx.static = static
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(factor, lam, retries, pivot)
@@ -103,7 +103,7 @@ class _RidgeSolve(Batched):
             return (None,) * len(ctx.needs_input_grad)
         static = (ctx.needs_input_grad[0], ctx.static.refine)
         grads = gradients(_backward, ctx.static.op, static, *ctx.saved_tensors, grad)
-        return (*grads, *[None] * len(ctx.static))
+        return (*grads, None)
 
 
 def _backward(
