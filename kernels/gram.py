@@ -41,6 +41,7 @@ def _parts_kernel(
     stride_x_depth,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    CLAMP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -53,12 +54,18 @@ def _parts_kernel(
     inner = tl.arange(0, BLOCK_DEPTH)
     x_ptr += (part // splits).to(tl.int64) * stride_x_problem
     # Inside a block 32 bits are enough (see `tiles.addressable`), and take half the registers.
-    left = offset[:, None] * stride_x_row + inner[None, :] * stride_x_depth
-    right = offset[None, :] * stride_x_row + inner[:, None] * stride_x_depth
+    rows = (n - first_row).to(tl.int32)
+    columns = (n - first_column).to(tl.int32)
+    left_row, right_row = offset, offset
+    if CLAMP:
+        # Rows that are not there are read as the last one and not written: fewer registers than a
+        # mask. Where rows are contiguous, it would split what is read in one piece.
+        left_row = tl.minimum(offset, rows - 1)
+        right_row = tl.minimum(offset, columns - 1)
+    left = left_row[:, None] * stride_x_row + inner[None, :] * stride_x_depth
+    right = right_row[None, :] * stride_x_row + inner[:, None] * stride_x_depth
     left_ptr = x_ptr + first_row * stride_x_row
     right_ptr = x_ptr + first_column * stride_x_row
-    left_inside = offset[:, None] < n - first_row
-    right_inside = offset[None, :] < n - first_column
 
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     end = tl.minimum(begin + split_depth, depth)
@@ -67,18 +74,23 @@ def _parts_kernel(
         for k in range(first, tl.minimum(first + run_depth, end), BLOCK_DEPTH):
             here = tl.cast(k, tl.int64) * stride_x_depth
             there = k + inner < end
-            a = tl.load(left_ptr + here + left, mask=left_inside & there[None, :], other=0.0)
-            b = tl.load(right_ptr + here + right, mask=right_inside & there[:, None], other=0.0)
+            if CLAMP:
+                a = tl.load(left_ptr + here + left, mask=there[None, :], other=0.0)
+                b = tl.load(right_ptr + here + right, mask=there[:, None], other=0.0)
+            else:
+                left_mask = (offset[:, None] < rows) & there[None, :]
+                right_mask = (offset[None, :] < columns) & there[:, None]
+                a = tl.load(left_ptr + here + left, mask=left_mask, other=0.0)
+                b = tl.load(right_ptr + here + right, mask=right_mask, other=0.0)
             sum_of_run = tl.dot(a, b, sum_of_run, input_precision=PRECISION)
         total += sum_of_run
 
-    rows = first_row + offset
-    columns = first_column + offset
-    parts_ptr += part.to(tl.int64) * n * n
-    inside = (rows[:, None] < n) & (columns[None, :] < n)
-    tl.store(parts_ptr + rows[:, None] * n + columns[None, :], total, mask=inside)
+    parts_ptr += part.to(tl.int64) * n * n + first_row * n + first_column
+    inside = (offset[:, None] < rows) & (offset[None, :] < columns)
+    tl.store(parts_ptr + (offset[:, None] * n + offset[None, :]), total, mask=inside)
     if block_row == block_column:
-        on_diagonal = tl.where(offset[:, None] == offset[None, :], total, 0.0)
+        diagonal = (offset[:, None] == offset[None, :]) & (offset[:, None] < rows)
+        on_diagonal = tl.where(diagonal, total, 0.0)
         tl.store(diagonal_ptr + part.to(tl.int64) * n_blocks + block_row, tl.sum(on_diagonal))
 
 
@@ -107,15 +119,21 @@ def _finish_kernel(
     block_row, block_column = lower_tile(pid % n_tiles)
     problem = (pid // n_tiles).to(tl.int64)
     offset = tl.arange(0, BLOCK)
-    rows = block_row.to(tl.int64) * BLOCK + offset
-    columns = block_column.to(tl.int64) * BLOCK + offset
-    inside = (rows[:, None] < n) & (columns[None, :] < n)
+    first_row = block_row.to(tl.int64) * BLOCK
+    first_column = block_column.to(tl.int64) * BLOCK
+    rows = (n - first_row).to(tl.int32)
+    columns = (n - first_column).to(tl.int32)
+    inside = (offset[:, None] < rows) & (offset[None, :] < columns)
+    inner = offset[:, None] * n + offset[None, :]
 
     size = tl.cast(n, tl.int64) * n
-    here = parts_ptr + problem * splits * size + rows[:, None] * n + columns[None, :]
+    here = first_row * n + first_column
+    parts_ptr += problem * splits * size + here
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for split in range(splits):
-        total += tl.load(here + tl.cast(split, tl.int64) * size, mask=inside, other=0.0)
+        total += tl.load(
+            parts_ptr + tl.cast(split, tl.int64) * size + inner, mask=inside, other=0.0
+        )
     scale = number(scale, problem, stride_scale, SCALE_IS_TENSOR)
     k = scale * total + bias
     if block_row == block_column:
@@ -137,10 +155,10 @@ def _finish_kernel(
             k += tl.where(offset[:, None] == offset[None, :], added, 0.0)
 
     out_ptr += problem * size
-    tl.store(out_ptr + rows[:, None] * n + columns[None, :], k, mask=inside)
+    tl.store(out_ptr + here + inner, k, mask=inside)
     if block_row != block_column:
-        mirrored = (columns[:, None] < n) & (rows[None, :] < n)
-        tl.store(out_ptr + columns[:, None] * n + rows[None, :], tl.trans(k), mask=mirrored)
+        mirrored = (offset[:, None] < columns) & (offset[None, :] < rows)
+        tl.store(out_ptr + first_column * n + first_row + inner, tl.trans(k), mask=mirrored)
 
 
 def gram_launches(
@@ -189,6 +207,7 @@ def gram_launches(
             "stride_x_depth": flat.stride(2),
             "BLOCK": tile.rows,
             "BLOCK_DEPTH": tile.depth,
+            "CLAMP": flat.stride(2) == 1,
             "PRECISION": "ieee" if kind == "half" else kind,
         },
         tile,

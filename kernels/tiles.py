@@ -16,15 +16,15 @@ GRAM = {
     ("half", "hopper"): (Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
     ("half", "ampere"): (Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4)),
     ("tf32x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 16, 8, 5)),
-    ("tf32x3", "ampere"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    ("ieee", "hopper"): (Tile(64, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
-    ("ieee", "ampere"): (Tile(64, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
+    ("tf32x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
+    ("ieee", "hopper"): (Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
+    ("ieee", "ampere"): (Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
 }
 _GRAM_LARGE = 384
 
 TABLES = {"gram": GRAM}
 
-FINISH = Tile(64, 64, 1, 8, 1)
+FINISH = Tile(32, 32, 1, 4, 1)
 """Block in which the parts of a gram are added and mirrored; it divides every block of GRAM."""
 
 # No block is longer than 256: further than that times this needs more than 31 bits.
