@@ -3,7 +3,7 @@
 import shutil
 import struct
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
-SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all"]
 
 
 def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
@@ -38,10 +38,9 @@ def _flat(x: NDArray) -> tuple[NDArray, list[int]]:
 
 @dataclass
 class Model:
-    """One process that answers any number of calls; they are sent together."""
+    """The built program; each call is a process of its own."""
 
     program: Path
-    _input: list[bytes] = field(default_factory=list)
 
     def _run(self, header: list[int], *arrays: NDArray) -> bytes:
         data = struct.pack(f"{len(header)}q", *header) + b"".join(a.tobytes() for a in arrays)

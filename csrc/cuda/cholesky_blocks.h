@@ -42,14 +42,14 @@ struct TileRow {
   }
 };
 
-// The lower triangle of a diagonal tile of k + ridge I, with ones on the diagonal beyond it.
+// Adds the lower triangle of a diagonal tile of k + ridge I, with ones on the diagonal beyond it.
 template <int kSide, typename Source, typename T>
-KRRST_DEVICE void load_diagonal(int t, const View<const Source>& k, T ridge, int64_t count,
-                                T* values) {
+KRRST_DEVICE void add_diagonal(int t, const View<const Source>& k, T ridge, int64_t count,
+                               T* values) {
   each_entry<kSide>(t, [&](int row, int column, int e) {
     const bool inside = row < count && column <= row;
-    values[e] = inside ? static_cast<T>(k.at(row, column)) : T(0);
-    if (row == column) values[e] = inside ? values[e] + ridge : T(1);
+    if (inside) values[e] += static_cast<T>(k.at(row, column));
+    if (row == column) values[e] += inside ? ridge : T(1);
   });
 }
 
@@ -83,7 +83,8 @@ KRRST_DEVICE void first_block(const Block& block, Shared<T, kSide>& shared,
   const View<const Source> k = {system.k.data + problem * system.k_problem, system.k.row,
                                 system.k.column};
   const T ridge = system.ridge.template of<T>(problem);
-  block.alone([&](int t) { load_diagonal<kSide>(t, k, ridge, out.m, tile[t]); });
+  clear<kSide>(block, tile);
+  block.alone([&](int t) { add_diagonal<kSide>(t, k, ridge, out.m, tile[t]); });
   finish_diagonal(block, shared, tile, out, problem, 0);
 }
 
@@ -126,16 +127,17 @@ KRRST_DEVICE void update_block(const Block& block, Shared<T, kTile>& shared,
   const int64_t column = j * kTile, done = step * kTile, count = out.m - column;
   const T ridge = system.ridge.template of<T>(problem);
   Tile<T, kTile> tile;
-  block.alone([&](int t) {
-    if (i == j) return load_diagonal<kTile>(t, row.source.from(0, column), ridge, count, tile[t]);
-    each_entry<kTile>(t, [&](int r, int c, int e) {
-      const bool inside = r < row.rows && c < count;
-      tile[t][e] = inside ? static_cast<T>(row.source.at(r, column + c)) : T(0);
-    });
-  });
+  clear<kTile>(block, tile);
   const Operand<T> left = {row.target.from(0, done), row.rows, kTile},
                    right = {other.target.from(0, done), count, kTile};
   multiply<kTile, -1>(block, shared, tile, left, right);
+  // Added only now: the product is rounded by its own size, which is the smaller one.
+  block.alone([&](int t) {
+    if (i == j) return add_diagonal<kTile>(t, row.source.from(0, column), ridge, count, tile[t]);
+    each_entry<kTile>(t, [&](int r, int c, int e) {
+      if (r < row.rows && c < count) tile[t][e] += static_cast<T>(row.source.at(r, column + c));
+    });
+  });
   if (i == j && j == step + 1) return finish_diagonal(block, shared, tile, out, problem, column);
   block.alone([&](int t) {
     each_entry<kTile>(t, [&](int r, int c, int e) {

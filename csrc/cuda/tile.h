@@ -60,6 +60,11 @@ KRRST_DEVICE void each_entry(int t, F&& body) {
 
 KRRST_ANYWHERE int64_t tiles_of(int64_t count, int64_t side) { return (count + side - 1) / side; }
 
+template <int kSide, typename T>
+KRRST_DEVICE void clear(const Block& block, Tile<T, kSide>& tile) {
+  block.alone([&](int t) { each_entry<kSide>(t, [&](int, int, int e) { tile[t][e] = 0; }); });
+}
+
 // How much of a count that starts in a tile lies in it.
 template <int kSide>
 KRRST_DEVICE int cut(int64_t count) {
