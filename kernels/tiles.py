@@ -22,13 +22,40 @@ GRAM = {
 }
 _GRAM_LARGE = 384
 
-TABLES = {"gram": GRAM}
+# By the columns of the thin operand: up to 16, up to 64, more.
+THIN = {
+    ("half", "hopper"): (
+        *(Tile(64, 16, 128, 4, 4), Tile(128, 64, 64, 8, 4)),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    ("half", "ampere"): (
+        *(Tile(64, 16, 64, 4, 4), Tile(128, 64, 32, 8, 4)),
+        Tile(128, 128, 32, 8, 3),
+    ),
+    ("tf32x3", "hopper"): (
+        *(Tile(64, 16, 64, 4, 4), Tile(64, 64, 32, 4, 4)),
+        Tile(128, 64, 32, 8, 4),
+    ),
+    ("tf32x3", "ampere"): (
+        *(Tile(64, 16, 32, 4, 4), Tile(64, 64, 16, 4, 4)),
+        Tile(64, 64, 16, 4, 4),
+    ),
+}
+_THIN_COLUMNS = (16, 64)
+
+TABLES = {"gram": GRAM, "thin_matmul": THIN}
 
 FINISH = Tile(32, 32, 1, 4, 1)
 """Block in which the parts of a gram are added and mirrored; it divides every block of GRAM."""
 
 # No block is longer than 256: further than that times this needs more than 31 bits.
 _FURTHEST = 2**31 // 512
+SUM = Tile(1, 1024, 1, 4, 1)
+"""Block of numbers in which parts are added."""
+
+RESIDUAL = Tile(16, 64, 1, 4, 1)
+"""Block of a residual."""
+
 # About two programs for each of the 108 to 132 multiprocessors.
 _PROGRAMS = 264
 _SPLIT_DEPTH = 256
@@ -59,6 +86,13 @@ def gram_tile(x: Tensor, kind: str, arch: int) -> Tile:
     """Of x [..., N, D]; the large block for many rows that are read 16 bytes at a time."""
     small, large = GRAM[kind, generation(arch)]
     return large if x.shape[-2] >= _GRAM_LARGE and aligned(x) else small
+
+
+def thin_tile(a: Tensor, b: Tensor, kind: str, arch: int) -> Tile:
+    """Of a @ b; the widest block where rows of both are read, those of a 16 bytes at a time."""
+    tiles = THIN[kind, generation(arch)]
+    wide = sum(b.shape[1] > edge for edge in _THIN_COLUMNS)
+    return tiles[min(wide, 2 if a.stride(1) == b.stride(1) == 1 and aligned(a) else 1)]
 
 
 def aligned(x: Tensor) -> bool:

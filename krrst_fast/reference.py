@@ -197,3 +197,17 @@ def ridged_gram(
     lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     return k + lam[..., None, None] * eye, k.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def residual_mse(prediction: Tensor, y_real: Tensor) -> tuple[Tensor, Tensor]:
+    """E = prediction - Y_r [B, P] and mean(E^2) []."""
+    residual = prediction - y_real
+    return residual, residual.square().mean()
+
+
+def predicted_residual_mse(
+    f_real: Tensor, w: Tensor, y_real: Tensor, scale: float | Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`residual_mse` of the prediction scale F_r W + offset, for W [D, P] and an offset [P]."""
+    prediction = scale * (f_real @ w)
+    return residual_mse(prediction if offset is None else prediction + offset, y_real)

@@ -36,6 +36,11 @@ class Bound(NamedTuple):
 BOUNDS = {
     "_parts_kernel": Bound(255, True),
     "_finish_kernel": Bound(128, False),
+    "_peaks_kernel": Bound(128, False),
+    "_product_kernel": Bound(255, True),
+    "_sum_kernel": Bound(64, False),
+    "_residual_kernel": Bound(96, False),
+    "_mean_kernel": Bound(64, False),
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}
 # The fastest instruction of an architecture; "ieee" products run on none.

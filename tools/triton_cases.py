@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.kernels import gram, tiles
+from krrst_fast.kernels import gram, residual_mse, thin_matmul, tiles
 from krrst_fast.kernels.common import Launch
 
 KINDS = {"half": torch.float16, "tf32x3": torch.float32, "ieee": torch.float32}
@@ -33,9 +33,32 @@ def _gram(arch: int) -> Iterator[tuple[str, list[Launch]]]:
         yield f"gram {what} of tensors", gram.gram_launches(*call)[2][1:]
 
 
+def _thin_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
+    for kind in ("half", "tf32x3"):
+        for columns in (10, 64, 512):
+            a = _matrix(1000, 8192, KINDS[kind])
+            b = _matrix(8192, columns, torch.float32)
+            for label, left in (("rows", a), ("columns", _matrix(1000, 8192, a.dtype, "columns"))):
+                launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
+                yield f"thin_matmul {kind} {columns} {label}", launches
+        odd, b = _matrix(1000, 8192, a.dtype, "odd"), _matrix(8192, 512, b.dtype, "columns")
+        for label, left in (("rows", a), ("odd", odd)):
+            launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
+            yield f"thin_matmul {kind} {label} by columns", launches
+
+
+def _residual_mse(arch: int) -> Iterator[tuple[str, list[Launch]]]:
+    f, w, y = (_matrix(*s, torch.float32) for s in ((1024, 8192), (8192, 512), (1024, 512)))
+    yield "residual_mse", residual_mse.residual_mse_launches(y, y)[2]
+    scale = torch.empty((), device="meta")
+    call = f, w, y, scale, y[0], "tf32x3", arch
+    launches = residual_mse.predicted_residual_mse_launches(*call)[2]
+    yield "predicted_residual_mse", launches[-2:]
+
+
 def cases(arch: int) -> Iterator[tuple[str, Launch]]:
     """Each launch with the name of the call that makes it."""
-    for part in (_gram,):
+    for part in (_gram, _thin_matmul, _residual_mse):
         for label, launches in part(arch):
             yield from ((label, launch) for launch in launches)
 

@@ -1,0 +1,180 @@
+"""a @ b for a [N, K], the features, and b [K, P] of fewer columns: F x, and F^T x by strides.
+
+A program computes one block of one split of the inner dimension. Where a is float16, b is split
+into two float16 terms as it is read, each column in a power of two of its own, and a block of a is
+read once for both. Splits are float32 parts that a second kernel adds in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from krrst_fast.kernels import tiles
+from krrst_fast.kernels.common import PEAKS, Launch, architecture, run, two_terms, unit_of
+from krrst_fast.kernels.peaks import peaks_launch
+
+
+@triton.jit
+def _product_kernel(
+    a_ptr,
+    b_ptr,
+    peaks_ptr,
+    parts_ptr,
+    n,
+    p,
+    depth,
+    blocks_down,
+    blocks_across,
+    split_depth,
+    run_depth,
+    stride_a_row,
+    stride_a_depth,
+    stride_b_depth,
+    stride_b_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    CLAMP: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    first_column = (pid % blocks_across).to(tl.int64) * BLOCK_COLUMNS
+    first_row = (pid // blocks_across % blocks_down).to(tl.int64) * BLOCK_ROWS
+    split = pid // blocks_across // blocks_down
+    begin = split * split_depth
+    end = tl.minimum(begin + split_depth, depth)
+
+    down = tl.arange(0, BLOCK_ROWS)
+    across = tl.arange(0, BLOCK_COLUMNS)
+    inner = tl.arange(0, BLOCK_DEPTH)
+    rows = (n - first_row).to(tl.int32)
+    columns = (p - first_column).to(tl.int32)
+    row = down
+    if CLAMP:
+        # As in the gram: the last row in place of those that are not there.
+        row = tl.minimum(down, rows - 1)
+    a_offset = row[:, None] * stride_a_row + inner[None, :] * stride_a_depth
+    b_offset = inner[:, None] * stride_b_depth + across[None, :] * stride_b_column
+    a_ptr += first_row * stride_a_row
+    b_ptr += first_column * stride_b_column
+    unit = tl.full((BLOCK_COLUMNS,), 1.0, tl.float32)
+    inverse = unit
+    if TWO_TERMS:
+        block = tl.arange(0, PEAKS).to(tl.int64)
+        peaks_ptr += first_column
+        peaks = tl.load(
+            peaks_ptr + block[:, None] * p + across[None, :],
+            mask=across[None, :] < columns,
+            other=0.0,
+        )
+        unit, inverse = unit_of(tl.max(peaks, 0))
+
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for first in range(begin, end, run_depth):
+        sum_of_run = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+        for k in range(first, tl.minimum(first + run_depth, end), BLOCK_DEPTH):
+            step = tl.cast(k, tl.int64)
+            there = k + inner < end
+            a_mask = there[None, :]
+            if not CLAMP:
+                a_mask = a_mask & (down[:, None] < rows)
+            b_mask = there[:, None] & (across[None, :] < columns)
+            a = tl.load(a_ptr + step * stride_a_depth + a_offset, mask=a_mask, other=0.0)
+            b = tl.load(b_ptr + step * stride_b_depth + b_offset, mask=b_mask, other=0.0)
+            if TWO_TERMS:
+                hi, lo = two_terms(b, unit[None, :])
+                sum_of_run = tl.dot(a, lo, sum_of_run)
+                sum_of_run = tl.dot(a, hi, sum_of_run)
+            else:
+                sum_of_run = tl.dot(a, b, sum_of_run, input_precision=PRECISION)
+        total += sum_of_run
+
+    if TWO_TERMS:
+        total *= inverse[None, :]
+    parts_ptr += (split.to(tl.int64) * n + first_row) * p + first_column
+    inside = (down[:, None] < rows) & (across[None, :] < columns)
+    tl.store(parts_ptr + (down[:, None] * p + across[None, :]), total, mask=inside)
+
+
+@triton.jit
+def _sum_kernel(parts_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in range(splits):
+        start = tl.cast(split, tl.int64) * size
+        total += tl.load(parts_ptr + start + here, mask=here < size, other=0.0)
+    tl.store(out_ptr + here, total, mask=here < size)
+
+
+def parts_launches(
+    a: Tensor, b: Tensor, input_precision: str, arch: int
+) -> tuple[Tensor, list[Launch]]:
+    """Parts [splits, N, P] whose sum over the splits is a @ b, and the launches for them."""
+    a, b = tiles.addressable(a), tiles.addressable(b)
+    (n, depth), p = a.shape, b.shape[1]
+    kind = tiles.kind_of(a, input_precision)
+    tile = tiles.thin_tile(a, b, kind, arch)
+    blocks_down, blocks_across = triton.cdiv(n, tile.rows), triton.cdiv(p, tile.columns)
+    inner = tiles.cut(depth, blocks_down * blocks_across, tile.depth)
+    parts = b.new_empty((inner.splits, n, p))
+    two_terms_of_b = kind == "half"
+    peaks, launches = parts, []
+    if two_terms_of_b:
+        peaks, launch = peaks_launch(b, by_column=True)
+        launches.append(launch)
+    arguments = {
+        "a_ptr": a,
+        "b_ptr": b,
+        "peaks_ptr": peaks,
+        "parts_ptr": parts,
+        "n": n,
+        "p": p,
+        "depth": depth,
+        "blocks_down": blocks_down,
+        "blocks_across": blocks_across,
+        "split_depth": inner.split,
+        "run_depth": inner.run,
+        "stride_a_row": a.stride(0),
+        "stride_a_depth": a.stride(1),
+        "stride_b_depth": b.stride(0),
+        "stride_b_column": b.stride(1),
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_DEPTH": tile.depth,
+        "CLAMP": a.stride(1) == 1,
+        "TWO_TERMS": two_terms_of_b,
+        "PRECISION": "ieee" if two_terms_of_b else kind,
+    }
+    programs = blocks_down * blocks_across * inner.splits
+    return parts, [*launches, Launch(_product_kernel, programs, arguments, tile)]
+
+
+def thin_matmul_launches(
+    a: Tensor, b: Tensor, input_precision: str, arch: int
+) -> tuple[Tensor, list[Launch]]:
+    """What `thin_matmul` returns, not yet computed, and the launches that compute it."""
+    if a.shape[0] * b.shape[1] == 0 or a.shape[1] == 0:
+        return torch.zeros(a.shape[0], b.shape[1], device=a.device), []
+    parts, launches = parts_launches(a, b, input_precision, arch)
+    splits, n, p = parts.shape
+    if splits == 1:
+        return parts[0], launches
+    out = parts.new_empty((n, p))
+    arguments = {
+        "parts_ptr": parts,
+        "out_ptr": out,
+        "size": n * p,
+        "splits": splits,
+        "BLOCK": tiles.SUM.columns,
+    }
+    programs = triton.cdiv(n * p, tiles.SUM.columns)
+    return out, [*launches, Launch(_sum_kernel, programs, arguments, tiles.SUM)]
+
+
+def thin_matmul(a: Tensor, b: Tensor, *, input_precision: str = "tf32x3") -> Tensor:
+    """`reference.thin_matmul` in float32, of float32 or float16 a and float32 b of any strides."""
+    out, launches = thin_matmul_launches(a, b, input_precision, architecture(a))
+    run(launches, a)
+    return out
