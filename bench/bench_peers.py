@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,17 +44,29 @@ def quiet_import(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+@lru_cache(maxsize=1)
+def _blas() -> Any:
+    """What sets the threads of NumPy's and SciPy's BLAS; torch's are its own."""
+    return quiet_import("threadpoolctl").ThreadpoolController()
+
+
+def fit_and_predict(model: Any, x: Tensor, y: Tensor, new: Tensor) -> Tensor:
+    """Predictions of an estimator on NumPy arrays, with as many threads as torch has."""
+    with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):
+        return torch.from_numpy(model.fit(x.numpy(), y.numpy()).predict(new.numpy()))
+
+
 def scikit_learn(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
     """sklearn.kernel_ridge.KernelRidge: SciPy's Cholesky on NumPy arrays."""
     model = quiet_import("sklearn.kernel_ridge").KernelRidge(alpha=ridge)
-    return torch.from_numpy(model.fit(x.numpy(), y.numpy()).predict(new.numpy()))
+    return fit_and_predict(model, x, y, new)
 
 
 def himalaya(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:
     """himalaya.kernel_ridge.KernelRidge by eigenvalues on NumPy, the fastest of its ways here."""
     quiet_import("himalaya.backend").set_backend("numpy")
     model = quiet_import("himalaya.kernel_ridge").KernelRidge(alpha=ridge, solver="eigenvalues")
-    return torch.from_numpy(model.fit(x.numpy(), y.numpy()).predict(new.numpy()))
+    return fit_and_predict(model, x, y, new)
 
 
 def linear_operator(x: Tensor, y: Tensor, new: Tensor, ridge: float) -> Tensor:

@@ -95,6 +95,25 @@ def test_peers_compute_the_same(kind: type) -> None:
     assert max(ratios.errors(case)) < 1e-3
 
 
+def test_peers_get_the_threads_that_we_get() -> None:
+    pytest.importorskip("threadpoolctl")
+    seen = []
+
+    class Model:
+        def fit(self, x, y):
+            return self
+
+        def predict(self, new):
+            seen.extend(pool["num_threads"] for pool in blas.info() if pool["user_api"] == "blas")
+            return new
+
+    blas = peers._blas()
+    torch.set_num_threads(1)
+    x = torch.ones(2, 2)
+    assert torch.equal(peers.fit_and_predict(Model(), x, x, x), x)
+    assert seen and set(seen) == {1}
+
+
 def _row(floor: float, **options: object) -> ratios.Row:
     shape = krr.Shape(100, 10, 512, 64)
     return next(replace(row, floor=floor, **options) for row in ratios.krr_rows([shape], TORCH))
