@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 KRRST := $(BIN)/krrst
 SOURCES := $(shell find csrc -type f)
-CPP := $(filter %.cpp %.h %.inc %.cu %.cuh,$(SOURCES))
+CPP := $(filter %.cpp %.h %.inc %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
 # torch's CPU builds bring no triton; the interpreter that tests the kernels without a GPU is in it.
 TRITON := triton==3.9.0
 

@@ -97,7 +97,7 @@ def test_import_is_light(module: str, unwanted: list[str]) -> None:
 
 def test_sources_are_in_the_source_distribution() -> None:
     manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").split()
-    for name in ("csrc", "kernels", "tests", "constraints.txt", "Makefile", "README.md"):
+    for name in ("csrc", "kernels", "tests", "tools", "constraints.txt", "Makefile", "README.md"):
         assert name in manifest and (ROOT / name).exists(), name
 
 
