@@ -4,6 +4,7 @@ Nothing is tuned at run time, so that the compile gate can compile every configu
 the same call computes the same bits on every GPU of an architecture.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,14 @@ THIN = {
 }
 _THIN_COLUMNS = (16, 64)
 
-TABLES = {"gram": GRAM, "thin_matmul": THIN}
+CLOSING = {
+    ("fp16x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
+    ("fp16x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
+    ("tf32x3", "hopper"): (Tile(64, 64, 16, 4, 4), Tile(128, 64, 32, 8, 3)),
+    ("tf32x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
+}
+
+TABLES = {"gram": GRAM, "thin_matmul": THIN, "closing_matmul": CLOSING}
 
 FINISH = Tile(32, 32, 1, 4, 1)
 """Block in which the parts of a gram are added and mirrored; it divides every block of GRAM."""
@@ -52,6 +60,9 @@ FINISH = Tile(32, 32, 1, 4, 1)
 _FURTHEST = 2**31 // 512
 SUM = Tile(1, 1024, 1, 4, 1)
 """Block of numbers in which parts are added."""
+
+VIEW = Tile(1, 1024, 1, 4, 1)
+"""Pixels of one image."""
 
 RESIDUAL = Tile(16, 64, 1, 4, 1)
 """Block of a residual."""
@@ -95,6 +106,12 @@ def thin_tile(a: Tensor, b: Tensor, kind: str, arch: int) -> Tile:
     return tiles[min(wide, 2 if a.stride(1) == b.stride(1) == 1 and aligned(a) else 1)]
 
 
+def closing_tile(matrices: Sequence[Tensor], kind: str, arch: int) -> Tile:
+    """The large block where rows of all matrices are read 16 bytes at a time."""
+    rows = all(x.stride(1) == 1 and aligned(x) for x in matrices)
+    return CLOSING[kind, generation(arch)][rows]
+
+
 def aligned(x: Tensor) -> bool:
     """Whether each row, or else each column, of the matrices of x is in pieces of 16 bytes."""
     strides = sorted(x.stride())
@@ -122,7 +139,12 @@ def cut(depth: int, tiles: int, block: int) -> Depth:
     wanted = min(-(-depth // _SPLIT_DEPTH), _PROGRAMS // max(tiles, 1))
     split = _blocks(-(-depth // max(wanted, 1)), block)
     splits = max(-(-depth // split), 1)
-    return Depth(splits, split, _blocks(-(-split // -(-split // _RUN)), block))
+    return Depth(splits, split, runs(split, block))
+
+
+def runs(depth: int, block: int) -> int:
+    """The length of the runs of so many terms."""
+    return _blocks(-(-depth // -(-depth // _RUN)), block)
 
 
 def _blocks(length: int, block: int) -> int:

@@ -211,3 +211,13 @@ def predicted_residual_mse(
     """`residual_mse` of the prediction scale F_r W + offset, for W [D, P] and an offset [P]."""
     prediction = scale * (f_real @ w)
     return residual_mse(prediction if offset is None else prediction + offset, y_real)
+
+
+def closing_matmul(
+    alpha: Tensor, v: Tensor, beta: Tensor, w: Tensor, scale: float | Tensor
+) -> Tensor:
+    """scale (alpha v^T - beta w^T) [M, D], all that is left of dF_s in the forms "w" and "primal".
+
+    alpha, beta [M, P]; v, w [D, P].
+    """
+    return scale * (alpha @ v.mT - beta @ w.mT)

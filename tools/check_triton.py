@@ -38,6 +38,8 @@ BOUNDS = {
     "_finish_kernel": Bound(128, False),
     "_peaks_kernel": Bound(128, False),
     "_product_kernel": Bound(255, True),
+    "_closing_kernel": Bound(255, True),
+    "_views_kernel": Bound(64, False),
     "_sum_kernel": Bound(64, False),
     "_residual_kernel": Bound(96, False),
     "_mean_kernel": Bound(64, False),
@@ -77,7 +79,8 @@ def variants(only: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
     named: dict[str, tuple[Any, dict[str, Any], int]] = {}
     for name, launch, special, arch in found.values():
         name = f"{name} {launch.kernel.__name__.strip('_').removesuffix('_kernel')}"
-        assert name not in named, f"two variants are called {name}"
+        alike = sum(other.partition(" #")[0] == name for other in named)
+        name += f" #{alike + 1}" if alike else ""
         named[name] = launch, special, arch
     return {name: value for name, value in named.items() if only in name}
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.kernels import gram, residual_mse, thin_matmul, tiles
+from krrst_fast.kernels import closing_matmul, gram, residual_mse, thin_matmul, tiles, views
 from krrst_fast.kernels.common import Launch
 
 KINDS = {"half": torch.float16, "tf32x3": torch.float32, "ieee": torch.float32}
@@ -56,9 +56,34 @@ def _residual_mse(arch: int) -> Iterator[tuple[str, list[Launch]]]:
     yield "predicted_residual_mse", launches[-2:]
 
 
+def _closing_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
+    scale = torch.empty((), device="meta")
+    for precision in ("fp16x3", "tf32x3"):
+        for columns, factor in ((512, 1.0), (10, scale)):
+            left, right = (_matrix(n, columns, torch.float32) for n in (1000, 8192))
+            call = left, right, left, right, factor, precision, arch
+            launches = closing_matmul.closing_matmul_launches(*call)[1]
+            yield f"closing_matmul {precision} {columns}", launches
+        left, right = (_matrix(n, 512, torch.float32, "columns") for n in (1000, 8192))
+        launches = closing_matmul.closing_matmul_launches(
+            left, right, left, right, 1.0, precision, arch
+        )[1]
+        yield f"closing_matmul {precision} columns", launches[-1:]
+
+
+def _views(arch: int) -> Iterator[tuple[str, list[Launch]]]:
+    index = torch.empty(1024, dtype=torch.int64, device="meta")
+    offset, flip = torch.empty(1024, 2, dtype=torch.int64, device="meta"), index.bool()
+    for channels, size in ((3, 32), (3, 64), (1, 28)):
+        shape = (50000, channels, size, size)
+        images = torch.empty(shape, dtype=torch.uint8, device="meta")
+        call = images, index, offset, flip, 4, (0.5,) * channels, (0.25,) * channels
+        yield f"views {channels} {size}", views.views_launches(*call)[1]
+
+
 def cases(arch: int) -> Iterator[tuple[str, Launch]]:
     """Each launch with the name of the call that makes it."""
-    for part in (_gram, _thin_matmul, _residual_mse):
+    for part in (_gram, _thin_matmul, _residual_mse, _closing_matmul, _views):
         for label, launches in part(arch):
             yield from ((label, launch) for launch in launches)
 
