@@ -1,5 +1,6 @@
 """The distribution: what is in it, what it needs, what importing it costs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -93,6 +95,17 @@ def test_import_is_light(module: str, unwanted: list[str]) -> None:
     code = f"import sys, {module}; print([n for n in {unwanted} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_cuda_that_is_demanded_and_impossible_is_an_error() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    command = [sys.executable, "setup.py", "--version"]
+    for switch, status, told in (("1", 1, "has no CUDA"), ("auto", 0, ""), ("0", 0, "")):
+        env = {**os.environ, "KRRST_FAST_CUDA": switch, "KRRST_FAST_BUILD": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == status and told in done.stderr, done.stderr
+        assert switch == "1" or "CUDA" not in done.stderr
 
 
 def test_sources_are_in_the_source_distribution() -> None:
