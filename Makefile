@@ -1,6 +1,7 @@
 # make test   all tests                      make lint   style, types, C++ format
 # make demo   the whole chain on digits      make clean  everything that make made
 # make bench  all of asv and its page: hours make bench-quick  that every benchmark runs
+# make sanitize  the tests of the C++ code, on a build with sanitizers
 #
 # Each of them first makes .venv: needs Python 3.11 or later and a C++ compiler, nothing else.
 
@@ -18,7 +19,7 @@ TRITON := triton==3.9.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: test demo lint clean install bench bench-quick
+.PHONY: test demo lint sanitize clean install bench bench-quick
 
 install: .venv/.built
 
@@ -57,6 +58,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+sanitize: install
+	.ci/sanitize
 
 clean:
 	rm -rf .venv build dist demo *.egg-info krrst_fast/*.so

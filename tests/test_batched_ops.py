@@ -40,8 +40,8 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def exactly(x: Tensor) -> np.ndarray:
-    """x in more digits than float64 has, so that float64 has an error too."""
-    return x.double().numpy().astype(np.longdouble)
+    """x in twice as many digits, or for float64 in as many more as the processor has."""
+    return x.numpy().astype(np.float64 if x.dtype == torch.float32 else np.longdouble)
 
 
 def assert_no_worse(got: Tensor, plain: Tensor, exact: np.ndarray, size: float, what: str) -> None:
@@ -58,7 +58,7 @@ def matmul_cases() -> list[tuple[int, int, int, int]]:
     cases = [(3, i, k, j) for k in DEPTHS for i, j in zip(SIZES, reversed(SIZES))]
     cases += [(2, 25, k, j) for k in (1, 17, 640) for j in (1, 5, 16, 64, 97)]
     # So many problems that each is one task; so large ones that each is cut; none.
-    cases += [(70, 25, 33, 5), (70, 7, 3, 2), (2, 130, 20, 2000), (1, 300, 140, 3), (0, 3, 4, 5)]
+    cases += [(70, 25, 33, 5), (70, 7, 3, 2), (2, 130, 20, 1000), (1, 300, 140, 3), (0, 3, 4, 5)]
     return cases
 
 
@@ -76,13 +76,14 @@ def check_matmul(problems: int, rows: int, depth: int, columns: int, dtype: torc
 def check_gram(problems: int, n: int, depth: int, dtype: torch.dtype) -> None:
     x = draw(problems, n, depth, dtype=dtype)
     exact = 2 * (exactly(x) @ exactly(x.mT)) + 0.5
+    what = f"gram {problems}x{n}x{depth} {dtype}"
+    k = ops.gram(x, 2.0, 0.5)
+    assert k.is_contiguous() and torch.equal(k, k.mT), what
+    assert_no_worse(k, reference.gram(x, 2.0, 0.5), exact, 4 * depth, what)
     for name, layout in layouts(x):
-        k = ops.gram(layout, 2.0, 0.5)
-        what = f"gram {problems}x{n}x{depth} {dtype} {name}"
-        assert k.is_contiguous() and torch.equal(k, k.mT), what
-        assert_no_worse(k, reference.gram(x, 2.0, 0.5), exact, 4 * depth, what)
+        assert torch.equal(ops.gram(layout, 2.0, 0.5), k), f"{what} {name}"
         if problems:
-            assert torch.equal(ops.gram(layout[-1], 2.0, 0.5), k[-1]), what
+            assert torch.equal(ops.gram(layout[-1], 2.0, 0.5), k[-1]), f"{what} {name}"
 
 
 def systems(problems: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -96,31 +97,33 @@ def check_cholesky(problems: int, m: int, columns: int, dtype: torch.dtype) -> N
     """Judged by what is left of the equations: factors that differ may both be right."""
     k, ridge = systems(problems, m, dtype)
     ridged = k.double() + ridge.double()[:, None, None] * torch.eye(m, dtype=torch.float64)
+    what = f"cholesky {problems}x{m}x{columns} {dtype}"
+    factor, pivot = ops.batched_cholesky(k, ridge)
+    assert factor.dtype == torch.float64 and factor.mT.is_contiguous(), what
+    assert pivot.dtype == torch.int32 and torch.equal(pivot, torch.zeros_like(pivot)), what
+    assert torch.equal(factor, factor.tril()), what
     plain = torch.linalg.cholesky_ex(ridged)[0]
-    y = draw(problems, m, columns, dtype=dtype)
-    plain_solution = torch.cholesky_solve(y.double(), plain).to(dtype)
-    system, right = exactly(ridged), exactly(y)
+    system, zero = exactly(ridged), np.zeros(ridged.shape)
+    left = [exactly(x) @ exactly(x.mT) - system for x in (factor, plain)]
+    assert_no_worse(*map(as_double, left), zero, 4, what)
     for name, layout in layouts(k):
-        what = f"cholesky {problems}x{m} {dtype} {name}"
-        factor, pivot = ops.batched_cholesky(layout, ridge)
-        assert factor.dtype == torch.float64 and factor.mT.is_contiguous(), what
-        assert pivot.dtype == torch.int32 and torch.equal(pivot, torch.zeros_like(pivot)), what
-        assert torch.equal(factor, factor.tril()), what
-        left, plain_left = (
-            torch.from_numpy((exactly(x) @ exactly(x.mT) - system).astype(float))
-            for x in (factor, plain)
-        )
-        assert_no_worse(left, plain_left, np.zeros_like(system), 4, what)
+        assert torch.equal(ops.batched_cholesky(layout, ridge)[0], factor), f"{what} {name}"
+
+    y = draw(problems, m, columns, dtype=dtype)
+    x = ops.batched_cholesky_solve(y, factor)
+    assert x.dtype == dtype and x.mT.is_contiguous(), what
+    plain_x = torch.cholesky_solve(y.double(), plain).to(dtype)
+    left = [system @ exactly(z) - exactly(y) for z in (x, plain_x)]
+    size = 4 * max(x.abs().max().item(), 1) if x.numel() else 4
+    assert_no_worse(*(as_double(z).to(dtype) for z in left), np.zeros(y.shape), size, what)
     for name, layout in layouts(y):
         for name_factor, lower in layouts(factor):
-            what = f"solve {problems}x{m}x{columns} {dtype} {name} {name_factor}"
-            x = ops.batched_cholesky_solve(layout, lower)
-            assert x.dtype == dtype and x.mT.is_contiguous(), what
-            left, plain_left = (
-                torch.from_numpy((system @ exactly(z) - right).astype(float)).to(dtype)
-                for z in (x, plain_solution)
-            )
-            assert_no_worse(left, plain_left, np.zeros_like(right), 4, what)
+            got = ops.batched_cholesky_solve(layout, lower)
+            assert torch.equal(got, x), f"{what} {name} {name_factor}"
+
+
+def as_double(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.float64))
 
 
 def check_everything() -> None:
@@ -147,10 +150,10 @@ def test_matmul_in_every_layout(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_gram_in_every_layout(depth: int, dtype: torch.dtype) -> None:
-    for n in [*SIZES, 63, 64, 193]:
+    for n in [*SIZES, 63, 64]:
         check_gram(2, n, depth, dtype)
     many = 17 if depth < 100 else 1
-    for problems, n in ((0, 3), (1, 25), (17, 5), (many, 200), (70, 7)):
+    for problems, n in ((0, 3), (1, 25), (1, 193), (17, 5), (many, 200), (70, 7)):
         check_gram(problems, n, depth, dtype)
 
 
@@ -199,10 +202,10 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 @EXTENSION
-@pytest.mark.parametrize("problems", [1, 3, 70])
+@pytest.mark.parametrize("problems", [1, 3, 65])
 def test_the_same_bits_on_any_number_of_threads(problems: int) -> None:
-    x = draw(problems, 150, 301, dtype=torch.float32)
-    y = draw(problems, 301, 70, dtype=torch.float32)
+    x = draw(problems, 150, 201, dtype=torch.float32)
+    y = draw(problems, 201, 70, dtype=torch.float32)
     k, ridge = systems(problems, 70, torch.float32)
 
     def all_ops() -> list[Tensor]:
