@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from krrst_fast import reference
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 
 RIDGE_FACTOR = 10.0
@@ -63,8 +64,15 @@ def factor_one(k: Tensor, lam: Tensor, retries: int) -> Factor:
 
 def _small(k: Tensor, ridge: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
     """Factor of one gram in float64 [M, M], and its failed pivot []."""
-    factor, pivot = torch.ops.krrst_fast.batched_cholesky(k[None], ridge[None])
+    factor, pivot = _many(k[None], ridge[None])
     return factor[0], pivot[0]
+
+
+def _many(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors in float64 [N, M, M] and failed pivots [N], by our own kernels where they win."""
+    if k.device.type == "cpu":
+        return torch.ops.krrst_fast.batched_cholesky(k, ridge)
+    return reference.batched_cholesky(k, ridge)
 
 
 def _large(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,7 +133,7 @@ def _cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     if k.shape[-1] <= FLOAT64_UP_TO:
         if k.ndim == 2:
             return _small(k, ridge, None)
-        return torch.ops.krrst_fast.batched_cholesky(k, ridge)
+        return _many(k, ridge)
     system = k.to(factor_dtype(k), copy=True)
     system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
     factor, pivot = torch.linalg.cholesky_ex(system)
@@ -180,9 +188,10 @@ def _require_ridge(lam: Tensor, rows: int) -> None:
 def cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
     """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
     if factor.dtype == torch.float64 and factor.shape[-1] <= FLOAT64_UP_TO:
-        many = factor.ndim == 3
-        solve = torch.ops.krrst_fast.batched_cholesky_solve
-        return solve(y, factor) if many else solve(y[None], factor[None])[0]
+        # Measured on the CPU alone: elsewhere it is torch that solves.
+        own = torch.ops.krrst_fast.batched_cholesky_solve
+        solve = own if y.device.type == "cpu" else reference.batched_cholesky_solve
+        return solve(y, factor) if factor.ndim == 3 else solve(y[None], factor[None])[0]
     if y.dtype == factor.dtype:
         return torch.cholesky_solve(y, factor)
     return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
