@@ -16,7 +16,7 @@ from krrst_fast.kernels.common import HOPPER, Tile
 GRAM = {
     ("half", "hopper"): (Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
     ("half", "ampere"): (Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4)),
-    ("tf32x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 16, 8, 5)),
+    ("tf32x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 16, 8, 4)),
     ("tf32x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
     ("ieee", "hopper"): (Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
     ("ieee", "ampere"): (Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
@@ -31,7 +31,7 @@ THIN = {
     ),
     ("half", "ampere"): (
         *(Tile(64, 16, 64, 4, 4), Tile(128, 64, 32, 8, 4)),
-        Tile(128, 128, 32, 8, 3),
+        Tile(128, 64, 32, 8, 4),
     ),
     ("tf32x3", "hopper"): (
         *(Tile(64, 16, 64, 4, 4), Tile(64, 64, 32, 4, 4)),
