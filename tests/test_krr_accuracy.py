@@ -69,8 +69,15 @@ def formula(f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge:
     """The losses [N]: grams, LU and autograd."""
     eye = torch.eye(f_syn.shape[-2], dtype=f_syn.dtype)
     system = f_syn @ f_syn.mT + ridge[..., None, None] * eye
-    prediction = f_real @ f_syn.mT @ torch.linalg.solve(system, y_syn)
+    prediction = f_real @ f_syn.mT @ _lu_solve(system, y_syn)
     return (prediction - y_real).square().mean((-2, -1))
+
+
+def _lu_solve(system: Tensor, y: Tensor) -> Tensor:
+    """Large ones one by one: MKL's batched LU fails once torch.set_num_threads has been called."""
+    if system.shape[-1] < 256:
+        return torch.linalg.solve(system, y)
+    return torch.stack([torch.linalg.solve(a, b) for a, b in zip(system, y)])
 
 
 def fused(
