@@ -22,20 +22,36 @@ Product<T> transposed(const Product<T>& p) {
           p.a_column, p.a_row, p.out,  p.out_column, p.out_row,  p.next};
 }
 
-// A copy costs as much as reading an operand, a sum over fewer values than a vector has, several
-// times that.
+// The cheapest way, in vector operations as they were measured: the sums over the lanes of a tile
+// of dot products and a value that is copied cost as much as one or several of them.
 template <typename T>
 Plan choose(const Product<T>& p) {
-  const int64_t lanes = small<T>().lanes;
+  const int64_t lanes = small<T>().lanes, outputs = p.rows * p.columns;
   const bool deep = p.depth >= lanes, wide = p.columns >= lanes, tall = p.rows >= lanes;
-  const bool copy_a = p.a_column != 1, copy_b = p.b_row != 1;  // for dot products
-  if (wide && p.b_column == 1) return {false, false, false, false, false};
-  if (deep && !copy_a) return {false, false, copy_b, true, false};
-  if (tall && p.a_row == 1) return {true, false, false, false, false};
-  if (wide) return {false, false, true, false, false};
-  if (deep) return {false, true, copy_b, true, false};
-  if (tall) return {true, false, true, false, false};
-  return {false, false, true, false, true};
+  const auto vectors = [lanes](int64_t count) { return (count + lanes - 1) / lanes; };
+  const auto copied = [&p](bool is, int64_t count) { return is ? p.depth * count : 0; };
+  struct Way {
+    Plan plan;
+    bool possible;
+    int64_t cost;
+  };
+  const Way ways[] = {
+      {{false, p.a_column != 1, p.b_row != 1, true, false},
+       deep,
+       outputs * (vectors(p.depth) + 6) + copied(p.a_column != 1, p.rows) +
+           copied(p.b_row != 1, p.columns)},
+      {{false, false, p.b_column != 1, false, false},
+       wide,
+       p.rows * vectors(p.columns) * (p.depth + 2) + copied(p.b_column != 1, p.columns)},
+      {{true, false, p.a_row != 1, false, false},
+       tall,
+       p.columns * vectors(p.rows) * (p.depth + 2) + copied(p.a_row != 1, p.rows) + outputs},
+      {{false, false, true, false, true}, !wide, (p.rows + p.columns) * p.depth + outputs},
+  };
+  const Way* best = nullptr;
+  for (const Way& way : ways)
+    if (way.possible && (!best || way.cost < best->cost)) best = &way;
+  return best->plan;
 }
 
 // Computes products of at most the size of `largest`, with the scratch they need.
@@ -53,7 +69,7 @@ class Compute {
 
   void operator()(Product<T> p) const {
     if (plan_.pack_a) {
-      copy(Matrix<const T>{p.a, p.a_row, p.a_column}, p.rows, p.depth, row_major(a_, p.depth));
+      take({p.a, p.a_row, p.a_column}, p.rows, p.depth, row_major(a_, p.depth));
       p.a = a_.get(), p.a_row = p.depth, p.a_column = 1;
     }
     if (plan_.pack_b) pack_b(&p);
@@ -64,13 +80,21 @@ class Compute {
     local.columns = std::max(p.columns, kernel_.lanes);
     local.out = out_.get(), local.out_row = local.columns, local.out_column = 1;
     kernel_.outer(local);
-    copy(Matrix<const T>{local.out, local.columns, 1}, p.rows, p.columns,
-         Matrix<T>{p.out, p.out_row, p.out_column});
+    take({local.out, local.columns, 1}, p.rows, p.columns, {p.out, p.out_row, p.out_column});
   }
 
  private:
   static Matrix<T> row_major(const Scratch<T>& scratch, int64_t columns) {
     return {scratch.get(), columns, 1};
+  }
+
+  void take(const Matrix<const T>& x, int64_t rows, int64_t columns, const Matrix<T>& out) const {
+    if (x.column == 1 && out.row == 1)
+      kernel_.transpose(rows, columns, x.data, x.row, out.data, out.column);
+    else if (x.row == 1 && out.column == 1)
+      kernel_.transpose(columns, rows, x.data, x.column, out.data, out.row);
+    else
+      copy(x, rows, columns, out);
   }
 
   // Column-major for dot products, row-major for outer ones.
@@ -80,7 +104,7 @@ class Compute {
     if (plan_.narrow) std::fill(b_.get(), b_.get() + p->depth * width, T(0));
     const Matrix<T> target =
         plan_.dot ? row_major(b_, p->depth).transposed() : row_major(b_, width);
-    copy(b, p->depth, p->columns, target);
+    take(b, p->depth, p->columns, target);
     p->b = target.data, p->b_row = target.row, p->b_column = target.column;
   }
 

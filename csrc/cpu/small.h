@@ -30,6 +30,10 @@ struct Small {
 
   // By outer products, row by row of out: b_column = out_column = 1, columns >= lanes.
   void (*outer)(const Product<T>& p);
+
+  // out[j * out_row + i] = x[i * x_row + j].
+  void (*transpose)(int64_t rows, int64_t columns, const T* x, int64_t x_row, T* out,
+                    int64_t out_row);
 };
 
 // Systems in float64, whose rows are padded to a multiple of `lanes`.
