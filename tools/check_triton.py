@@ -1,15 +1,17 @@
 """Compiles every Triton kernel in every configuration that a launch may pick, without a GPU.
 
 For sm_80 and sm_90: registers, stack (spills), shared memory and tensor-core instructions of each
-binary against BOUNDS. Prints a table; exits 1 if something does not compile or breaks a bound.
+binary against BOUNDS. Prints a table; exits 1 if something does not compile or breaks a bound. The
+triton is the one that Python imports: PYTHONPATH chooses another.
 
     python tools/check_triton.py [--only TEXT] [--jobs N]
 """
 
 import argparse
+import contextlib
+import io
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,7 +48,7 @@ BOUNDS = {
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}
 # The fastest instruction of an architecture; "ieee" products run on none.
-INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
 class Result(NamedTuple):
@@ -110,7 +112,7 @@ def compiled(name: str) -> Result:
     launch, special, arch = variants(name)[name]
     start = time.perf_counter()
     try:
-        registers, stack, shared, tensor_cores = build(launch, special, arch)
+        registers, stack, shared, tensor_cores, serial = build(launch, special, arch)
     except Exception:
         last = traceback.format_exc().strip().splitlines()[-6:]
         seconds = time.perf_counter() - start
@@ -125,41 +127,37 @@ def compiled(name: str) -> Result:
         faults.append(f"{shared} bytes of shared memory > {SHARED[arch]}")
     if bound.tensor_cores and not tensor_cores and launch.arguments.get("PRECISION") != "ieee":
         faults.append(f"no {INSTRUCTION[arch]} in it")
+    if serial:
+        faults.append(f"each {INSTRUCTION[arch]} waits for the one before")
     seconds = time.perf_counter() - start
     return Result(name, registers, stack, shared, tensor_cores, seconds, tuple(faults))
 
 
-def build(launch: Any, special: dict[str, Any], arch: int) -> tuple[int, int, int, int]:
-    """Registers, bytes of stack and of shared memory, and number of tensor-core instructions."""
+def build(launch: Any, special: dict[str, Any], arch: int) -> tuple[int, int, int, int, bool]:
+    """Registers, bytes of stack and of shared memory, tensor-core instructions, if these wait."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    binary = triton.compile(
-        ASTSource(launch.kernel, **special),
-        target=GPUTarget("cuda", arch, 32),
-        options={
-            "num_warps": launch.tile.warps,
-            "num_stages": launch.tile.stages,
-            "enable_fp_fusion": True,
-        },
-    )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        code = _output(tools / "nvdisasm", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    registers, stack = map(int, found.groups())
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    instructions = len(re.findall(rf"\b{INSTRUCTION[arch]}\b", code))
-    return registers, max(stack, spills), binary.metadata.shared, instructions
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        binary = triton.compile(
+            ASTSource(launch.kernel, **special),
+            target=GPUTarget("cuda", arch, 32),
+            options={
+                "num_warps": launch.tile.warps,
+                "num_stages": launch.tile.stages,
+                "enable_fp_fusion": True,
+            },
+        )
+    log = printed.getvalue()
+    registers = re.findall(r"Used (\d+) registers", log)
+    stack = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)
+    # A log of a second function would mean a call, and of none a compilation that did not take place.
+    assert len(registers) == 1 and len(stack) == 3, log
+    instructions = binary.asm["ptx"].count(INSTRUCTION[arch] + ".")
+    serial = "serialized" in log
+    return int(registers[0]), max(map(int, stack)), binary.metadata.shared, instructions, serial
 
 
 def results(names: list[str], jobs: int) -> Iterator[Result]:
