@@ -153,7 +153,7 @@ def build(launch: Any, special: dict[str, Any], arch: int) -> tuple[int, int, in
     log = printed.getvalue()
     registers = re.findall(r"Used (\d+) registers", log)
     stack = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)
-    # A log of a second function would mean a call, and of none a compilation that did not take place.
+    # Two functions would mean a call, none that nothing was compiled.
     assert len(registers) == 1 and len(stack) == 3, log
     instructions = binary.asm["ptx"].count(INSTRUCTION[arch] + ".")
     serial = "serialized" in log
