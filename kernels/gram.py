@@ -25,6 +25,40 @@ from krrst_fast.kernels.common import (
 
 
 @triton.jit
+def _add_run(
+    total,
+    left_ptr,
+    right_ptr,
+    left,
+    right,
+    rows,
+    columns,
+    begin,
+    last,
+    end,
+    stride_x_depth,
+    BLOCK: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    CLAMP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + the product of what lies between `begin` and `last`, of which `end` is there."""
+    offset = tl.arange(0, BLOCK)
+    inner = tl.arange(0, BLOCK_DEPTH)
+    for k in range(begin, last, BLOCK_DEPTH):
+        here = tl.cast(k, tl.int64) * stride_x_depth
+        there = k + inner < end
+        left_mask, right_mask = there[None, :], there[:, None]
+        if not CLAMP:
+            left_mask = left_mask & (offset[:, None] < rows)
+            right_mask = right_mask & (offset[None, :] < columns)
+        a = tl.load(left_ptr + here + left, mask=left_mask, other=0.0)
+        b = tl.load(right_ptr + here + right, mask=right_mask, other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _parts_kernel(
     x_ptr,
     parts_ptr,
@@ -42,6 +76,7 @@ def _parts_kernel(
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     CLAMP: tl.constexpr,
+    RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -69,21 +104,43 @@ def _parts_kernel(
 
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     end = tl.minimum(begin + split_depth, depth)
-    for first in range(begin, end, run_depth):
-        sum_of_run = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        for k in range(first, tl.minimum(first + run_depth, end), BLOCK_DEPTH):
-            here = tl.cast(k, tl.int64) * stride_x_depth
-            there = k + inner < end
-            if CLAMP:
-                a = tl.load(left_ptr + here + left, mask=there[None, :], other=0.0)
-                b = tl.load(right_ptr + here + right, mask=there[:, None], other=0.0)
-            else:
-                left_mask = (offset[:, None] < rows) & there[None, :]
-                right_mask = (offset[None, :] < columns) & there[:, None]
-                a = tl.load(left_ptr + here + left, mask=left_mask, other=0.0)
-                b = tl.load(right_ptr + here + right, mask=right_mask, other=0.0)
-            sum_of_run = tl.dot(a, b, sum_of_run, input_precision=PRECISION)
-        total += sum_of_run
+    if RUNS:
+        for first in range(begin, end, run_depth):
+            total += _add_run(
+                tl.zeros((BLOCK, BLOCK), dtype=tl.float32),
+                left_ptr,
+                right_ptr,
+                left,
+                right,
+                rows,
+                columns,
+                first,
+                tl.minimum(first + run_depth, end),
+                end,
+                stride_x_depth,
+                BLOCK,
+                BLOCK_DEPTH,
+                CLAMP,
+                PRECISION,
+            )
+    else:
+        total = _add_run(
+            total,
+            left_ptr,
+            right_ptr,
+            left,
+            right,
+            rows,
+            columns,
+            begin,
+            end,
+            end,
+            stride_x_depth,
+            BLOCK,
+            BLOCK_DEPTH,
+            CLAMP,
+            PRECISION,
+        )
 
     parts_ptr += part.to(tl.int64) * n * n + first_row * n + first_column
     inside = (offset[:, None] < rows) & (offset[None, :] < columns)
@@ -208,6 +265,7 @@ def gram_launches(
             "BLOCK": tile.rows,
             "BLOCK_DEPTH": tile.depth,
             "CLAMP": flat.stride(2) == 1,
+            "RUNS": tiles.in_runs(kind),
             "PRECISION": "ieee" if kind == "half" else kind,
         },
         tile,

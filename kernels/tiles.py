@@ -16,7 +16,7 @@ from krrst_fast.kernels.common import HOPPER, Tile
 GRAM = {
     ("half", "hopper"): (Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
     ("half", "ampere"): (Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4)),
-    ("tf32x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 16, 8, 4)),
+    ("tf32x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
     ("tf32x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
     ("ieee", "hopper"): (Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
     ("ieee", "ampere"): (Tile(32, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
@@ -86,6 +86,11 @@ class Depth(NamedTuple):
 def kind_of(x: Tensor, input_precision: str) -> str:
     """The first half of the keys of the table."""
     return "half" if x.dtype == torch.float16 else input_precision
+
+
+def in_runs(kind: str) -> bool:
+    """Whether tensor cores add up from one step to the next; in tf32x3 each step starts from 0."""
+    return kind in ("half", "fp16x3")
 
 
 def generation(arch: int) -> str:

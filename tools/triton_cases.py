@@ -41,6 +41,9 @@ def _thin_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
             for label, left in (("rows", a), ("columns", _matrix(1000, 8192, a.dtype, "columns"))):
                 launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
                 yield f"thin_matmul {kind} {columns} {label}", launches
+            left, b = _matrix(8192, 1000, a.dtype, "columns"), _matrix(1000, columns, b.dtype)
+            launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
+            yield f"thin_matmul {kind} {columns} transposed", launches
         odd, b = _matrix(1000, 8192, a.dtype, "odd"), _matrix(8192, 512, b.dtype, "columns")
         for label, left in (("rows", a), ("odd", odd)):
             launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
