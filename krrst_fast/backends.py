@@ -7,9 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from krrst_fast import library
+from krrst_fast import gpu, library, plain
+from krrst_fast.factor import SOLVERS, Solver
 
-BackendName = Literal["auto", "cpp", "torch", "reference"]
+BackendName = Literal["auto", "cpp", "tuned", "triton", "cuda", "torch", "reference"]
+
+
+def _torch_solver(k: Tensor, columns: int) -> Solver:
+    return SOLVERS["torch"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,40 @@ class Backend:
         refuses: why it cannot compute on tensors like this one, or None.
         gram: `reference.gram`.
         matmul: a @ b.
+        fused_mse: `reference.predicted_residual_mse` of one problem, if it has that in one piece.
+        fused_closing: `reference.closing_matmul` of one problem, likewise.
+        solver: who factors a gram like this one and solves with so many right-hand sides, and how.
+        halves: precision="fast" gives it the features in float16.
+        on_request: never taken by "auto".
 
-    Both take one problem [., .] or N of them [N, ., .].
+    All take one problem [., .] or N of them [N, ., .].
     """
 
     name: str
     refuses: Callable[[Tensor], str | None]
-    gram: Callable[[Tensor, float, float], Tensor]
+    gram: Callable[[Tensor, float | Tensor, float], Tensor]
     matmul: Callable[[Tensor, Tensor], Tensor]
+    fused_mse: Callable[..., tuple[Tensor, Tensor]] | None = None
+    fused_closing: Callable[..., Tensor] | None = None
+    solver: Callable[[Tensor, int], Solver] = _torch_solver
+    halves: bool = False
+    on_request: bool = False
+
+    def mse(
+        self, f: Tensor, w: Tensor, y: Tensor, scale: float | Tensor, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """E = scale f w + offset - y and the mean of E^2: `reference.predicted_residual_mse`."""
+        if self.fused_mse is not None:
+            return self.fused_mse(f, w, y, scale, offset)
+        return plain.mse(self.matmul, f, w, y, scale, offset)
+
+    def closing(
+        self, alpha: Tensor, v: Tensor, beta: Tensor, w: Tensor, scale: float | Tensor
+    ) -> Tensor:
+        """scale (alpha v^T - beta w^T) [N?, M, D]: `reference.closing_matmul`."""
+        if self.fused_closing is not None:
+            return self.fused_closing(alpha, v, beta, w, scale)
+        return plain.closing(self.matmul, alpha, v, beta, w, scale)
 
 
 def _cpp_refuses(x: Tensor) -> str | None:
@@ -51,9 +82,9 @@ _MANY = 128  # problems
 _GRAM_ROWS = 48
 
 
-def _cpp_gram(x: Tensor, scale: float, bias: float) -> Tensor:
+def _cpp_gram(x: Tensor, scale: float | Tensor, bias: float) -> Tensor:
     if x.ndim == 2 and x.shape[0] < _GRAM_ROWS:
-        return _torch_gram(x, scale, bias)
+        return plain.gram(x, scale, bias)
     return torch.ops.krrst_fast.gram(x, scale, bias)
 
 
@@ -80,23 +111,32 @@ def _is_deep(a: Tensor) -> bool:
     return a.stride(0) == 1 and a.shape[1] >= _DEEP
 
 
-def _torch_gram(x: Tensor, scale: float, bias: float) -> Tensor:
-    k = x @ x.mT
-    k = k if scale == 1.0 else k.mul_(scale)
-    return k.add_(bias) if bias else k
-
-
 def _never_refuses(x: Tensor) -> str | None:
     return None
 
 
 BACKENDS = (
     Backend("cpp", _cpp_refuses, _cpp_gram, _cpp_matmul),
-    Backend("torch", _never_refuses, _torch_gram, torch.matmul),
+    Backend(
+        *("tuned", gpu.tuned_refuses, gpu.tuned_gram, gpu.tuned_matmul),
+        *(gpu.tuned_mse, gpu.tuned_closing, gpu.tuned_solver),
+        halves=True,
+    ),
+    Backend(
+        *("triton", gpu.triton_refuses, gpu.gram, gpu.matmul, gpu.mse, gpu.closing),
+        halves=True,
+        on_request=True,
+    ),
+    Backend(
+        *("cuda", gpu.cuda_refuses, gpu.gram, gpu.matmul, gpu.mse, gpu.closing, gpu.cuda_solver),
+        halves=True,
+        on_request=True,
+    ),
+    Backend("torch", _never_refuses, plain.gram, torch.matmul),
 )
 
 
-def _traced_gram(x: Tensor, scale: float, bias: float) -> Tensor:
+def _traced_gram(x: Tensor, scale: float | Tensor, bias: float) -> Tensor:
     k = scale * torch.ops.krrst_fast.matmul(x, x.mT)
     return k + bias if bias else k
 
@@ -116,10 +156,14 @@ def choose(name: str, x: Tensor, op: str) -> Backend:
         ValueError: there is no such backend, or it refuses; the message has its reason.
     """
     for backend in BACKENDS:
-        if name in ("auto", backend.name):
+        if name == backend.name or (name == "auto" and not backend.on_request):
             reason = backend.refuses(x)
+            if torch.compiler.is_compiling() and reason is None:
+                if backend.name in _TRACED:
+                    return _TRACED[backend.name]
+                reason = "torch.compile cannot trace it"
             if reason is None:
-                return _TRACED[backend.name] if torch.compiler.is_compiling() else backend
+                return backend
             if name != "auto":
                 raise ValueError(f"{op}: backend {name!r} cannot compute this: {reason}")
     names = ["auto", *(backend.name for backend in BACKENDS)]

@@ -25,6 +25,27 @@ _log = logging.getLogger("krrst_fast")
 _RESIDUAL_ROWS = 1024
 
 
+class Solver(NamedTuple):
+    """Who factors a gram, and how systems are solved with the factor.
+
+    Attributes:
+        own: on a GPU our own Cholesky in place of torch's. (On the CPU ours takes what is small.)
+        inverse: the inverse of the factor is computed once, and a solve is two products with it
+            instead of two triangular solves, which wait for one row after the other.
+    """
+
+    own: bool
+    inverse: bool
+
+
+SOLVERS = {
+    "torch": Solver(own=False, inverse=False),
+    "torch inverse": Solver(own=False, inverse=True),
+    "cuda": Solver(own=True, inverse=False),
+    "cuda inverse": Solver(own=True, inverse=True),
+}
+
+
 class Factor(NamedTuple):
     """The Cholesky factor of k + ridge I, for one problem or for each of N.
 
@@ -33,12 +54,22 @@ class Factor(NamedTuple):
         ridge: the number that was added to the diagonal [N?].
         retries: how often it was raised [N?] int64.
         pivot: 0, or the number, from 1, of the pivot that failed [N?] int32.
+        inverse: of the factor [N?, M, M]; without one, [N?, 0, 0].
     """
 
     factor: Tensor
     ridge: Tensor
     retries: Tensor
     pivot: Tensor
+    inverse: Tensor
+
+
+class _Try(NamedTuple):
+    """What one ridge gave: factor, failed pivots and inverse as in `Factor`."""
+
+    factor: Tensor
+    pivot: Tensor
+    inverse: Tensor
 
 
 def factor_dtype(k: Tensor) -> torch.dtype:
@@ -46,37 +77,29 @@ def factor_dtype(k: Tensor) -> torch.dtype:
     return torch.float64 if k.shape[-1] <= FLOAT64_UP_TO else k.dtype
 
 
-def factor_one(k: Tensor, lam: Tensor, retries: int) -> Factor:
+def factor_one(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
     """`ridge_factor` of one gram [M, M], which raises when the last ridge fails."""
-    ridge, cholesky = lam.clone(), _large if k.shape[0] > FLOAT64_UP_TO else _small
+    ridge = lam.clone()
     _require_ridge(lam, k.shape[-1])
     factor = None
     for attempt in range(retries + 1):
-        factor, pivot = cholesky(k, ridge, factor)
-        if pivot.item() == 0:
+        if k.shape[0] > FLOAT64_UP_TO and not solver.own:
+            factor, pivot = _in_place(k, ridge, factor)
+            tried = _Try(factor, pivot, _inverse(factor, solver.inverse))
+        else:
+            tried = _cholesky(k, ridge, solver)
+        if tried.pivot.item() == 0:
             if attempt:
                 _log.warning("ridge_factor: ridge raised %d times to %.3g", attempt, ridge.item())
-            return Factor(factor, ridge, torch.full((), attempt, device=k.device), pivot)
+            count = torch.full((), attempt, device=k.device)
+            return Factor(tried.factor, ridge, count, tried.pivot, tried.inverse)
         if attempt < retries:
             ridge = ridge * RIDGE_FACTOR
-    raise _failure(k, lam, ridge, retries, int(pivot.item()), factor_dtype(k))
+    raise _failure(k, lam, ridge, retries, int(tried.pivot.item()), factor_dtype(k))
 
 
-def _small(k: Tensor, ridge: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factor of one gram in float64 [M, M], and its failed pivot []."""
-    factor, pivot = _many(k[None], ridge[None])
-    return factor[0], pivot[0]
-
-
-def _many(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors in float64 [N, M, M] and failed pivots [N], by our own kernels where they win."""
-    if k.device.type == "cpu":
-        return torch.ops.krrst_fast.batched_cholesky(k, ridge)
-    return reference.batched_cholesky(k, ridge)
-
-
-def _large(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same in the precision of the gram, in the memory of the last try: column by column."""
+def _in_place(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factor in the precision of the gram, in the memory of the last try, column by column."""
     factor = k.new_empty(k.shape).mT if factor is None else factor
     factor.mT.copy_(k)
     factor.diagonal().add_(ridge)
@@ -87,18 +110,19 @@ def _large(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Ten
     return factor, pivot if finite else pivot.clamp(min=1)
 
 
-def factor_many(k: Tensor, lam: Tensor, retries: int) -> Factor:
+def factor_many(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
     """`ridge_factor` of N grams [N, M, M]: only those that fail are tried again."""
     _require_ridge(lam, k.shape[-1])
     ridge, count = lam.clone(), torch.zeros_like(lam, dtype=torch.int64)
-    factor, pivot = _cholesky(k, ridge)
+    factor, pivot, inverse = _cholesky(k, ridge, solver)
     for attempt in range(1, retries + 1):
         failed = pivot.nonzero().squeeze(1)
         if len(failed) == 0:
             break
         ridge[failed] *= RIDGE_FACTOR
         count[failed] = attempt
-        factor[failed], pivot[failed] = _cholesky(k[failed], ridge[failed])
+        again = _cholesky(k[failed], ridge[failed], solver)
+        factor[failed], pivot[failed], inverse[failed] = again
     failed = pivot.nonzero().squeeze(1)
     if len(failed):
         i = int(failed[0])
@@ -106,39 +130,65 @@ def factor_many(k: Tensor, lam: Tensor, retries: int) -> Factor:
     raised = int((count > 0).sum())
     if raised:
         _log.warning("ridge_factor: ridge raised in %d of %d problems", raised, len(k))
-    return Factor(factor, ridge, count, pivot)
+    return Factor(factor, ridge, count, pivot, inverse)
 
 
-def factor_unread(k: Tensor, lam: Tensor, retries: int) -> Factor:
+def factor_unread(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
     """`ridge_factor` of [N?, M, M] without a look at any value: what has no factor becomes NaN.
 
     The whole ladder is climbed, whether it is needed or not: a decision would be a look.
     """
     ridge, count = lam.clone(), torch.zeros_like(lam, dtype=torch.int64)
-    factor, pivot = _cholesky(k, ridge)
+    factor, pivot, inverse = _cholesky(k, ridge, solver)
     for _ in range(retries):
         failed = pivot != 0
         ridge = torch.where(failed, ridge * RIDGE_FACTOR, ridge)
         count = count + failed
-        again, pivot_again = _cholesky(k, ridge)
-        factor = torch.where(failed[..., None, None], again, factor)
-        pivot = torch.where(failed, pivot_again, pivot)
+        again = _cholesky(k, ridge, solver)
+        factor = torch.where(failed[..., None, None], again.factor, factor)
+        inverse = torch.where(failed[..., None, None], again.inverse, inverse)
+        pivot = torch.where(failed, again.pivot, pivot)
     failed = (pivot != 0) | (~(lam > 0) if k.shape[-1] else False)
     factor = factor.masked_fill(failed[..., None, None], math.nan)
-    return Factor(factor, ridge, count, torch.where(failed, pivot.clamp(min=1), pivot))
+    inverse = inverse.masked_fill(failed[..., None, None], math.nan)
+    return Factor(factor, ridge, count, torch.where(failed, pivot.clamp(min=1), pivot), inverse)
 
 
-def _cholesky(k: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+def _cholesky(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
     """Factors of k + ridge I [N?, M, M] and failed pivots [N?], without a look at any value."""
+    if k.ndim == 2 and k.shape[-1] <= FLOAT64_UP_TO:
+        return _Try(*(x[0] for x in _cholesky(k[None], ridge[None], solver)))
+    if k.ndim == 2 and solver.own:
+        return _own(k, ridge, solver)
     if k.shape[-1] <= FLOAT64_UP_TO:
-        if k.ndim == 2:
-            return _small(k, ridge, None)
-        return _many(k, ridge)
+        own = solver.own or k.device.type == "cpu"
+        factors = torch.ops.krrst_fast if own else reference
+        factor, pivot = factors.batched_cholesky(k, ridge)
+        return _Try(factor, pivot, _inverse(factor, solver.inverse))
     system = k.to(factor_dtype(k), copy=True)
     system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
     factor, pivot = torch.linalg.cholesky_ex(system)
     finite = factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-    return factor, torch.where(finite, pivot, pivot.clamp(min=1))
+    pivot = torch.where(finite, pivot, pivot.clamp(min=1))
+    return _Try(factor, pivot, _inverse(factor, solver.inverse))
+
+
+def _own(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
+    """A large gram by our Cholesky: L^-1 I, where it is wanted, comes out of the same steps."""
+    columns = k.new_empty(len(k), 0)
+    if solver.inverse:
+        columns = torch.eye(len(k), dtype=k.dtype, device=k.device)
+    factor, half, pivot = torch.ops.krrst_fast.cholesky(k, ridge, columns, False)
+    return _Try(factor, pivot, half if solver.inverse else k.new_empty(0, 0))
+
+
+def _inverse(factor: Tensor, wanted: bool) -> Tensor:
+    """L^-1 [N?, M, M], or [N?, 0, 0]."""
+    *batch, rows, _ = factor.shape
+    if not wanted:
+        return factor.new_empty(*batch, 0, 0)
+    eye = torch.eye(rows, dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
 
 
 def _failure(
@@ -185,16 +235,29 @@ def _require_ridge(lam: Tensor, rows: int) -> None:
         )
 
 
-def cholesky_solve(y: Tensor, factor: Tensor) -> Tensor:
-    """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
+def cholesky_solve(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
+    """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y.
+
+    inverse: as in `Factor`; own: as in `Solver`.
+    """
+    if inverse.shape[-1] > 0:
+        return (inverse.mT @ (inverse @ y.to(factor.dtype))).to(y.dtype)
+    on_cpu = y.device.type == "cpu"
     if factor.dtype == torch.float64 and factor.shape[-1] <= FLOAT64_UP_TO:
-        # Measured on the CPU alone: elsewhere it is torch that solves.
-        own = torch.ops.krrst_fast.batched_cholesky_solve
-        solve = own if y.device.type == "cpu" else reference.batched_cholesky_solve
-        return solve(y, factor) if factor.ndim == 3 else solve(y[None], factor[None])[0]
+        solves = torch.ops.krrst_fast if own or on_cpu else reference
+        if factor.ndim == 3:
+            return solves.batched_cholesky_solve(y, factor)
+        return solves.batched_cholesky_solve(y[None], factor[None])[0]
+    solve = torch.cholesky_solve if on_cpu else _by_substitution
     if y.dtype == factor.dtype:
-        return torch.cholesky_solve(y, factor)
-    return torch.cholesky_solve(y.to(factor.dtype), factor).to(y.dtype)
+        return solve(y, factor)
+    return solve(y.to(factor.dtype), factor).to(y.dtype)
+
+
+def _by_substitution(y: Tensor, factor: Tensor) -> Tensor:
+    """Two triangular solves: cuSOLVER's own function for both is the slower one."""
+    half = torch.linalg.solve_triangular(factor, y, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def residual(k: Tensor, ridge: Tensor, x: Tensor, y: Tensor) -> Tensor:

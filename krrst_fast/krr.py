@@ -14,7 +14,7 @@ from krrst_fast.ops import checks
 from krrst_fast.ops.forms import Kernel, Solve, features, fit_dual, fit_primal
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.options import FitOptions, read, takes
-from krrst_fast.ops.prepare import Problem, cast, fold, prepare, result_dtype, unfold
+from krrst_fast.ops.prepare import Problem, cast, fold, prepare, result_dtype, rounded, unfold
 from krrst_fast.ops.product import product
 from krrst_fast.planner import cheapest
 from krrst_fast.reference import round_features
@@ -176,6 +176,8 @@ def krr_fit(f_syn: Tensor, y_syn: Tensor, **options: Unpack[FitOptions]) -> KRRF
     chosen = read(op, options, FitOptions)
     checks.not_mapped(op, *(x for x in (f_syn, y_syn) if isinstance(x, Tensor)))
     problem = prepare(op, chosen, f_syn, y_syn)
+    if chosen.precision == "fast":
+        problem = rounded(problem)
     (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
     if m == 0:
         raise ValueError(f"{op}: f_syn must have at least one row, got {tuple(f_syn.shape)}")

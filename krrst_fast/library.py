@@ -19,7 +19,9 @@ from krrst_fast import reference
 from krrst_fast.exact import exact_arithmetic
 from krrst_fast.factor import (
     FLOAT64_UP_TO,
+    SOLVERS,
     Factor,
+    Solver,
     cholesky_solve,
     factor_dtype,
     factor_many,
@@ -77,10 +79,10 @@ def _cholesky_fake(
     return factor, k.new_empty(y.shape, dtype=dtype), k.new_empty((), dtype=torch.int32)
 
 
-def _factored(k: Tensor, lam: Tensor, retries: int, raises: bool) -> Factor:
+def _factored(k: Tensor, lam: Tensor, retries: int, raises: bool, solver: Solver) -> Factor:
     if not raises:
-        return factor_unread(k, lam, retries)
-    return factor_one(k, lam, retries) if k.ndim == 2 else factor_many(k, lam, retries)
+        return factor_unread(k, lam, retries, solver)
+    return (factor_one if k.ndim == 2 else factor_many)(k, lam, retries, solver)
 
 
 def _by_columns(k: Tensor, raises: bool) -> bool:
@@ -89,29 +91,31 @@ def _by_columns(k: Tensor, raises: bool) -> bool:
 
 
 def _ridge_factor_impl(
-    k: Tensor, lam: Tensor, retries: int, raises: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factor, ridge, count, pivot = _factored(k, lam, retries, raises)
+    k: Tensor, lam: Tensor, retries: int, raises: bool, own: bool, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = _factored(k, lam, retries, raises, Solver(own, inverse))
     # As the shape rule below says, whoever computed it.
-    factor = factor if _by_columns(k, raises) else factor.contiguous()
-    return factor, ridge, count, pivot
+    factor = found.factor if _by_columns(k, raises) and not own else found.factor.contiguous()
+    return found._replace(factor=factor, inverse=found.inverse.contiguous())
 
 
 def _ridge_factor_fake(
-    k: Tensor, lam: Tensor, retries: int, raises: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k: Tensor, lam: Tensor, retries: int, raises: bool, own: bool, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     factor = k.new_empty(k.shape, dtype=factor_dtype(k))
-    if _by_columns(k, raises):
+    inverted = factor.new_empty(k.shape if inverse else (*k.shape[:-2], 0, 0))
+    if _by_columns(k, raises) and not own:
         factor = factor.mT
     count = torch.empty_like(lam, dtype=torch.int64)
-    return factor, torch.empty_like(lam), count, torch.empty_like(lam, dtype=torch.int32)
+    pivot = torch.empty_like(lam, dtype=torch.int32)
+    return factor, torch.empty_like(lam), count, pivot, inverted
 
 
-def _factored_solve_impl(y: Tensor, factor: Tensor) -> Tensor:
-    return cholesky_solve(y, factor).contiguous()
+def _factored_solve_impl(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
+    return cholesky_solve(y, factor, inverse, own).contiguous()
 
 
-def _factored_solve_fake(y: Tensor, factor: Tensor) -> Tensor:
+def _factored_solve_fake(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
     return y.new_empty(y.shape)
 
 
@@ -120,7 +124,9 @@ def _traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
 
 
-def ridge_factor(k: Tensor, lam: Tensor, retries: int, raises: bool = True) -> Factor:
+def ridge_factor(
+    k: Tensor, lam: Tensor, retries: int, raises: bool = True, solver: Solver = SOLVERS["torch"]
+) -> Factor:
     """Lower Cholesky factor of k + lam I; a failure is tried again with ten times the ridge.
 
     Args:
@@ -129,21 +135,22 @@ def ridge_factor(k: Tensor, lam: Tensor, retries: int, raises: bool = True) -> F
         retries: how many more times at most.
         raises: look at the result, stop climbing when there is a factor and raise when there is
             none; otherwise nothing is read back from the device.
+        solver: who factors, and whether the factor is inverted.
 
     Raises:
         NonFiniteError: k or lam holds NaN or infinity.
         NotPositiveDefiniteError: lam is negative, or no factor even with the largest ridge.
     """
     if _traced(k):
-        return Factor(*torch.ops.krrst_fast.ridge_factor(k, lam, retries, raises))
-    return _factored(k, lam, retries, raises)
+        return Factor(*torch.ops.krrst_fast.ridge_factor(k, lam, retries, raises, *solver))
+    return _factored(k, lam, retries, raises, solver)
 
 
-def factored_solve(y: Tensor, factor: Tensor) -> Tensor:
+def factored_solve(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
     """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
     if _traced(y):
-        return torch.ops.krrst_fast.factored_solve(y, factor)
-    return cholesky_solve(y, factor)
+        return torch.ops.krrst_fast.factored_solve(y, factor, inverse, own)
+    return cholesky_solve(y, factor, inverse, own)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -185,13 +192,15 @@ _define(
 )
 _define("matmul(Tensor a, Tensor b) -> Tensor", torch.matmul, _matmul_fake)
 _define(
-    "ridge_factor(Tensor k, Tensor lam, int retries, bool raises) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "ridge_factor(Tensor k, Tensor lam, int retries, bool raises, bool own, bool inverse) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _ridge_factor_impl,
     _ridge_factor_fake,
 )
 _define(
-    "factored_solve(Tensor y, Tensor factor) -> Tensor", _factored_solve_impl, _factored_solve_fake
+    "factored_solve(Tensor y, Tensor factor, Tensor inverse, bool own) -> Tensor",
+    _factored_solve_impl,
+    _factored_solve_fake,
 )
 _define(
     "views(Tensor images, Tensor index, Tensor offset, Tensor flip, int padding, float[] mean, "

@@ -60,7 +60,9 @@ def cholesky(k: Tensor, ridge: Tensor, y: Tensor, float64: bool) -> tuple[Tensor
     eye = torch.eye(k.shape[-1], dtype=dtype, device=k.device)
     factor, pivot = torch.linalg.cholesky_ex(k.to(dtype) + ridge.to(dtype) * eye)
     half = torch.linalg.solve_triangular(factor, y.to(dtype), upper=False)
-    return factor, half.contiguous(), pivot
+    # NaN passes the test of a pivot in some builds of LAPACK
+    finite = factor.diagonal().sum().isfinite()
+    return factor, half.contiguous(), torch.where(finite, pivot, pivot.clamp(min=1))
 
 
 def absolute_ridge(k: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge: bool) -> Tensor:
@@ -138,13 +140,30 @@ def round_features(f_syn: Tensor, f_real: Tensor | None) -> tuple[Tensor, Tensor
     range, so that the scale of the features does not matter and equal features stay equal. What is
     below 2^-29 of the largest entry loses digits, below 2^-40 it becomes 0.
     """
-    with torch.no_grad():
-        largest = _largest(f_syn)
-        if f_real is not None:
-            largest = torch.maximum(largest, _largest(f_real))
-        exponent = torch.where(largest > 0, 15 - largest.log2().ceil(), largest)
-        unit = torch.exp2(exponent.clamp(-100, 100))
+    unit = _unit(f_syn, f_real)
     return _rounded(f_syn, unit), None if f_real is None else _rounded(f_real, unit)
+
+
+def half_features(f_syn: Tensor, f_real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `round_features` gives, times a power of two, in float16; and that power [] (or [N?]).
+
+    No gradient: it is that of the rounded features times the power.
+    """
+    unit = _unit(f_syn, f_real)
+    halves = [torch.empty_like(f, dtype=torch.float16) for f in (f_syn, f_real)]
+    for f, half in zip((f_syn, f_real), halves):
+        torch.mul(f.detach(), unit, out=half)  # in one pass over a large matrix
+    return halves[0], halves[1], unit[..., 0, 0]
+
+
+@torch.no_grad()
+def _unit(f_syn: Tensor, f_real: Tensor | None) -> Tensor:
+    """The power of two [..., 1, 1]; no larger than that its square is a float32."""
+    largest = _largest(f_syn)
+    if f_real is not None:
+        largest = torch.maximum(largest, _largest(f_real))
+    exponent = torch.where(largest > 0, 15 - largest.log2().ceil(), largest)
+    return torch.exp2(exponent.clamp(-60, 60))
 
 
 def _largest(f: Tensor) -> Tensor:

@@ -205,9 +205,9 @@ def problem(
     return tensors
 
 
-def backends_of(device: str) -> list[str]:
-    """The backends that compute on this device, fastest first."""
-    x = torch.empty(1, 1, device=device)
+def backends_of(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that compute on this device in this precision, fastest first."""
+    x = torch.empty(1, 1, device=device, dtype=dtype)
     return [backend.name for backend in backends.BACKENDS if backend.refuses(x) is None]
 
 
@@ -227,8 +227,8 @@ def _gram(device: str) -> Iterator[Result]:
     def formula(f_syn: Tensor) -> Tensor:
         return SCALE * (f_syn @ f_syn.mT) + BIAS
 
-    for name in backends_of(device):
-        for precision in (FLOAT32, FLOAT64):
+    for precision in (FLOAT32, FLOAT64):
+        for name in backends_of(device, precision.plain):
             got = partial(_gram_of, name)
             yield run("gram", name, got, formula, problems, precision)
 
@@ -260,8 +260,8 @@ def predicted(
 
 def _krr(device: str) -> Iterator[Result]:
     """krr_mse and krr_predict: each closed form, each precision, and batches of problems."""
-    for name in backends_of(device):
-        for precision in PRECISIONS:
+    for precision in PRECISIONS:
+        for name in backends_of(device, precision.plain):
             how: dict[str, Any] = {"backend": name, **precision.settings}
             extra = "ridge out_syn out_real"
             if how.get("precision") != "fast":  # which rounds weighted rows, and not these
@@ -363,7 +363,7 @@ def _fits(device: str) -> Iterator[Result]:
     tall = [problem(TALL[1], device, names)]
     one = partial(_path_formula, ridges=RIDGES[1:2])
     for precision in (FLOAT32, FLOAT64):
-        for name in backends_of(device):
+        for name in backends_of(device, precision.plain):
             for form in FORMS:
                 got = partial(fit, backend=name, form=form)
                 check = f"krr_fit and leave-one-out, form {form}"

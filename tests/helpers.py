@@ -6,6 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from krrst_fast.backends import BACKENDS
+
+BACKEND_NAMES = [one.name for one in BACKENDS if one.refuses(torch.empty(1, 1)) is None]
+"""The backends that compute on the CPU here."""
 NAMES = ("f_syn", "y_syn", "f_real", "y_real")
 SHAPES = [  # M, D, B, P: ones, primes, M > D, D > M, more targets than images
     (1, 1, 1, 1),

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from krrst_fast import NonFiniteError, gram, reference
-from krrst_fast.backends import BACKENDS
-from tests.helpers import assert_equal, features, loss_and_gradients
-
-BACKEND_NAMES = [backend.name for backend in BACKENDS]
+from tests.helpers import BACKEND_NAMES, assert_equal, features, loss_and_gradients
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)

@@ -8,11 +8,17 @@ from krrst_fast import (
     krr_mse,
     krr_predict,
 )
-from krrst_fast.backends import BACKENDS
 from krrst_fast.planner import FORMS
-from tests.helpers import NAMES, SHAPES, assert_equal, formula, loss_and_gradients, problem
+from tests.helpers import (
+    BACKEND_NAMES,
+    NAMES,
+    SHAPES,
+    assert_equal,
+    formula,
+    loss_and_gradients,
+    problem,
+)
 
-BACKEND_NAMES = [backend.name for backend in BACKENDS]
 CONDITIONS = [1e2, 1e6, "duplicates"]
 KERNELS = [
     {},

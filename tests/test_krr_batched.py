@@ -13,11 +13,9 @@ from krrst_fast import (
     krr_predict,
     ridge_solve,
 )
-from krrst_fast.backends import BACKENDS
 from krrst_fast.planner import FORMS
-from tests.helpers import NAMES, assert_equal, loss_and_gradients, problem
+from tests.helpers import BACKEND_NAMES, NAMES, assert_equal, loss_and_gradients, problem
 
-BACKEND_NAMES = [backend.name for backend in BACKENDS]
 WEIGHT = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 KERNELS = [
     {},

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from krrst_fast import library
-from krrst_fast.backends import BACKENDS
 from krrst_fast.factor import FLOAT64_UP_TO
 from krrst_fast.ops.krr import krr_mse
+from tests.helpers import BACKEND_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -55,7 +55,7 @@ def _loss_and_gradients(tensors: list[Tensor], form: str, backend: str, **option
     return info, torch.autograd.grad(loss, [*tensors, ridge])
 
 
-@pytest.fixture(params=[backend.name for backend in BACKENDS])
+@pytest.fixture(params=BACKEND_NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpp" and not library.has_extension():
         pytest.skip(library.EXTENSION)

@@ -10,14 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "krrst_fast"
 
 ROWS = (
-    ("errors", "files", "config", "environment", "seeding", "reference", "_native", "_C", "exact"),
-    ("library", "factor", "backends", "planner", "ops", "kernels"),
+    (
+        *("errors", "files", "config", "environment", "seeding", "_native", "_C", "exact"),
+        *("reference", "plain", "measured"),
+    ),
+    ("library", "factor", "gpu", "backends", "planner", "ops", "kernels"),
     ("krr", "path", "estimator_base", "estimator", "head"),
     ("data", "models", "targets", "distilled_set", "distill", "baselines", "evaluate"),
     # Its names are public: whoever imports them imports what they need.
     (
         *("report", "run_folder", "contact_sheet", "figures", "verdict"),
-        *("presets", "settings", "info", "selftest", "selftest_checks", "cli"),
+        *("presets", "settings", "info", "selftest", "selftest_checks", "selftest_choices", "cli"),
         *("__main__", "__init__"),
     ),
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from krrst_fast import library
-from krrst_fast.factor import FLOAT64_UP_TO
+from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS
 from tests.helpers import assert_equal, features
 
 EXTENSION = pytest.mark.skipif(not library.has_extension(), reason=library.EXTENSION)
@@ -30,7 +30,11 @@ def test_opcheck(n: int, d: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.gram.default, (x.mT, 2.0, 0.5))
     torch.library.opcheck(ops.thin_matmul.default, (x, torch.randn(d, 3, dtype=dtype)))
     k = x @ x.mT + torch.eye(n, dtype=dtype)
-    torch.library.opcheck(ops.ridge_factor.default, (k, torch.tensor(0.1, dtype=dtype), 2, True))
+    lam = torch.tensor(0.1, dtype=dtype)
+    for solver in SOLVERS.values():
+        torch.library.opcheck(ops.ridge_factor.default, (k, lam, 2, True, *solver))
+        factor, *_, inverse = ops.ridge_factor(k, lam, 0, True, *solver)
+        torch.library.opcheck(ops.factored_solve.default, (x, factor, inverse, solver.own))
 
 
 @EXTENSION
@@ -97,6 +101,6 @@ def test_ridge_factor_prefers_float64_only_where_it_is_free() -> None:
     ):
         k = features(n, n, 1e2, generator).float()
         k = k @ k.mT
-        factor, ridge, retries, _ = library.ridge_factor(k, torch.tensor(0.5), 0)
+        factor, ridge, retries, *_ = library.ridge_factor(k, torch.tensor(0.5), 0)
         assert factor.dtype == dtype and retries == 0 and ridge == 0.5
         assert_equal(factor.double() @ factor.double().mT, k.double() + 0.5 * torch.eye(n), 1e-5)

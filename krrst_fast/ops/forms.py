@@ -7,7 +7,9 @@ which products carry F_s: "k" keeps K_rs, "w" keeps W, "primal" solves
 A scale multiplies every product of features; the constant of the affine kernel enters as a rank-one
 term, never as a column of ones.
 
-All tensors are those of one problem, or of N of them with a first dimension N.
+All tensors are those of one problem, or of N of them with a first dimension N. Features may be in
+float16 with a power of two of their own: then the scale is that of these features, and the
+gradients are those of the features before.
 """
 
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from torch import Tensor
 from krrst_fast.backends import Backend
 from krrst_fast.factor import residual
 from krrst_fast.library import factored_solve, ridge_factor
+from krrst_fast.plain import predicted, scaled
 
 
 class Inputs(NamedTuple):
@@ -36,6 +39,7 @@ class Solve(NamedTuple):
         lam: the ridge that was added [].
         retries: how often the ridge was raised [].
         pivot: 0, or which pivot failed [].
+        inverse: of the factor, or [0, 0].
         base: lam at ridge = 1 [].
         coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
         product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else None.
@@ -46,10 +50,27 @@ class Solve(NamedTuple):
     lam: Tensor
     retries: Tensor
     pivot: Tensor
+    inverse: Tensor
     base: Tensor
     coefficients: Tensor
     product: Tensor | None
     gram: Tensor | None
+
+
+class Readout(NamedTuple):
+    """A prediction [N?, B, P] that is still to be multiplied: scale left right + offset."""
+
+    left: Tensor
+    right: Tensor
+    scale: float | Tensor
+    offset: Tensor | None
+
+    def prediction(self, ops: Backend) -> Tensor:
+        return predicted(ops.matmul, *self)
+
+    def mse(self, ops: Backend, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the prediction is off by [N?, B, P], and the mean of its square [N?]."""
+        return ops.mse(self.left, self.right, y, self.scale, self.offset)
 
 
 class Gradients(NamedTuple):
@@ -75,25 +96,36 @@ class Needs(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """scale * <x, y> + bias, the ridge on its gram, and how that is solved."""
+    """scale * <x, y> + bias, the ridge on its gram, and how that is solved.
 
-    scale: float
+    Attributes:
+        unit: what features in float16 were multiplied by, and their gradients are.
+    """
+
+    scale: float | Tensor
     bias: float
     ridge: float | Tensor
     ridge_of: str
     retries: int
     raises: bool
     refine: int
+    unit: float | Tensor = 1.0
+
+    @property
+    def slope(self) -> float | Tensor:
+        """What a gradient to the features is multiplied by."""
+        return self.scale * self.unit
+
+    @property
+    def root_slope(self) -> float | Tensor:
+        """The same where each of the features has a root of the scale."""
+        return self.scale**0.5 * self.unit
 
     def base(self, trace: Tensor, m: int) -> Tensor:
         """What the ridge multiplies."""
         if self.ridge_of == "absolute":
             return torch.ones_like(trace)
         return trace if self.ridge_of == "trace" else trace / max(m, 1)
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x.mul_(scale)
 
 
 def _trace(x: Tensor) -> Tensor:
@@ -106,7 +138,7 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 
 def _add_product(ops: Backend, out: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """out + alpha a b, in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or b.dtype != out.dtype:
         return out.add_(ops.matmul(a, b), alpha=alpha)
     return (out.addmm_ if out.ndim == 2 else out.baddbmm_)(a, b, alpha=alpha)
 
@@ -116,22 +148,22 @@ def _columns(ops: Backend, f: Tensor, y: Tensor) -> Tensor:
     return ops.matmul(f.mT, y) if f.ndim == 2 else ops.matmul(y.mT, f).mT
 
 
-def _joined(ops: Backend, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
-    """[a, b] [c, d]^T [M, D]: two sums of outer products in one."""
-    if left[0].ndim == 2:
-        return ops.matmul(torch.cat(left, -1), torch.cat(right, -1).mT)
-    return ops.matmul(torch.cat(left, -1), torch.cat([x.mT for x in right], -2))
+def _offset(kernel: Kernel, alpha: Tensor) -> Tensor | None:
+    """What the constant of the kernel adds to every prediction [N?, P]."""
+    return scaled(alpha.sum(-2), kernel.bias) if kernel.bias else None
 
 
-def solved(solve: Solve, y: Tensor, refine: int) -> Tensor:
+def solved(ops: Backend, solve: Solve, y: Tensor, refine: int) -> Tensor:
     """(gram + lam I)^-1 y, improved by `refine` steps whose residual is taken in float64."""
-    x = factored_solve(y, solve.factor)
+    own = ops.solver(solve.factor, y.shape[-1]).own
+    x = factored_solve(y, solve.factor, solve.inverse, own)
     if solve.gram is None:
         return x
     wide = x.double()
     for _ in range(refine):
         step = residual(solve.gram, solve.lam, wide, y)
-        wide = wide + factored_solve(step.to(solve.factor.dtype), solve.factor)
+        step = step.to(solve.factor.dtype)
+        wide = wide + factored_solve(step, solve.factor, solve.inverse, own)
     return wide.to(y.dtype)
 
 
@@ -140,32 +172,31 @@ def refines(steps: int, y: Tensor, factor: Tensor) -> bool:
     return steps > 0 and not (y.dtype == torch.float32 and factor.dtype == torch.float64)
 
 
-def factored(kernel: Kernel, gram: Tensor, y: Tensor, rows: int) -> Solve:
+def factored(ops: Backend, kernel: Kernel, gram: Tensor, y: Tensor, rows: int) -> Solve:
     """Factor a gram of `rows` images and solve with it; the product is still to come."""
     base = kernel.base(_trace(gram), rows)
-    factor = ridge_factor(gram, kernel.ridge * base, kernel.retries, kernel.raises)
+    solver = ops.solver(gram, y.shape[-1])
+    factor = ridge_factor(gram, kernel.ridge * base, kernel.retries, kernel.raises, solver)
     kept = gram if refines(kernel.refine, y, factor.factor) else None
     solve = Solve(*factor, base, y, None, kept)
-    return solve._replace(coefficients=solved(solve, y, kernel.refine))
+    return solve._replace(coefficients=solved(ops, solve, y, kernel.refine))
 
 
 def fit_dual(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
     """alpha [M, P], before anything is predicted."""
     k_ss = ops.gram(f_syn, kernel.scale, kernel.bias)  # [M, M]
-    return factored(kernel, k_ss, y_syn, f_syn.shape[-2])
+    return factored(ops, kernel, k_ss, y_syn, f_syn.shape[-2])
 
 
-def solve_k(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
+def solve_k(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Readout, Solve]:
     """Prediction [B, P] through K_rs [B, M]."""
     f_syn, y_syn, f_real = inputs
     solve = fit_dual(ops, kernel, f_syn, y_syn)
     # As K_sr [M, B]: MKL multiplies in this order up to 1.7 times as fast where M < B.
     # Without the bias, whose size would set the size of its rounding.
-    k_sr = _scaled(ops.matmul(f_syn, f_real.mT), kernel.scale)
-    prediction = ops.matmul(k_sr.mT, solve.coefficients)
-    if kernel.bias:
-        prediction.add_(solve.coefficients.sum(-2, keepdim=True), alpha=kernel.bias)
-    return prediction, solve._replace(product=k_sr)
+    k_sr = scaled(ops.matmul(f_syn, f_real.mT), kernel.scale)
+    alpha = solve.coefficients
+    return Readout(k_sr.mT, alpha, 1.0, _offset(kernel, alpha)), solve._replace(product=k_sr)
 
 
 def backward_k(
@@ -177,12 +208,12 @@ def backward_k(
     assert k_sr is not None
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
-        d_f_real = _scaled(ops.matmul(ops.matmul(r, alpha.mT), f_syn), kernel.scale)
+        d_f_real = scaled(ops.matmul(ops.matmul(r, alpha.mT), f_syn), kernel.slope)
     if needs.adjoint:
         adjoint = ops.matmul(k_sr, r)  # [M, P]
         if kernel.bias:
             adjoint.add_(r.sum(-2, keepdim=True), alpha=kernel.bias)
-        beta = solved(solve, adjoint, kernel.refine)  # [M, P]
+        beta = solved(ops, solve, adjoint, kernel.refine)  # [M, P]
         d_lam = -_inner(alpha, beta) if needs.lam else None
     if needs.f_syn:
         assert beta is not None
@@ -190,19 +221,18 @@ def backward_k(
         symmetric = outer + outer.mT
         del outer
         d_f_syn = ops.matmul(ops.matmul(alpha, r.mT), f_real)
-        d_f_syn = _scaled(_add_product(ops, d_f_syn, symmetric, f_syn, -1.0), kernel.scale)
+        d_f_syn = scaled(_add_product(ops, d_f_syn, symmetric, f_syn, -1.0), kernel.slope)
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
-def solve_w(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
+def solve_w(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Readout, Solve]:
     """Prediction [B, P] through W = F_s^T alpha [D, P]."""
     f_syn, y_syn, f_real = inputs
     solve = fit_dual(ops, kernel, f_syn, y_syn)
-    w = _columns(ops, f_syn, solve.coefficients)  # [D, P]
-    prediction = _scaled(ops.matmul(f_real, w), kernel.scale)
-    if kernel.bias:
-        prediction.add_(solve.coefficients.sum(-2, keepdim=True), alpha=kernel.bias)
-    return prediction, solve._replace(product=w)
+    alpha = solve.coefficients
+    w = _columns(ops, f_syn, alpha)  # [D, P]
+    readout = Readout(f_real, w, kernel.scale, _offset(kernel, alpha))
+    return readout, solve._replace(product=w)
 
 
 def backward_w(
@@ -214,33 +244,38 @@ def backward_w(
     assert w is not None
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
-        d_f_real = _scaled(ops.matmul(r, w.mT), kernel.scale)
+        d_f_real = scaled(ops.matmul(r, w.mT), kernel.slope)
     if needs.adjoint:
         dw = _columns(ops, f_real, r)  # [D, P]
-        adjoint = _scaled(ops.matmul(f_syn, dw), kernel.scale)  # [M, P]
+        adjoint = scaled(ops.matmul(f_syn, dw), kernel.scale)  # [M, P]
         if kernel.bias:
             adjoint.add_(r.sum(-2, keepdim=True), alpha=kernel.bias)
-        beta = solved(solve, adjoint, kernel.refine)  # [M, P]
+        beta = solved(ops, solve, adjoint, kernel.refine)  # [M, P]
         d_lam = -_inner(alpha, beta) if needs.lam else None
     if needs.f_syn:
         assert beta is not None
         dw.sub_(_columns(ops, f_syn, beta))
-        d_f_syn = _scaled(_joined(ops, (alpha, -beta), (dw, w)), kernel.scale)
+        d_f_syn = ops.closing(alpha, dw, beta, w, kernel.slope)
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
 def features_t(ops: Backend, kernel: Kernel, f: Tensor, y: Tensor) -> Tensor:
     """Phi^T y [D (+ 1), P] for Phi = [sqrt(scale) F, sqrt(bias)]."""
-    product = _scaled(_columns(ops, f, y), kernel.scale**0.5)
+    product = scaled(_columns(ops, f, y), kernel.scale**0.5)
     if not kernel.bias:
         return product
     return torch.cat((product, kernel.bias**0.5 * y.sum(-2, keepdim=True)), -2)
 
 
+def _readout(kernel: Kernel, f: Tensor, w: Tensor) -> Readout:
+    """Phi w [N, P]."""
+    offset = scaled(w[..., -1, :].clone(), kernel.bias**0.5) if kernel.bias else None
+    return Readout(f, w[..., : f.shape[-1], :], kernel.scale**0.5, offset)
+
+
 def features(ops: Backend, kernel: Kernel, f: Tensor, w: Tensor) -> Tensor:
     """Phi w [N, P]."""
-    product = _scaled(ops.matmul(f, w[..., : f.shape[-1], :]), kernel.scale**0.5)
-    return product.add_(w[..., -1:, :], alpha=kernel.bias**0.5) if kernel.bias else product
+    return _readout(kernel, f, w).prediction(ops)
 
 
 def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
@@ -251,7 +286,7 @@ def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
     *batch, m, d = f_syn.shape
     bordered = gram.new_empty((*batch, d + 1, d + 1))
     bordered[..., :d, :d] = gram
-    border = (kernel.scale * kernel.bias) ** 0.5 * f_syn.sum(-2)
+    border = (kernel.scale * kernel.bias) ** 0.5 * f_syn.sum(-2, dtype=gram.dtype)
     bordered[..., d, :d] = border
     bordered[..., :d, d] = border
     bordered[..., d, d] = m * kernel.bias
@@ -261,14 +296,14 @@ def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
 def fit_primal(ops: Backend, kernel: Kernel, f_syn: Tensor, y_syn: Tensor) -> Solve:
     """W = (Phi_s^T Phi_s + lam I)^-1 Phi_s^T Y_s [D (+ 1), P], before anything is predicted."""
     gram = _primal_gram(ops, kernel, f_syn)
-    return factored(kernel, gram, features_t(ops, kernel, f_syn, y_syn), f_syn.shape[-2])
+    return factored(ops, kernel, gram, features_t(ops, kernel, f_syn, y_syn), f_syn.shape[-2])
 
 
-def solve_primal(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Solve]:
+def solve_primal(ops: Backend, kernel: Kernel, inputs: Inputs) -> tuple[Readout, Solve]:
     """Prediction [B, P] through W."""
     f_syn, y_syn, f_real = inputs
     solve = fit_primal(ops, kernel, f_syn, y_syn)
-    return features(ops, kernel, f_real, solve.coefficients), solve
+    return _readout(kernel, f_real, solve.coefficients), solve
 
 
 def backward_primal(
@@ -279,16 +314,16 @@ def backward_primal(
     w, d = solve.coefficients, f_syn.shape[-1]
     d_f_syn = d_f_real = d_y_syn = d_lam = None
     if needs.f_real:
-        d_f_real = _scaled(ops.matmul(r, w[..., :d, :].mT), kernel.scale**0.5)
+        d_f_real = scaled(ops.matmul(r, w[..., :d, :].mT), kernel.root_slope)
     if needs.adjoint:
-        v = solved(solve, features_t(ops, kernel, f_real, r), kernel.refine)
+        v = solved(ops, solve, features_t(ops, kernel, f_real, r), kernel.refine)
         d_y_syn = features(ops, kernel, f_syn, v)  # [M, P]
         d_lam = -_inner(v, w) if needs.lam else None
     if needs.f_syn:
         assert d_y_syn is not None
         error = y_syn - features(ops, kernel, f_syn, w)  # [M, P]
-        right = (v[..., :d, :], w[..., :d, :])
-        d_f_syn = _scaled(_joined(ops, (error, -d_y_syn), right), kernel.scale**0.5)
+        v, w = v[..., :d, :], w[..., :d, :]
+        d_f_syn = ops.closing(error, v, d_y_syn, w, kernel.root_slope)
     return Gradients(d_f_syn, d_y_syn, d_f_real, d_lam)
 
 

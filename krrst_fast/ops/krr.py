@@ -16,8 +16,9 @@ from krrst_fast.ops.forms import BACKWARD, SOLVE, Inputs, Kernel, Needs, Solve
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.once import Batched, Tensors, gradients
 from krrst_fast.ops.options import Options, PredictOptions, read, takes
-from krrst_fast.ops.prepare import Problem, cast, prepare, unfold
+from krrst_fast.ops.prepare import Problem, cast, prepare, rounded, unfold
 from krrst_fast.planner import cheapest
+from krrst_fast.reference import half_features
 
 
 @overload
@@ -151,24 +152,29 @@ class _Static(NamedTuple):
     retries: int
     raises: bool
     refine: int
+    halves: bool
 
-    def kernel(self, ridge: Tensor | None) -> Kernel:
+    def kernel(self, ridge: Tensor | None, unit: Tensor | None) -> Kernel:
         value = ridge if self.ridge is None else self.ridge
         assert value is not None
-        return Kernel(
-            self.scale, self.bias, value, self.ridge_of, self.retries, self.raises, self.refine
-        )
+        scale = self.scale if unit is None else self.scale / unit.square()
+        how = self.retries, self.raises, self.refine
+        return Kernel(scale, self.bias, value, self.ridge_of, *how, 1.0 if unit is None else unit)
 
 
 def _compute(
     op: str, problem: Problem, options: Options, return_info: bool
 ) -> tuple[Tensor, SolveInfo | None]:
     """Choose form and backend, and compute."""
+    fast = options.precision == "fast"
+    if options.backend == "reference":
+        return _reference(op, rounded(problem) if fast else problem, options, return_info), None
+    backend = choose(options.backend, problem.f_syn, op)
+    halves = fast and backend.halves and problem.f_syn.ndim == 2
+    if fast and not halves:
+        problem = rounded(problem)
     f_syn, y_syn, f_real, y_real, ridge, ridge_of, bias, scale, *_ = problem
     assert f_real is not None
-    if options.backend == "reference":
-        return _reference(op, problem, options, return_info), None
-    backend = choose(options.backend, f_syn, op).name
     form, (m, d) = options.form, f_syn.shape[-2:]
     if form == "auto" or m == 0 or d == 0:
         form = cheapest(m, f_real.shape[-2], d, y_syn.shape[-1])
@@ -176,14 +182,14 @@ def _compute(
     number = None if isinstance(ridge, Tensor) else ridge
     static = _Static(
         *(op, scale, bias, number, ridge_of, options.detach_ridge),
-        *(form, backend, options.retries, options.raises, options.refine),
+        *(form, backend.name, options.retries, options.raises, options.refine, halves),
     )
-    value, _, *solve = _Krr.apply(f_syn, y_syn, f_real, y_real, learnt, static)
+    value, _, _, _, _, *solve = _Krr.apply(f_syn, y_syn, f_real, y_real, learnt, static)
     if not return_info:
         return value, None
     info = (unfold(x, problem.batch) for x in Solve(*solve)[:4])
     factor, lam, retries, pivot = info
-    return value, SolveInfo(form, backend, lam, retries, pivot, factor)
+    return value, SolveInfo(form, backend.name, lam, retries, pivot, factor)
 
 
 def _reference(op: str, problem: Problem, options: Options, return_info: bool) -> Tensor:
@@ -223,30 +229,34 @@ class _Krr(Batched):
     ) -> tuple[Tensor | None, ...]:
         ops = choose(static.backend, f_syn, static.op)
         named = {"f_syn": f_syn, "y_syn": y_syn, "f_real": f_real, "y_real": y_real}
+        x_syn = x_real = unit = error = None
         with exact_arithmetic(f_syn):
+            inputs = Inputs(f_syn, y_syn, f_real)
+            if static.halves:
+                x_syn, x_real, unit = half_features(f_syn, f_real)
+                inputs = Inputs(x_syn, y_syn, x_real)
             try:
-                value, solve = SOLVE[static.form](
-                    ops, static.kernel(ridge), Inputs(f_syn, y_syn, f_real)
-                )
+                readout, solve = SOLVE[static.form](ops, static.kernel(ridge, unit), inputs)
             except NonFiniteError:
                 # Of the gram: say which features it came from.
                 checks.blame(static.op, f_syn=f_syn, ridge=ridge)
-            error = None
-            if y_real is not None:
-                error = value.sub_(y_real)
-                value = error.square().mean((-2, -1))
+            if y_real is None:
+                value = readout.prediction(ops)
+            else:
+                error, value = readout.mse(ops, y_real)
         if static.raises:
             checks.finite(static.op, value, **named)
-        return value, error, *solve
+        return value, error, x_syn, x_real, unit, *solve
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _, error, *solve = output
-        # Y_r is in the error: here so that a second derivative finds its way to the refusal.
-        ctx.save_for_backward(*inputs[:5], error, *solve)
+        _, *computed = output
+        # Y_r is in the error, F_s and F_r may be there in float16: the inputs are here so that a
+        # second derivative finds its way to the refusal.
+        ctx.save_for_backward(*inputs[:5], *computed)
         ctx.static = inputs[5]
         ctx.set_materialize_grads(False)  # no zeros the size of the factor on the way back
-        ctx.mark_non_differentiable(*(x for x in (error, *solve) if x is not None))
+        ctx.mark_non_differentiable(*(x for x in computed if x is not None))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:
@@ -264,11 +274,16 @@ def _backward(
     y_real: Tensor | None,
     ridge: Tensor | None,
     error: Tensor | None,
+    x_syn: Tensor | None,
+    x_real: Tensor | None,
+    unit: Tensor | None,
     *saved: Tensor,
 ) -> Tensors:
     """Gradients to F_s, Y_s, F_r, Y_r and the ridge; the last of `saved` is the incoming one."""
     static, needs_all, grad = *settings, saved[-1]
-    kernel, solve = static.kernel(ridge), Solve(*saved[:-1])
+    kernel, solve = static.kernel(ridge, unit), Solve(*saved[:-1])
+    if x_syn is not None and x_real is not None:
+        f_syn, f_real = x_syn, x_real
     needs_f_syn, needs_y_syn, needs_f_real, needs_y_real, needs_ridge, _ = needs_all
     through_trace = needs_f_syn and not static.detach_ridge and static.ridge_of != "absolute"
     needs = Needs(needs_f_syn, needs_y_syn, needs_f_real, needs_ridge or through_trace)
@@ -286,8 +301,9 @@ def _backward(
         if through_trace:
             # lam = ridge * base, and d trace(K_ss) / dF_s = 2 scale F_s
             slope = raised * kernel.ridge * kernel.base(torch.ones_like(raised), f_syn.shape[-2])
+            slope = slope * (2.0 * kernel.slope)
             assert grads.f_syn is not None
-            grads.f_syn.addcmul_(f_syn, slope[..., None, None], value=2.0 * static.scale)
+            grads.f_syn.addcmul_(f_syn.to(grads.f_syn.dtype), slope[..., None, None])
     d_y_real = -r if needs_y_real else None
     d_y_syn = grads.y_syn if needs_y_syn else None
     return grads.f_syn, d_y_syn, grads.f_real, d_y_real, d_ridge

@@ -6,6 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from krrst_fast import library
+from krrst_fast.backends import choose
 from krrst_fast.exact import exact_arithmetic
 from krrst_fast.factor import RIDGE_FACTOR
 from krrst_fast.ops import checks
@@ -64,7 +65,8 @@ def solve_gram(
     lam = absolute_ridge(k, options.ridge, options.ridge_of, options.detach_ridge)
     lam = lam.expand(k.shape[:-2])
     static = _Static(op, *names, options.retries, options.raises, options.refine)
-    return _RidgeSolve.apply(k, y, lam, static)
+    alpha, factor, lam, retries, pivot, _ = _RidgeSolve.apply(k, y, lam, static)
+    return alpha, factor, lam, retries, pivot
 
 
 class _Static(NamedTuple):
@@ -81,44 +83,45 @@ class _RidgeSolve(Batched):
     def forward(k: Tensor, y: Tensor, lam: Tensor, static: _Static) -> tuple[Tensor | None, ...]:
         kernel = Kernel(1.0, 0.0, lam, "absolute", static.retries, static.raises, static.refine)
         with exact_arithmetic(k):
-            solve = factored(kernel, k, y, k.shape[-2])
+            solve = factored(choose("auto", k, static.op), kernel, k, y, k.shape[-2])
         alpha = solve.coefficients
         if static.raises:
             checks.finite(static.op, alpha, **{static.k_name: k, static.y_name: y})
-        return alpha, solve.factor, solve.lam, solve.retries, solve.pivot
+        return alpha, solve.factor, solve.lam, solve.retries, solve.pivot, solve.inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        alpha, factor, lam, retries, pivot = output
+        alpha, factor, lam, retries, pivot, inverse = output
         static = inputs[3]
         k = inputs[0] if refines(static.refine, alpha, factor) else None
-        ctx.save_for_backward(k, alpha, factor, lam, retries)
+        ctx.save_for_backward(k, alpha, factor, lam, retries, inverse)
         ctx.static = static
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(factor, lam, retries, pivot)
+        ctx.mark_non_differentiable(factor, lam, retries, pivot, inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        static = (ctx.needs_input_grad[0], ctx.static.refine)
+        static = (ctx.needs_input_grad[0], ctx.static)
         grads = gradients(_backward, ctx.static.op, static, *ctx.saved_tensors, grad)
         return (*grads, None)
 
 
 def _backward(
-    static: tuple[bool, int],
+    settings: tuple[bool, _Static],
     k: Tensor | None,
     alpha: Tensor,
     factor: Tensor,
     lam: Tensor,
     retries: Tensor,
+    inverse: Tensor,
     grad: Tensor,
 ) -> Tensors:
-    needs_k, refine = static
+    needs_k, static = settings
     with exact_arithmetic(grad):
-        solve = Solve(factor, lam, retries, retries, lam, alpha, None, k)
-        beta = solved(solve, grad, refine)
+        solve = Solve(factor, lam, retries, retries, inverse, lam, alpha, None, k)
+        beta = solved(choose("auto", grad, static.op), solve, grad, static.refine)
         d_k = None
         if needs_k:
             outer = library.matmul(beta, alpha.mT)

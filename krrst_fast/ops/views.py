@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krrst_fast import library  # noqa: F401  defines torch.ops.krrst_fast
+from krrst_fast import gpu
 
 
 def views(
@@ -49,7 +49,7 @@ def views(
     _check_numbers(images, padding, mean, std)
     if images.device.type == "cpu":
         _check_ranges(len(images), index, offset, padding)
-    out = torch.ops.krrst_fast.views(
+    out = gpu.views(
         images, index, offset, flip, padding, list(map(float, mean)), list(map(float, std))
     )
     return out.to(dtype)

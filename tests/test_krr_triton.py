@@ -1,0 +1,79 @@
+"""The backend "triton" from the operators down to its kernels, which Triton's interpreter runs."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from krrst_fast import backends, krr_mse
+from tests.helpers import problem
+
+ROOT = Path(__file__).parent.parent
+EPSILON = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_krr"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_values_and_every_gradient(told: dict[str, Any]) -> None:
+    assert len(told["compared"]) == 18
+    for row in told["compared"]:
+        # One draw is luck, as in the self-test: eight times the largest of plain PyTorch's errors.
+        allowed = 8 * max(row["plain"]) + 4 * EPSILON
+        assert max(row["got"]) <= allowed, f"{row['call']}: {row['got']} > {allowed}"
+
+
+def test_fast_keeps_the_features_in_float16(told: dict[str, Any]) -> None:
+    assert told["halves"] == 2
+
+
+def test_the_rest_is_as_with_every_backend(told: dict[str, Any]) -> None:
+    assert told["info"] == ["triton", 0, False]
+    assert "differentiable once" in told["second"]
+    assert told["same bits"]
+    assert told["batch"] < 1e-5 and told["fit"] < 5e-3
+
+
+def test_it_refuses_what_it_cannot_compute(told: dict[str, Any]) -> None:
+    assert told["refusals"]["triton"] is None
+    assert "nothing was measured" in told["refusals"]["tuned"]
+    assert "CUDA extension is not loaded" in told["refusals"]["cuda"]
+    assert "'triton' cannot compute this: it has no kernels for float64" in told["float64"]
+
+
+@pytest.mark.parametrize("name", ["triton", "tuned"])
+def test_a_named_backend_never_falls_back(name: str) -> None:
+    tensors = [x.float() for x in problem(7, 13, 5, 2)]
+    with pytest.raises(ValueError, match=f"backend '{name}' cannot compute this: "):
+        krr_mse(*tensors, backend=name)
+    # Nor is it taken where nobody asked.
+    assert backends.choose("auto", tensors[0], "test").name in ("cpp", "torch")
+
+
+def test_what_cannot_be_traced_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    able = dataclasses.replace(backends.BACKENDS[-1], name="triton")
+    monkeypatch.setattr(backends, "BACKENDS", (able,))
+    monkeypatch.setattr(backends, "_TRACED", {})
+    with pytest.raises(ValueError, match="torch.compile cannot trace it"):
+        backends.choose("triton", torch.empty(1, 1), "test")

@@ -1,0 +1,103 @@
+"""Every way to factor and solve, with the numbers of a solve in float64.
+
+On the CPU "own" is the operator's fallback: what is tested is which way a call goes, and that the
+ladder of ridges, the flags and the gradients are those of every other way.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from krrst_fast import NonFiniteError, NotPositiveDefiniteError, backends, krr_mse, library
+from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS, Solver
+from tests.helpers import NAMES, assert_equal, features, loss_and_gradients, problem
+
+LARGE = FLOAT64_UP_TO + 8
+
+
+@pytest.fixture(params=sorted(SOLVERS))
+def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Solver:
+    """Every backend solves this way."""
+    how = SOLVERS[request.param]
+    changed = [dataclasses.replace(one, solver=lambda k, columns: how) for one in backends.BACKENDS]
+    monkeypatch.setattr(backends, "BACKENDS", tuple(changed))
+    return how
+
+
+@pytest.mark.parametrize("form", ["k", "w", "primal"])
+@pytest.mark.parametrize("m,d", [(31, 17), (LARGE, 40), (40, LARGE)])
+def test_loss_and_gradients(solver: Solver, m: int, d: int, form: str) -> None:
+    tensors = problem(m, d, 20, 3)
+    loss = partial(krr_mse, bias=1.0, ridge=1e-3, ridge_of="mean_diagonal", form=form)
+    exact = loss_and_gradients(partial(loss, backend="reference"), tensors)
+    got = loss_and_gradients(loss, tensors)
+    for name, a, b in zip(("loss", *NAMES), got, exact):
+        assert_equal(a, b, 1e-9, name)
+
+
+def test_an_inverse_is_as_exact_as_substitution(solver: Solver) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f = features(LARGE, LARGE + 70, 1e6, generator)
+    k = (f @ f.mT).float()
+    exact_k = k.double() + 1e-3 * torch.eye(LARGE)
+    y = torch.randn(LARGE, 16, generator=generator)
+    exact = torch.linalg.solve(exact_k, y.double())
+    plain = torch.cholesky_solve(y, torch.linalg.cholesky(exact_k.float()))
+    found = library.ridge_factor(k, torch.tensor(1e-3), 0, True, solver)
+    got = library.factored_solve(y, found.factor, found.inverse, solver.own)
+    assert found.inverse.shape == ((LARGE, LARGE) if solver.inverse else (0, 0))
+    assert (got - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("m", [5, LARGE])
+@pytest.mark.parametrize("raises", [True, False])
+def test_the_ladder(solver: Solver, m: int, raises: bool) -> None:
+    k = torch.full((m, m), 2.0)  # rank one: a tiny ridge leaves pivots of rounding
+    k.diagonal().sub_(1e-3)
+    found = library.ridge_factor(k, torch.tensor(1e-4), 3, raises, solver)
+    assert found.retries == 2 and found.pivot == 0 and found.ridge.item() == pytest.approx(1e-2)
+    y = torch.ones(m, 1)
+    x = library.factored_solve(y, found.factor, found.inverse, solver.own)
+    exact = torch.linalg.solve(k.double() + 1e-2 * torch.eye(m), y.double())
+    assert_equal(x.double(), exact, 1e-3)
+
+
+@pytest.mark.parametrize("m", [5, LARGE])
+def test_what_has_no_factor(solver: Solver, m: int) -> None:
+    bad, lam = -torch.eye(m), torch.tensor(1e-3)
+    with pytest.raises(NotPositiveDefiniteError, match="non-positive pivot at row 0"):
+        library.ridge_factor(bad, lam, 1, True, solver)
+    with pytest.raises(NonFiniteError):
+        library.ridge_factor(torch.full((m, m), math.nan), lam, 1, True, solver)
+    for k in (bad, torch.full((m, m), math.nan)):
+        found = library.ridge_factor(k, lam, 1, False, solver)
+        assert found.pivot > 0 and found.retries == 1 and found.factor.isnan().all()
+        x = library.factored_solve(torch.ones(m, 2), found.factor, found.inverse, solver.own)
+        assert x.isnan().all()
+
+
+def test_many_problems_and_the_one_that_fails(solver: Solver) -> None:
+    good = torch.eye(6).expand(3, 6, 6).clone()
+    good[1].fill_(2.0).diagonal().sub_(1e-3)
+    for raises in (True, False):
+        found = library.ridge_factor(good, torch.full((3,), 1e-4), 3, raises, solver)
+        assert found.retries.tolist() == [0, 2, 0] and found.pivot.tolist() == [0, 0, 0]
+        y = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(0))
+        x = library.factored_solve(y, found.factor, found.inverse, solver.own)
+        system = good.double() + found.ridge.double()[:, None, None] * torch.eye(6)
+        assert_equal(system @ x.double(), y.double(), 1e-2)
+
+
+def test_the_whole_call_under_a_flag(solver: Solver) -> None:
+    f_syn, y_syn, f_real, y_real = (x.float() for x in problem(40, 30, 10, 2))
+    leaves: list[Tensor] = [f_syn.requires_grad_(), y_syn.requires_grad_()]
+    loss, info = krr_mse(*leaves, f_real, y_real, ridge=1e-3, check="flag", return_info=True)
+    assert not info.failed and loss.isfinite()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, leaves))
+    nothing = torch.zeros_like(f_syn)  # of trace 0, and so of ridge 0
+    loss, info = krr_mse(nothing, y_syn, f_real, y_real, check="flag", return_info=True)
+    assert info.failed and loss.isnan()

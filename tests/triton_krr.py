@@ -1,0 +1,112 @@
+"""The operators by the backend "triton", under Triton's interpreter, in a process of their own.
+
+Run as a program with TRITON_INTERPRET=1, as `tests/test_krr_triton.py` does; prints JSON.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from krrst_fast import backends, gram, krr_fit, krr_mse, krr_predict, library, reference
+from tests.helpers import problem
+
+# More rows than a block, primes, one column, M > D.
+SHAPES = ((35, 70, 17, 3), (67, 31, 20, 1))
+KERNEL: dict[str, Any] = {"bias": 0.5, "scale": 2.0, "ridge_of": "mean_diagonal"}
+
+
+def results(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The value and its gradients to all tensors."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    value = function(*leaves)
+    weights = torch.linspace(1, 2, value.numel(), dtype=value.dtype).view(value.shape)
+    return [value.detach(), *torch.autograd.grad(value, leaves, weights)]
+
+
+def wrong(got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative errors; one that is not a number is 1."""
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact)]
+    return [error if error < 1 else 1.0 for error in errors]
+
+
+def learnt(op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
+    """The last tensor is the ridge."""
+    return op(*tensors[:-1], ridge=tensors[-1], **KERNEL, **options)
+
+
+def calls() -> Iterator[tuple[str, list[float], list[float]]]:
+    """Each call with the errors of the kernels and of plain PyTorch in float32."""
+    for shape in SHAPES:
+        single = [x.float() for x in problem(*shape)] + [torch.tensor(0.01)]
+        for precision in (None, "fast"):
+            seen = list(single)
+            if precision == "fast":
+                seen[0], seen[2] = reference.round_features(seen[0], seen[2])
+            for op, count in ((krr_mse, 4), (krr_predict, 3)):
+                pick = [*range(count), 4]
+                # A prediction differs from the loss in its readout alone.
+                for form in ("k", "w", "primal") if op is krr_mse else ("w",):
+                    how = partial(learnt, op, form=form, detach_ridge=False)
+                    exact = results(how, [seen[i].double() for i in pick])
+                    plain = results(partial(how, backend="torch"), [seen[i] for i in pick])
+                    mine = partial(how, backend="triton", precision=precision)
+                    got = results(mine, [single[i] for i in pick])
+                    name = f"{op.__name__} {shape} {form} {precision}"
+                    yield name, wrong(got, exact), wrong(plain, exact)
+        exact = [gram(single[0].double(), scale=2.0, bias=0.5)]
+        mine = [gram(single[0], scale=2.0, bias=0.5, backend="triton")]
+        yield f"gram {shape}", wrong(mine, exact), wrong([gram(single[0])], [gram(seen[0])])
+
+
+def stays_itself() -> dict[str, Any]:
+    """What is no comparison of numbers."""
+    f_syn, y_syn, f_real, y_real = (x.float().requires_grad_() for x in problem(*SHAPES[0]))
+    call = partial(krr_mse, f_syn, y_syn, f_real, y_real, backend="triton")
+    loss, info = call(precision="fast", return_info=True, check="flag")
+    node = loss.grad_fn
+    while node is not None and "Krr" not in node.name():
+        node = node.next_functions[0][0]
+    halves = [x.dtype for x in node.saved_tensors if x is not None and x.ndim == 2]
+    (first,) = torch.autograd.grad(loss, f_syn, create_graph=True)
+    try:
+        torch.autograd.grad(first.sum(), y_syn)
+        second = "no error"
+    except RuntimeError as error:
+        second = str(error)
+    fit = krr_fit(f_syn, y_syn, backend="triton", precision="fast")
+    many = torch.stack((f_syn, 2 * f_syn))
+    batch = krr_predict(many, y_syn, f_real, backend="triton", precision="fast")
+    alone = krr_predict(many[1], y_syn, f_real, backend="triton", precision="fast")
+    again = [call(precision="fast").item() for _ in range(2)]
+    refusals = {one.name: one.refuses(f_syn) for one in backends.BACKENDS}
+    try:
+        call(precision="float64")
+        refused = "no error"
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "info": [info.backend, info.retries.item(), bool(info.failed)],
+        "halves": sum(dtype == torch.float16 for dtype in halves),
+        "second": second,
+        "fit": wrong([fit.predict(f_real)], [krr_predict(f_syn, y_syn, f_real).double()])[0],
+        "batch": wrong([batch[1]], [alone.double()])[0],
+        "same bits": again[0] == again[1],
+        "refusals": refusals,
+        "float64": refused,
+        "extension": library.has_cuda_extension(),
+    }
+
+
+def main() -> None:
+    torch.use_deterministic_algorithms(True)
+    compared = [{"call": name, "got": a, "plain": b} for name, a, b in calls()]
+    json.dump({"compared": compared, **stays_itself()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
