@@ -87,6 +87,21 @@ def lower_tile(tile):
 
 
 @triton.jit
+def banded_tile(tile, blocks, BAND: tl.constexpr):
+    """The same tiles band by band of BAND rows, each column by column.
+
+    Programs that run at a time then read few rows and columns of blocks: less than a row of the
+    triangle would, where the blocks of one no longer fit into the L2 cache.
+    """
+    band = lower_tile(tile)[0] // BAND * BAND
+    high = tl.minimum(blocks - band, BAND)
+    here = tile - band * (band + 1) // 2
+    row, column = lower_tile(tl.maximum(here - band * high, 0))
+    below = here < band * high
+    return band + tl.where(below, here % high, row), tl.where(below, here // high, band + column)
+
+
+@triton.jit
 def unit_of(peak):
     """The power of two, 2^-113 to 2^100, that brings `peak` to 2^14 .. 2^15, and its inverse."""
     exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 0xFF

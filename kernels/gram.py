@@ -17,45 +17,12 @@ from krrst_fast.kernels import tiles
 from krrst_fast.kernels.common import (
     Launch,
     architecture,
+    banded_tile,
     lower_tile,
     number,
     per_problem,
     run,
 )
-
-
-@triton.jit
-def _add_run(
-    total,
-    left_ptr,
-    right_ptr,
-    left,
-    right,
-    rows,
-    columns,
-    begin,
-    last,
-    end,
-    stride_x_depth,
-    BLOCK: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    CLAMP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """total + the product of what lies between `begin` and `last`, of which `end` is there."""
-    offset = tl.arange(0, BLOCK)
-    inner = tl.arange(0, BLOCK_DEPTH)
-    for k in range(begin, last, BLOCK_DEPTH):
-        here = tl.cast(k, tl.int64) * stride_x_depth
-        there = k + inner < end
-        left_mask, right_mask = there[None, :], there[:, None]
-        if not CLAMP:
-            left_mask = left_mask & (offset[:, None] < rows)
-            right_mask = right_mask & (offset[None, :] < columns)
-        a = tl.load(left_ptr + here + left, mask=left_mask, other=0.0)
-        b = tl.load(right_ptr + here + right, mask=right_mask, other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit
@@ -75,12 +42,13 @@ def _parts_kernel(
     stride_x_depth,
     BLOCK: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    BAND: tl.constexpr,
     CLAMP: tl.constexpr,
     RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    block_row, block_column = lower_tile(pid % n_tiles)
+    block_row, block_column = banded_tile(pid % n_tiles, n_blocks, BAND)
     part = pid // n_tiles
     begin = (part % splits) * split_depth
     first_row = block_row.to(tl.int64) * BLOCK
@@ -103,44 +71,29 @@ def _parts_kernel(
     right_ptr = x_ptr + first_column * stride_x_row
 
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    sum_of_run = total
+    last_of_run = begin + run_depth - BLOCK_DEPTH
     end = tl.minimum(begin + split_depth, depth)
+    # One loop: with one for the runs around it, each run would wait for its first loads anew.
+    for k in range(begin, end, BLOCK_DEPTH):
+        here = tl.cast(k, tl.int64) * stride_x_depth
+        there = k + inner < end
+        left_mask, right_mask = there[None, :], there[:, None]
+        if not CLAMP:
+            left_mask = left_mask & (offset[:, None] < rows)
+            right_mask = right_mask & (offset[None, :] < columns)
+        a = tl.load(left_ptr + here + left, mask=left_mask, other=0.0)
+        b = tl.load(right_ptr + here + right, mask=right_mask, other=0.0)
+        if RUNS:
+            sum_of_run = tl.dot(a, b, sum_of_run)
+            if k == last_of_run:
+                total += sum_of_run
+                sum_of_run = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+                last_of_run += run_depth
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION)
     if RUNS:
-        for first in range(begin, end, run_depth):
-            total += _add_run(
-                tl.zeros((BLOCK, BLOCK), dtype=tl.float32),
-                left_ptr,
-                right_ptr,
-                left,
-                right,
-                rows,
-                columns,
-                first,
-                tl.minimum(first + run_depth, end),
-                end,
-                stride_x_depth,
-                BLOCK,
-                BLOCK_DEPTH,
-                CLAMP,
-                PRECISION,
-            )
-    else:
-        total = _add_run(
-            total,
-            left_ptr,
-            right_ptr,
-            left,
-            right,
-            rows,
-            columns,
-            begin,
-            end,
-            end,
-            stride_x_depth,
-            BLOCK,
-            BLOCK_DEPTH,
-            CLAMP,
-            PRECISION,
-        )
+        total += sum_of_run
 
     parts_ptr += part.to(tl.int64) * n * n + first_row * n + first_column
     inside = (offset[:, None] < rows) & (offset[None, :] < columns)
@@ -264,8 +217,9 @@ def gram_launches(
             "stride_x_depth": flat.stride(2),
             "BLOCK": tile.rows,
             "BLOCK_DEPTH": tile.depth,
+            "BAND": tiles.BAND,
             "CLAMP": flat.stride(2) == 1,
-            "RUNS": tiles.in_runs(kind),
+            "RUNS": kind == "half",
             "PRECISION": "ieee" if kind == "half" else kind,
         },
         tile,

@@ -16,50 +16,6 @@ from krrst_fast.kernels.peaks import peaks_launch
 
 
 @triton.jit
-def _add_run(
-    total,
-    a_ptr,
-    b_ptr,
-    a_offset,
-    b_offset,
-    unit,
-    rows,
-    columns,
-    begin,
-    last,
-    end,
-    stride_a_depth,
-    stride_b_depth,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    CLAMP: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """total + the product of what lies between `begin` and `last`, of which `end` is there."""
-    down = tl.arange(0, BLOCK_ROWS)
-    across = tl.arange(0, BLOCK_COLUMNS)
-    inner = tl.arange(0, BLOCK_DEPTH)
-    for k in range(begin, last, BLOCK_DEPTH):
-        step = tl.cast(k, tl.int64)
-        there = k + inner < end
-        a_mask = there[None, :]
-        if not CLAMP:
-            a_mask = a_mask & (down[:, None] < rows)
-        b_mask = there[:, None] & (across[None, :] < columns)
-        a = tl.load(a_ptr + step * stride_a_depth + a_offset, mask=a_mask, other=0.0)
-        b = tl.load(b_ptr + step * stride_b_depth + b_offset, mask=b_mask, other=0.0)
-        if TWO_TERMS:
-            hi, lo = two_terms(b, unit[None, :])
-            total = tl.dot(a, lo, total)
-            total = tl.dot(a, hi, total)
-        else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
 def _product_kernel(
     a_ptr,
     b_ptr,
@@ -81,7 +37,6 @@ def _product_kernel(
     BLOCK_DEPTH: tl.constexpr,
     CLAMP: tl.constexpr,
     TWO_TERMS: tl.constexpr,
-    RUNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -117,53 +72,30 @@ def _product_kernel(
         unit, inverse = unit_of(tl.max(peaks, 0))
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    if RUNS:
-        for first in range(begin, end, run_depth):
-            total += _add_run(
-                tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32),
-                a_ptr,
-                b_ptr,
-                a_offset,
-                b_offset,
-                unit,
-                rows,
-                columns,
-                first,
-                tl.minimum(first + run_depth, end),
-                end,
-                stride_a_depth,
-                stride_b_depth,
-                BLOCK_ROWS,
-                BLOCK_COLUMNS,
-                BLOCK_DEPTH,
-                CLAMP,
-                TWO_TERMS,
-                PRECISION,
-            )
-    else:
-        total = _add_run(
-            total,
-            a_ptr,
-            b_ptr,
-            a_offset,
-            b_offset,
-            unit,
-            rows,
-            columns,
-            begin,
-            end,
-            end,
-            stride_a_depth,
-            stride_b_depth,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            BLOCK_DEPTH,
-            CLAMP,
-            TWO_TERMS,
-            PRECISION,
-        )
-
+    sum_of_run = total
+    last_of_run = begin + run_depth - BLOCK_DEPTH
+    # One loop, as in the gram.
+    for k in range(begin, end, BLOCK_DEPTH):
+        step = tl.cast(k, tl.int64)
+        there = k + inner < end
+        a_mask = there[None, :]
+        if not CLAMP:
+            a_mask = a_mask & (down[:, None] < rows)
+        b_mask = there[:, None] & (across[None, :] < columns)
+        a = tl.load(a_ptr + step * stride_a_depth + a_offset, mask=a_mask, other=0.0)
+        b = tl.load(b_ptr + step * stride_b_depth + b_offset, mask=b_mask, other=0.0)
+        if TWO_TERMS:
+            hi, lo = two_terms(b, unit[None, :])
+            sum_of_run = tl.dot(a, lo, sum_of_run)
+            sum_of_run = tl.dot(a, hi, sum_of_run)
+            if k == last_of_run:
+                total += sum_of_run
+                sum_of_run = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                last_of_run += run_depth
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION)
     if TWO_TERMS:
+        total += sum_of_run
         total *= inverse[None, :]
     parts_ptr += (split.to(tl.int64) * n + first_row) * p + first_column
     inside = (down[:, None] < rows) & (across[None, :] < columns)
@@ -217,7 +149,6 @@ def parts_launches(
         "BLOCK_DEPTH": tile.depth,
         "CLAMP": a.stride(1) == 1,
         "TWO_TERMS": two_terms_of_b,
-        "RUNS": tiles.in_runs(kind),
         "PRECISION": "ieee" if two_terms_of_b else kind,
     }
     programs = blocks_down * blocks_across * inner.splits

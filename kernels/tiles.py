@@ -53,6 +53,9 @@ CLOSING = {
 
 TABLES = {"gram": GRAM, "thin_matmul": THIN, "closing_matmul": CLOSING}
 
+BAND = 8
+"""Rows of blocks of a gram that are computed together."""
+
 FINISH = Tile(32, 32, 1, 4, 1)
 """Block in which the parts of a gram are added and mirrored; it divides every block of GRAM."""
 
@@ -71,7 +74,7 @@ RESIDUAL = Tile(16, 64, 1, 4, 1)
 _PROGRAMS = 264
 _SPLIT_DEPTH = 256
 # Tensor cores truncate what they accumulate: after so many terms the sum goes to a float32 that
-# ordinary instructions add up.
+# ordinary instructions add up. In tf32x3 it does after each step anyway.
 _RUN = 1280
 
 
@@ -86,11 +89,6 @@ class Depth(NamedTuple):
 def kind_of(x: Tensor, input_precision: str) -> str:
     """The first half of the keys of the table."""
     return "half" if x.dtype == torch.float16 else input_precision
-
-
-def in_runs(kind: str) -> bool:
-    """Whether tensor cores add up from one step to the next; in tf32x3 each step starts from 0."""
-    return kind in ("half", "fp16x3")
 
 
 def generation(arch: int) -> str:

@@ -57,6 +57,12 @@ def test_large_blocks(kernels: Callable, dtype: torch.dtype) -> None:
     check(kernels("gram.gram", x, 1.0, 0.0), x, 1.0, 0.0)
 
 
+def test_bands(kernels: Callable) -> None:
+    """More rows of blocks than are computed together."""
+    x = features(577, 3)
+    check(kernels("gram.gram", x, 1.0, 0.0), x, 1.0, 0.0)
+
+
 @pytest.mark.parametrize("cut", [(1, 256, 128), (2, 128, 64), (3, 64, 64)], ids=str)
 def test_splits_and_runs(kernels: Callable, cut: tuple[int, int, int]) -> None:
     x = features(67, 190, dtype=torch.float16)
