@@ -195,7 +195,7 @@ def gram_launches(
     tile = tiles.gram_tile(flat, kind, arch)
     blocks = triton.cdiv(n, tile.rows)
     lower = blocks * (blocks + 1) // 2
-    inner = tiles.cut(depth, lower * problems, tile.depth)
+    inner = tiles.cut(depth, lower * problems, tile, arch)
     parts = out if inner.splits == 1 else out.new_empty((problems, inner.splits, n, n))
     diagonal = out.new_empty((problems, inner.splits, blocks))
     parts_launch = Launch(

@@ -121,7 +121,7 @@ def parts_launches(
     kind = tiles.kind_of(a, input_precision)
     tile = tiles.thin_tile(a, b, kind, arch)
     blocks_down, blocks_across = triton.cdiv(n, tile.rows), triton.cdiv(p, tile.columns)
-    inner = tiles.cut(depth, blocks_down * blocks_across, tile.depth)
+    inner = tiles.cut(depth, blocks_down * blocks_across, tile, arch)
     parts = b.new_empty((inner.splits, n, p))
     two_terms_of_b = kind == "half"
     peaks, launches = parts, []

@@ -4,6 +4,7 @@ Nothing is tuned at run time, so that the compile gate can compile every configu
 the same call computes the same bits on every GPU of an architecture.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ _GRAM_LARGE = 384
 # By the columns of the thin operand: up to 16, up to 64, more.
 THIN = {
     ("half", "hopper"): (
-        *(Tile(64, 16, 128, 4, 4), Tile(128, 64, 64, 8, 4)),
+        *(Tile(64, 16, 128, 4, 4), Tile(128, 64, 64, 8, 3)),
         Tile(128, 128, 64, 8, 3),
     ),
     ("half", "ampere"): (
@@ -70,9 +71,11 @@ VIEW = Tile(1, 1024, 1, 4, 1)
 RESIDUAL = Tile(16, 64, 1, 4, 1)
 """Block of a residual."""
 
-# About two programs for each of the 108 to 132 multiprocessors.
-_PROGRAMS = 264
+# Of the largest GPU of a generation.
+_MULTIPROCESSORS = {"hopper": 132, "ampere": 108}
 _SPLIT_DEPTH = 256
+# What a part costs besides its terms, in terms: to start, to be written and read again. A guess.
+_PART = 320
 # Tensor cores truncate what they accumulate: after so many terms the sum goes to a float32 that
 # ordinary instructions add up. In tf32x3 it does after each step anyway.
 _RUN = 1280
@@ -137,12 +140,23 @@ def addressable(x: Tensor) -> Tensor:
     return x
 
 
-def cut(depth: int, tiles: int, block: int) -> Depth:
-    """Splits enough to fill a GPU with `tiles` blocks of output, and runs short enough for them."""
-    wanted = min(-(-depth // _SPLIT_DEPTH), _PROGRAMS // max(tiles, 1))
-    split = _blocks(-(-depth // max(wanted, 1)), block)
-    splits = max(-(-depth // split), 1)
-    return Depth(splits, split, runs(split, block))
+@functools.lru_cache(1024)
+def cut(depth: int, blocks: int, tile: Tile, arch: int) -> Depth:
+    """The splits with which `blocks` blocks of output are computed soonest, by count of terms.
+
+    A multiprocessor holds one program of eight warps or two of four: what matters is how often all
+    of them start a program, and how full they are the last time.
+    """
+    at_once = _MULTIPROCESSORS[generation(arch)] * 8 // tile.warps
+
+    def split_of(splits: int) -> int:
+        return _blocks(-(-depth // splits), tile.depth)
+
+    def terms(splits: int) -> int:
+        return -(-blocks * splits // at_once) * (split_of(splits) + _PART * (splits > 1))
+
+    split = split_of(min(range(1, -(-depth // _SPLIT_DEPTH) + 1), key=terms, default=1))
+    return Depth(max(-(-depth // split), 1), split, runs(split, tile.depth))
 
 
 def runs(depth: int, block: int) -> int:

@@ -13,7 +13,9 @@ TWINS = {
     path.stem: [
         node
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and hasattr(reference, node.name)
+        if isinstance(node, ast.FunctionDef)
+        and not node.name.startswith("_")
+        and hasattr(reference, node.name)
     ]
     for path in sorted(KERNELS.glob("*.py"))
 }
