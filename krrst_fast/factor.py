@@ -54,14 +54,14 @@ class Factor(NamedTuple):
         ridge: the number that was added to the diagonal [N?].
         retries: how often it was raised [N?] int64.
         pivot: 0, or the number, from 1, of the pivot that failed [N?] int32.
-        inverse: of the factor [N?, M, M]; without one, [N?, 0, 0].
+        inverse: of the factor [N?, M, M], if the solver wants it.
     """
 
     factor: Tensor
     ridge: Tensor
     retries: Tensor
     pivot: Tensor
-    inverse: Tensor
+    inverse: Tensor | None
 
 
 class _Try(NamedTuple):
@@ -69,7 +69,7 @@ class _Try(NamedTuple):
 
     factor: Tensor
     pivot: Tensor
-    inverse: Tensor
+    inverse: Tensor | None
 
 
 def factor_dtype(k: Tensor) -> torch.dtype:
@@ -122,7 +122,9 @@ def factor_many(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
         ridge[failed] *= RIDGE_FACTOR
         count[failed] = attempt
         again = _cholesky(k[failed], ridge[failed], solver)
-        factor[failed], pivot[failed], inverse[failed] = again
+        factor[failed], pivot[failed] = again.factor, again.pivot
+        if inverse is not None and again.inverse is not None:
+            inverse[failed] = again.inverse
     failed = pivot.nonzero().squeeze(1)
     if len(failed):
         i = int(failed[0])
@@ -146,18 +148,21 @@ def factor_unread(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Facto
         count = count + failed
         again = _cholesky(k, ridge, solver)
         factor = torch.where(failed[..., None, None], again.factor, factor)
-        inverse = torch.where(failed[..., None, None], again.inverse, inverse)
+        if inverse is not None and again.inverse is not None:
+            inverse = torch.where(failed[..., None, None], again.inverse, inverse)
         pivot = torch.where(failed, again.pivot, pivot)
     failed = (pivot != 0) | (~(lam > 0) if k.shape[-1] else False)
     factor = factor.masked_fill(failed[..., None, None], math.nan)
-    inverse = inverse.masked_fill(failed[..., None, None], math.nan)
+    if inverse is not None:
+        inverse = inverse.masked_fill(failed[..., None, None], math.nan)
     return Factor(factor, ridge, count, torch.where(failed, pivot.clamp(min=1), pivot), inverse)
 
 
 def _cholesky(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
     """Factors of k + ridge I [N?, M, M] and failed pivots [N?], without a look at any value."""
     if k.ndim == 2 and k.shape[-1] <= FLOAT64_UP_TO:
-        return _Try(*(x[0] for x in _cholesky(k[None], ridge[None], solver)))
+        factor, pivot, inverse = _cholesky(k[None], ridge[None], solver)
+        return _Try(factor[0], pivot[0], None if inverse is None else inverse[0])
     if k.ndim == 2 and solver.own:
         return _own(k, ridge, solver)
     if k.shape[-1] <= FLOAT64_UP_TO:
@@ -179,15 +184,14 @@ def _own(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
     if solver.inverse:
         columns = torch.eye(len(k), dtype=k.dtype, device=k.device)
     factor, half, pivot = torch.ops.krrst_fast.cholesky(k, ridge, columns, False)
-    return _Try(factor, pivot, half if solver.inverse else k.new_empty(0, 0))
+    return _Try(factor, pivot, half if solver.inverse else None)
 
 
-def _inverse(factor: Tensor, wanted: bool) -> Tensor:
-    """L^-1 [N?, M, M], or [N?, 0, 0]."""
-    *batch, rows, _ = factor.shape
+def _inverse(factor: Tensor, wanted: bool) -> Tensor | None:
+    """L^-1 [N?, M, M], if it is wanted."""
     if not wanted:
-        return factor.new_empty(*batch, 0, 0)
-    eye = torch.eye(rows, dtype=factor.dtype, device=factor.device)
+        return None
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
 
 
@@ -235,19 +239,18 @@ def _require_ridge(lam: Tensor, rows: int) -> None:
         )
 
 
-def cholesky_solve(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
+def cholesky_solve(y: Tensor, factor: Tensor, inverse: Tensor | None, own: bool) -> Tensor:
     """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y.
 
     inverse: as in `Factor`; own: as in `Solver`.
     """
-    if inverse.shape[-1] > 0:
+    if inverse is not None:
         return (inverse.mT @ (inverse @ y.to(factor.dtype))).to(y.dtype)
     on_cpu = y.device.type == "cpu"
-    if factor.dtype == torch.float64 and factor.shape[-1] <= FLOAT64_UP_TO:
-        solves = torch.ops.krrst_fast if own or on_cpu else reference
-        if factor.ndim == 3:
-            return solves.batched_cholesky_solve(y, factor)
-        return solves.batched_cholesky_solve(y[None], factor[None])[0]
+    small = factor.dtype == torch.float64 and factor.shape[-1] <= FLOAT64_UP_TO
+    if small and (own or on_cpu):
+        many = torch.ops.krrst_fast.batched_cholesky_solve
+        return many(y, factor) if factor.ndim == 3 else many(y[None], factor[None])[0]
     solve = torch.cholesky_solve if on_cpu else _by_substitution
     if y.dtype == factor.dtype:
         return solve(y, factor)

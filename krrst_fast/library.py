@@ -93,17 +93,18 @@ def _by_columns(k: Tensor, raises: bool) -> bool:
 def _ridge_factor_impl(
     k: Tensor, lam: Tensor, retries: int, raises: bool, own: bool, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _factored(k, lam, retries, raises, Solver(own, inverse))
+    factor, ridge, count, pivot, inverted = _factored(k, lam, retries, raises, Solver(own, inverse))
     # As the shape rule below says, whoever computed it.
-    factor = found.factor if _by_columns(k, raises) and not own else found.factor.contiguous()
-    return found._replace(factor=factor, inverse=found.inverse.contiguous())
+    factor = factor if _by_columns(k, raises) and not own else factor.contiguous()
+    inverted = factor.new_empty(0) if inverted is None else inverted.contiguous()
+    return factor, ridge, count, pivot, inverted
 
 
 def _ridge_factor_fake(
     k: Tensor, lam: Tensor, retries: int, raises: bool, own: bool, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     factor = k.new_empty(k.shape, dtype=factor_dtype(k))
-    inverted = factor.new_empty(k.shape if inverse else (*k.shape[:-2], 0, 0))
+    inverted = factor.new_empty(k.shape if inverse else (0,))
     if _by_columns(k, raises) and not own:
         factor = factor.mT
     count = torch.empty_like(lam, dtype=torch.int64)
@@ -111,11 +112,11 @@ def _ridge_factor_fake(
     return factor, torch.empty_like(lam), count, pivot, inverted
 
 
-def _factored_solve_impl(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
+def _factored_solve_impl(y: Tensor, factor: Tensor, inverse: Tensor | None, own: bool) -> Tensor:
     return cholesky_solve(y, factor, inverse, own).contiguous()
 
 
-def _factored_solve_fake(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
+def _factored_solve_fake(y: Tensor, factor: Tensor, inverse: Tensor | None, own: bool) -> Tensor:
     return y.new_empty(y.shape)
 
 
@@ -142,11 +143,12 @@ def ridge_factor(
         NotPositiveDefiniteError: lam is negative, or no factor even with the largest ridge.
     """
     if _traced(k):
-        return Factor(*torch.ops.krrst_fast.ridge_factor(k, lam, retries, raises, *solver))
+        found = Factor(*torch.ops.krrst_fast.ridge_factor(k, lam, retries, raises, *solver))
+        return found if solver.inverse else found._replace(inverse=None)
     return _factored(k, lam, retries, raises, solver)
 
 
-def factored_solve(y: Tensor, factor: Tensor, inverse: Tensor, own: bool) -> Tensor:
+def factored_solve(y: Tensor, factor: Tensor, inverse: Tensor | None, own: bool) -> Tensor:
     """(factor factor^T)^-1 y [N?, M, P] in the precision of the factor, rounded to that of y."""
     if _traced(y):
         return torch.ops.krrst_fast.factored_solve(y, factor, inverse, own)
@@ -198,7 +200,7 @@ _define(
     _ridge_factor_fake,
 )
 _define(
-    "factored_solve(Tensor y, Tensor factor, Tensor inverse, bool own) -> Tensor",
+    "factored_solve(Tensor y, Tensor factor, Tensor? inverse, bool own) -> Tensor",
     _factored_solve_impl,
     _factored_solve_fake,
 )

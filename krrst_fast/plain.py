@@ -36,9 +36,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def predicted(
     times: Matmul, f: Tensor, w: Tensor, scale: float | Tensor, offset: Tensor | None
 ) -> Tensor:
-    """scale f w + offset [N?, B, P] for an offset [N?, P]."""
+    """scale f w + offset [N?, B, P] for an offset [N?, 1, P]."""
     prediction = scaled(times(f, w), scale)
-    return prediction if offset is None else prediction.add_(offset[..., None, :])
+    return prediction if offset is None else prediction.add_(offset)
 
 
 def mse(

@@ -227,7 +227,7 @@ def residual_mse(prediction: Tensor, y_real: Tensor) -> tuple[Tensor, Tensor]:
 def predicted_residual_mse(
     f_real: Tensor, w: Tensor, y_real: Tensor, scale: float | Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`residual_mse` of the prediction scale F_r W + offset, for W [D, P] and an offset [P]."""
+    """`residual_mse` of the prediction scale F_r W + offset, for W [D, P] and an offset [1?, P]."""
     prediction = scale * (f_real @ w)
     return residual_mse(prediction if offset is None else prediction + offset, y_real)
 

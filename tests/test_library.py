@@ -33,8 +33,9 @@ def test_opcheck(n: int, d: int, dtype: torch.dtype) -> None:
     lam = torch.tensor(0.1, dtype=dtype)
     for solver in SOLVERS.values():
         torch.library.opcheck(ops.ridge_factor.default, (k, lam, 2, True, *solver))
-        factor, *_, inverse = ops.ridge_factor(k, lam, 0, True, *solver)
-        torch.library.opcheck(ops.factored_solve.default, (x, factor, inverse, solver.own))
+        found = library.ridge_factor(k, lam, 0, True, solver)
+        how = found.factor, found.inverse, solver.own
+        torch.library.opcheck(ops.factored_solve.default, (x, *how))
 
 
 @EXTENSION

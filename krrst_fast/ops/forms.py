@@ -39,7 +39,7 @@ class Solve(NamedTuple):
         lam: the ridge that was added [].
         retries: how often the ridge was raised [].
         pivot: 0, or which pivot failed [].
-        inverse: of the factor, or [0, 0].
+        inverse: of the factor, if solves go through it.
         base: lam at ridge = 1 [].
         coefficients: alpha [M, P], or in primal form W [D (+ 1), P].
         product: scale F_s F_r^T [M, B] in form k, F_s^T alpha [D, P] in form w, else None.
@@ -50,7 +50,7 @@ class Solve(NamedTuple):
     lam: Tensor
     retries: Tensor
     pivot: Tensor
-    inverse: Tensor
+    inverse: Tensor | None
     base: Tensor
     coefficients: Tensor
     product: Tensor | None
@@ -149,8 +149,8 @@ def _columns(ops: Backend, f: Tensor, y: Tensor) -> Tensor:
 
 
 def _offset(kernel: Kernel, alpha: Tensor) -> Tensor | None:
-    """What the constant of the kernel adds to every prediction [N?, P]."""
-    return scaled(alpha.sum(-2), kernel.bias) if kernel.bias else None
+    """What the constant of the kernel adds to every prediction [N?, 1, P]."""
+    return scaled(alpha.sum(-2, keepdim=True), kernel.bias) if kernel.bias else None
 
 
 def solved(ops: Backend, solve: Solve, y: Tensor, refine: int) -> Tensor:
@@ -269,7 +269,7 @@ def features_t(ops: Backend, kernel: Kernel, f: Tensor, y: Tensor) -> Tensor:
 
 def _readout(kernel: Kernel, f: Tensor, w: Tensor) -> Readout:
     """Phi w [N, P]."""
-    offset = scaled(w[..., -1, :].clone(), kernel.bias**0.5) if kernel.bias else None
+    offset = kernel.bias**0.5 * w[..., -1:, :] if kernel.bias else None
     return Readout(f, w[..., : f.shape[-1], :], kernel.scale**0.5, offset)
 
 

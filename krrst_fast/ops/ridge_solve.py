@@ -97,7 +97,8 @@ class _RidgeSolve(Batched):
         ctx.save_for_backward(k, alpha, factor, lam, retries, inverse)
         ctx.static = static
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(factor, lam, retries, pivot, inverse)
+        rest = (factor, lam, retries, pivot, inverse)
+        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:
@@ -115,7 +116,7 @@ def _backward(
     factor: Tensor,
     lam: Tensor,
     retries: Tensor,
-    inverse: Tensor,
+    inverse: Tensor | None,
     grad: Tensor,
 ) -> Tensors:
     needs_k, static = settings

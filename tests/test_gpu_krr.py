@@ -1,0 +1,213 @@
+"""Kernel ridge regression on a GPU, by every backend that computes there."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from krrst_fast import (
+    NotPositiveDefiniteError,
+    backends,
+    krr_fit,
+    krr_mse,
+    krr_predict,
+    library,
+    reference,
+    ridge_solve,
+)
+from krrst_fast.factor import FLOAT64_UP_TO
+from tests.helpers import NAMES, assert_equal, problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
+]
+
+DEVICE = "cuda"
+# M, D, B, P: ones, primes, M > D, D > M, both sides of the float64 factor, and a large one.
+SHAPES = [
+    (1, 1, 1, 1),
+    (7, 13, 11, 3),
+    (97, 61, 40, 7),
+    (65, 129, 33, 130),
+    (FLOAT64_UP_TO, 700, 64, 10),
+    (FLOAT64_UP_TO + 8, 700, 64, 10),
+    (1000, 2048, 256, 64),
+]
+OPTIONS: dict[str, Any] = {"bias": 1.0, "ridge": 1e-4, "ridge_of": "mean_diagonal"}
+FLAG: dict[str, Any] = {**OPTIONS, "check": "flag"}
+
+
+@pytest.fixture(params=["torch", "triton", "cuda", "tuned"])
+def backend(request: pytest.FixtureRequest) -> str:
+    one = next(x for x in backends.BACKENDS if x.name == request.param)
+    reason = one.refuses(torch.empty(1, 1, device=DEVICE))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def placed(shape: tuple[int, ...], seed: int = 0, **options: Any) -> list[Tensor]:
+    """F_s, Y_s, F_r, Y_r in float32 on the device; features whose gram has condition 1e4."""
+    options = {"condition": 1e4, **options}
+    return [x.float().to(DEVICE) for x in problem(*shape, seed=seed, **options)]
+
+
+def results(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def errors(got: list[Tensor], exact: list[Tensor]) -> Tensor:
+    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(got, exact)])
+
+
+@pytest.mark.parametrize("precision", [None, "fast"])
+@pytest.mark.parametrize("form", ["k", "w", "primal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape: tuple[int, ...], form: str, precision: str, backend: str) -> None:
+    if form == "primal" and shape[0] <= shape[1]:
+        pytest.skip("the primal form is for more rows than features")
+    mine, plain = [], []
+    # One draw is luck: the median of some is compared, with twice that of the formula.
+    for seed in range(5):
+        tensors = placed(shape, seed)
+        seen = list(tensors)
+        if precision == "fast":
+            seen[0], seen[2] = reference.round_features(seen[0], seen[2])
+        formula = partial(krr_mse, **OPTIONS, backend="reference")
+        exact = results(formula, [x.double() for x in seen])
+        plain.append(errors(results(formula, seen), exact))
+        ours = partial(krr_mse, **OPTIONS, form=form, backend=backend, precision=precision)
+        mine.append(errors(results(ours, tensors), exact))
+    ours, theirs = torch.stack(mine).median(0).values, torch.stack(plain).median(0).values
+    for name, a, b in zip(("loss", *NAMES), ours.tolist(), theirs.tolist()):
+        # Of one number, the loss, even a median is luck.
+        allowed = 4 * b + 1e-5 if name == "loss" else 2 * b + 1e-6
+        assert a <= allowed, f"{name}: error {a:.2e} > allowed {allowed:.2e}"
+
+
+def test_float64() -> None:
+    tensors = [x.to(DEVICE) for x in problem(97, 61, 40, 7, condition=1e4)]
+    exact = results(partial(krr_mse, **OPTIONS, backend="reference"), tensors)
+    for form in ("k", "w", "primal"):
+        got = results(partial(krr_mse, **OPTIONS, form=form), tensors)
+        for name, a, b in zip(("loss", *NAMES), got, exact):
+            assert_equal(a, b, 1e-9, name)
+
+
+def test_a_batch_and_a_learnt_ridge(backend: str) -> None:
+    many = [torch.stack(x) for x in zip(*(placed((25, 64, 15, 5), seed) for seed in range(6)))]
+    ridge = torch.linspace(0.01, 0.1, 6, device=DEVICE)
+
+    def loss(*tensors: Tensor, backend: str) -> Tensor:
+        options = {**OPTIONS, "ridge": tensors[-1], "backend": backend}
+        return krr_mse(*tensors[:-1], **options).sum()
+
+    exact = results(partial(loss, backend="reference"), [x.double() for x in (*many, ridge)])
+    got = results(partial(loss, backend=backend), [*many, ridge])
+    assert errors(got, exact).max() < 1e-4
+
+
+@pytest.mark.parametrize("precision", [None, "fast"])
+@pytest.mark.parametrize("shape", [(97, 61, 40, 7), (1000, 2048, 256, 64)], ids=str)
+def test_nothing_waits_and_a_graph_replays(
+    shape: tuple[int, ...], precision: str, backend: str
+) -> None:
+    leaves = [x.requires_grad_() for x in placed(shape)]
+    call = partial(krr_mse, *leaves, **FLAG, backend=backend, precision=precision)
+
+    def work() -> list[Tensor]:
+        loss = call()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        for leaf, other in zip(leaves, placed(shape, seed=1)):
+            leaf.copy_(other)
+    graph.replay()
+    for name, a, b in zip(("loss", *NAMES), captured, work()):
+        assert torch.equal(a, b), f"{name}: not the bits of a call"
+
+
+def test_the_same_bits_every_time(backend: str) -> None:
+    tensors = placed((777, 1500, 300, 33))
+    for precision in (None, "fast"):
+        loss = partial(krr_mse, **OPTIONS, backend=backend, precision=precision)
+        first = results(loss, tensors)
+        for _ in range(5):
+            for a, b in zip(results(loss, tensors), first):
+                assert torch.equal(a, b)
+
+
+def test_no_switch_rounds(backend: str) -> None:
+    tensors = placed((600, 1024, 256, 64))
+    loss = partial(krr_mse, **OPTIONS, backend=backend)
+    before = results(loss, tensors)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            after = results(loss, tensors)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for a, b in zip(after, before):
+        assert torch.equal(a, b)
+
+
+def test_a_failure_is_flagged_or_raised(backend: str) -> None:
+    f_syn, y_syn, f_real, y_real = placed((600, 64, 40, 3))
+    nothing = torch.zeros_like(f_syn)
+    loss, info = krr_mse(
+        nothing, y_syn, f_real, y_real, check="flag", backend=backend, return_info=True, form="k"
+    )
+    assert bool(info.failed) and loss.isnan()
+    with pytest.raises(NotPositiveDefiniteError, match="the trace it follows"):
+        krr_mse(nothing, y_syn, f_real, y_real, backend=backend, form="k")
+
+
+def test_half_precision_and_strides(backend: str) -> None:
+    tensors = placed((97, 61, 40, 7))
+    exact = krr_predict(*(x.bfloat16().double() for x in tensors[:3]), **OPTIONS)
+    got = krr_predict(*(x.bfloat16() for x in tensors[:3]), **OPTIONS, backend=backend)
+    assert got.dtype == torch.float32 and (got - exact).norm() <= 1e-4 * exact.norm()
+    odd = [torch.cat((x, x), 1)[:, : x.shape[1]].mT.contiguous().mT for x in tensors]
+    loss = partial(krr_mse, **OPTIONS, backend=backend)
+    assert errors(results(loss, odd), [x.double() for x in results(loss, tensors)]).max() < 1e-4
+
+
+def test_fit_and_solve(backend: str) -> None:
+    f_syn, y_syn, f_real, _ = placed((600, 700, 40, 3))
+    fit = krr_fit(f_syn, y_syn, **OPTIONS, backend=backend)
+    exact = krr_predict(*(x.double() for x in (f_syn, y_syn, f_real)), **OPTIONS)
+    assert (fit.predict(f_real) - exact).norm() <= 5e-3 * exact.norm()
+    k = f_syn @ f_syn.mT
+    x = ridge_solve(k, y_syn, ridge=1e-3, ridge_of="mean_diagonal")
+    lam = 1e-3 * k.double().diagonal().mean()
+    left = k.double() @ x.double() + lam * x.double() - y_syn.double()
+    assert left.norm() <= 1e-2 * y_syn.norm()
+
+
+def test_what_is_loaded_is_what_was_built() -> None:
+    """A build that was asked for and does not load must not pass as tests that were skipped."""
+    if library.has_cuda_extension():
+        assert library.CUDA_EXTENSION.endswith(".so")
+    elif "No module named" not in library.CUDA_EXTENSION:
+        pytest.fail(library.CUDA_EXTENSION)
