@@ -2,6 +2,7 @@
 # make demo   the whole chain on digits      make clean  everything that make made
 # make bench  all of asv and its page: hours make bench-quick  that every benchmark runs
 # make sanitize  the tests of the C++ code, on a build with sanitizers
+# make check-triton  that every Triton kernel compiles for GPUs, with both versions of triton
 #
 # Each of them first makes .venv: needs Python 3.11 or later and a C++ compiler, nothing else.
 
@@ -13,13 +14,15 @@ SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.inc %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
 # torch's CPU builds bring no triton; the interpreter that tests the kernels without a GPU is in it.
 TRITON := triton==3.9.0
+# The one that comes with torch 2.11 for CUDA 13; the two compile the same kernel differently.
+TRITON_OF_CUDA := triton==3.6.0
 
 # Threads that wait by spinning take the cores from those that compute as soon as a machine is shared:
 # a step of some milliseconds then takes seconds.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: test demo lint sanitize clean install bench bench-quick
+.PHONY: test demo lint sanitize check-triton clean install bench bench-quick
 
 install: .venv/.built
 
@@ -61,6 +64,15 @@ lint: install
 
 sanitize: install
 	.ci/sanitize
+
+check-triton: install .venv/triton-of-cuda/.installed
+	$(BIN)/python tools/check_triton.py
+	PYTHONPATH=.venv/triton-of-cuda $(BIN)/python tools/check_triton.py
+
+.venv/triton-of-cuda/.installed: .venv/.torch
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) $(TRITON_OF_CUDA) < /dev/null
+	@touch $@
 
 clean:
 	rm -rf .venv build dist demo *.egg-info krrst_fast/*.so
