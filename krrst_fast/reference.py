@@ -140,30 +140,34 @@ def round_features(f_syn: Tensor, f_real: Tensor | None) -> tuple[Tensor, Tensor
     range, so that the scale of the features does not matter and equal features stay equal. What is
     below 2^-29 of the largest entry loses digits, below 2^-40 it becomes 0.
     """
-    unit = _unit(f_syn, f_real)
+    with torch.no_grad():
+        largest = _largest(f_syn)
+        if f_real is not None:
+            largest = torch.maximum(largest, _largest(f_real))
+        unit = _unit(largest, 100)
     return _rounded(f_syn, unit), None if f_real is None else _rounded(f_real, unit)
 
 
 def half_features(f_syn: Tensor, f_real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `round_features` gives, times a power of two, in float16; and that power [] (or [N?]).
+    """The features [M, D], [B, D] of `round_features` times that power of two [], in float16.
 
-    No gradient: it is that of the rounded features times the power.
+    Each matrix is read twice and written once. The gradient is not that of these numbers but that
+    of the rounded features: times the power of two, which lies in 2^-60 .. 2^60: its square is a
+    float32.
     """
-    unit = _unit(f_syn, f_real)
+    ends = [torch.aminmax(f.detach()) for f in (f_syn, f_real) if f.numel()]
+    peaks = [torch.maximum(-low, high) for low, high in ends] or [f_syn.new_zeros(())]
+    unit = _unit(torch.stack(peaks).amax(), 60)
     halves = [torch.empty_like(f, dtype=torch.float16) for f in (f_syn, f_real)]
     for f, half in zip((f_syn, f_real), halves):
-        torch.mul(f.detach(), unit, out=half)  # in one pass over a large matrix
-    return halves[0], halves[1], unit[..., 0, 0]
+        torch.mul(f.detach(), unit, out=half)
+    return halves[0], halves[1], unit
 
 
-@torch.no_grad()
-def _unit(f_syn: Tensor, f_real: Tensor | None) -> Tensor:
-    """The power of two [..., 1, 1]; no larger than that its square is a float32."""
-    largest = _largest(f_syn)
-    if f_real is not None:
-        largest = torch.maximum(largest, _largest(f_real))
+def _unit(largest: Tensor, most: int) -> Tensor:
+    """The power of two for a largest entry."""
     exponent = torch.where(largest > 0, 15 - largest.log2().ceil(), largest)
-    return torch.exp2(exponent.clamp(-60, 60))
+    return torch.exp2(exponent.clamp(-most, most))
 
 
 def _largest(f: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """What every test runs under: deterministic algorithms, and uninitialised memory full of NaN."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# cuBLAS refuses to compute under torch's deterministic algorithms without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

@@ -237,3 +237,18 @@ def test_a_ridge_tensor_of_another_dtype_and_shape() -> None:
     slope = krr_mse(*double, ridge=0.01 + step) - krr_mse(*double, ridge=0.01 - step)
     assert grad.dtype == torch.float64
     assert_equal(grad, slope / (2 * step), 1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-17, 1e-4, 1.0, 3e4, 1e20])
+def test_half_features_are_the_rounded_ones_times_a_power_of_two(factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f_syn, f_real = (factor * torch.randn(n, 17, generator=generator) for n in (5, 9))
+    x_syn, x_real, unit = reference.half_features(f_syn, f_real.mT.contiguous().mT)
+    assert x_syn.dtype == x_real.dtype == torch.float16 and unit.log2() == unit.log2().round()
+    rounded = reference.round_features(f_syn, f_real)
+    for half, whole, f in zip((x_syn, x_real), rounded, (f_syn, f_real)):
+        assert torch.equal(half.float() / unit, whole)
+        # 11 bits, and what is far below the largest entry is absolute.
+        assert ((whole - f).abs() <= 2**-11 * f.abs() + 2**-39 * f_syn.abs().max()).all()
+    nothing = reference.half_features(torch.zeros(0, 3), torch.zeros(2, 3))
+    assert nothing[0].shape == (0, 3) and not nothing[1].any() and nothing[2] == 1
