@@ -91,7 +91,7 @@ def _scientific(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}".replace("e-0", "e-")
 
 
-def rewrite(readme: Path, lines: Sequence[str]) -> None:
+def rewrite(readme: Path, lines: Sequence[str], marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Put the lines between the two marks of a file.
 
     Raises:
@@ -101,12 +101,12 @@ def rewrite(readme: Path, lines: Sequence[str]) -> None:
         text = readme.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"bench.report: {readme} cannot be read: {error}") from error
-    marks = text.count(BEGIN), text.count(END)
-    if marks != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise DataError(f"bench.report: {readme} needs one line {BEGIN!r} and below it one {END!r}")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    write_text(readme, f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}")
+    begin, end = marks
+    if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+        raise DataError(f"bench.report: {readme} needs one line {begin!r} and below it one {end!r}")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    write_text(readme, f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,0 +1,257 @@
+"""Each part of a closed form by everybody who has it: the rows that `krrst_fast/measured.json` has.
+
+The sizes are those that the shapes of `krr.py` come to, and some smaller. Every call finds a cold
+L2 cache. Errors are against float64, on the features as rounded for "fast".
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.common import LATENT, relative_error
+from bench.gpu import table
+from bench.gpu.clock import Sample, reason
+from bench.gpu.stage import Run
+from krrst_fast import plain, reference
+from krrst_fast.backends import choose
+from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS, Solver
+from krrst_fast.library import factored_solve, ridge_factor
+
+Size = tuple[int, ...]
+Call = Callable[[], Sequence[Tensor]]
+RIDGE = 1e-6
+PADDING, MEAN, STD = 4, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
+STORE = 4096
+"""Images that views are drawn from."""
+
+
+class Work(NamedTuple):
+    """One part at one size: the call of each implementation, and the same in float64."""
+
+    calls: dict[str, Call]
+    refused: dict[str, str]
+    exact: Call
+
+
+class Part(NamedTuple):
+    """A part: how its inputs are made, and its sizes by precision."""
+
+    make: Callable[[Size, str, str], Work]
+    sizes: dict[str, tuple[Size, ...]]
+
+
+def measure(run: Run) -> None:
+    """A row a part, precision and size."""
+    for part, (make, sizes) in (TOY if run.toy else FULL).items():
+        for precision, those in sizes.items():
+            for size in those:
+                name = f"{part} {precision} {'x'.join(map(str, size))}"
+                run.row(name, partial(compare, run, name, part, precision, size, make))
+
+
+def compare(
+    run: Run, name: str, part: str, precision: str, size: Size, make: Callable[..., Work]
+) -> dict[str, Any]:
+    """Time and error of each implementation."""
+    work = make(size, precision, run.device)
+    names = {one: f"{name}: {one}" for one in work.calls}
+    taken = run.clock.in_turn(work.calls, seconds=0.15, names=names)
+    exact = [x.double() for x in work.exact()]
+    told: dict[str, Any] = {one: {"refused": why} for one, why in work.refused.items()}
+    for one, times in taken.items():
+        if not isinstance(times, Sample):
+            told[one] = {"failed": times}
+            continue
+        try:
+            told[one] = times._asdict() | {"error": relative_error(work.calls[one](), exact)}
+        except FloatingPointError as error:
+            told[one] = {"failed": reason(error)}
+    row = {"part": part, "precision": precision, "size": list(size), "told": told}
+    return row | {"wrong": table.usable(row)[1]}
+
+
+def features(n: int, d: int, precision: str, device: str, *, by_columns: bool = False) -> Tensor:
+    """Activations of a random ReLU layer [N, D]; for "fast" in float16."""
+    latent = torch.randn(n, LATENT, device=device)
+    f = (latent @ (torch.randn(LATENT, d, device=device) / LATENT**0.5)).relu_()
+    f = f.half() if precision == "fast" else f
+    return f.mT.contiguous().mT if by_columns else f
+
+
+def _backends(x: Tensor, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those that do not refuse tensors like x; and why the others do."""
+    refused = {}
+    for name in calls:
+        try:
+            choose(name.partition(" ")[0], x, "bench")
+        except ValueError as error:
+            refused[name] = str(error)
+    return {name: call for name, call in calls.items() if name not in refused}, refused
+
+
+def _of(x: Tensor, op: str, torchs: Callable[..., Any], *rest: Any) -> Work:
+    """An operation that the Triton backend has, and torch."""
+
+    def listed(call: Callable[..., Any], *arguments: Any) -> Sequence[Tensor]:
+        result = call(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) else value
+
+    def triton() -> Sequence[Tensor]:
+        return listed(getattr(choose("triton", x, "bench"), op), x, *rest)
+
+    calls, refused = _backends(x, {"torch": partial(listed, torchs, x, *rest), "triton": triton})
+    return Work(calls, refused, lambda: listed(torchs, x.double(), *map(wide, rest)))
+
+
+def gram(size: Size, precision: str, device: str) -> Work:
+    """Of N rows of D numbers; where N < D are too many for a dual system, of columns."""
+    n, d = size
+    return _of(features(n, d, precision, device, by_columns=n > 5000), "gram", plain.gram, 1.0, 1.0)
+
+
+def matmul(size: Size, precision: str, device: str, *, by_columns: bool = False) -> Work:
+    """Features [N, K], by rows or by columns, times [K, P]."""
+    n, k, p = size
+    a = features(n, k, precision, device, by_columns=by_columns)
+    return _of(a, "matmul", plain.matmul, torch.randn(k, p, device=device))
+
+
+def mse(size: Size, precision: str, device: str) -> Work:
+    """Residual and mean square of a prediction from D features, or (fewer) from a K_rs."""
+    b, d, p = size
+    f = features(b, d, precision, device, by_columns=precision == "float32" and d <= b)
+    w, y, offset = (torch.randn(*shape, device=device) for shape in ((d, p), (b, p), (p,)))
+    return _of(f, "mse", partial(plain.mse, plain.matmul), w, y, 1.0, offset)
+
+
+def closing(size: Size, precision: str, device: str) -> Work:
+    """The gradient [M, D] from two pairs of [M, P] and [D, P]."""
+    m, d, p = size
+    alpha, v, beta, w = (torch.randn(n, p, device=device) for n in (m, d, m, d))
+    return _of(alpha, "closing", partial(plain.closing, plain.matmul), v, beta, w, 1.0)
+
+
+def solve(size: Size, precision: str, device: str) -> Work:
+    """A Cholesky factor of an M x M system and two solves with P right-hand sides each."""
+    m, p = size
+    f = features(m, max(2 * m, 2048), "float32", device)
+    wide = precision == "float64" and m > FLOAT64_UP_TO
+    k = f @ f.mT + 1.0
+    k = k.double() if wide else k
+    y, z = (torch.randn(m, p, device=device, dtype=k.dtype) for _ in range(2))
+    lam = RIDGE * k.diagonal().sum()
+
+    def both(solver: Solver) -> Sequence[Tensor]:
+        found = ridge_factor(k, lam, 0, False, solver)
+        return [factored_solve(x, found.factor, found.inverse, solver.own) for x in (y, z)]
+
+    def exact() -> Sequence[Tensor]:
+        system = k.double() + lam.double() * torch.eye(m, device=device)
+        return torch.linalg.solve(system, torch.cat((y, z), 1).double()).split(p, 1)
+
+    # The CUDA backend asks for float32 features; in float64 its solver alone is of use.
+    x = torch.empty(0, device=device)
+    calls, refused = _backends(x, {name: partial(both, one) for name, one in SOLVERS.items()})
+    return Work(calls, refused, exact)
+
+
+def views(size: Size, precision: str, device: str) -> Work:
+    """Crops, flips and normalisation of B images of so many pixels."""
+    b, pixels = size
+    side = round(pixels**0.5)
+    draw = (
+        torch.randint(256, (STORE, 3, side, side), dtype=torch.uint8, device=device),
+        torch.randint(STORE, (b,), device=device),
+        torch.randint(2 * PADDING + 1, (b, 2), device=device),
+        torch.randint(2, (b,), device=device).bool(),
+    )
+    plainly = partial(reference.views, *draw, PADDING, MEAN, STD)
+
+    def triton() -> Sequence[Tensor]:
+        return (import_module("krrst_fast.kernels.views").views(*draw, PADDING, MEAN, STD),)
+
+    calls: dict[str, Call] = {"torch": lambda: (plainly(),), "triton": triton}
+    found, refused = _backends(torch.empty(0, device=device), calls)
+    return Work(found, refused, lambda: (plainly(),))
+
+
+def _both(*sizes: Size) -> dict[str, tuple[Size, ...]]:
+    return {"float32": sizes, "fast": sizes}
+
+
+_MATMUL = _both(
+    (1000, 8192, 10),
+    (1000, 8192, 100),
+    (1000, 8192, 1024),
+    (2000, 8192, 512),
+    (5000, 8192, 100),
+    (10000, 8192, 512),
+    (100, 2048, 64),
+)
+# What stands between the solutions in form "k".
+_MATMUL["float32"] += ((1000, 1024, 512), (1000, 512, 1000), (1000, 1024, 8192))
+_MSE = _both((1024, 8192, 512), (1024, 8192, 100), (1024, 8192, 10), (256, 2048, 64))
+_MSE["float32"] += ((1024, 1000, 512),)
+
+FULL = {
+    "gram": Part(
+        gram,
+        _both(
+            *((1000, 8192), (2000, 8192), (5000, 8192), (8192, 10000)),
+            *((100, 2048), (256, 2048), (500, 8192)),
+        ),
+    ),
+    "matmul": Part(matmul, _MATMUL),
+    "matmul_t": Part(
+        partial(matmul, by_columns=True),
+        _both(
+            (8192, 1000, 10),
+            (8192, 1000, 100),
+            (8192, 1000, 512),
+            (8192, 1024, 1000),
+            (8192, 2000, 512),
+            (8192, 5000, 100),
+            (8192, 10000, 512),
+            (2048, 100, 64),
+        ),
+    ),
+    "mse": Part(mse, _MSE),
+    "closing": Part(
+        closing,
+        {
+            "float32": (
+                *((1000, 8192, 512), (1000, 8192, 100), (1000, 8192, 10), (2000, 8192, 512)),
+                *((5000, 8192, 100), (10000, 8192, 512), (100, 2048, 64)),
+            )
+        },
+    ),
+    "solve": Part(
+        solve,
+        {
+            "float32": (
+                *((1000, 512), (1000, 100), (1000, 10), (2000, 512), (5000, 100), (8193, 512)),
+            ),
+            "float64": (
+                *((100, 64), (256, 512), (500, 10), (500, 512), (1000, 512), (1000, 10)),
+                *((2000, 512),),
+            ),
+        },
+    ),
+    "views": Part(views, {"float32": ((1024, 1024), (1024, 4096), (256, 1024))}),
+}
+TOY = {
+    "gram": Part(gram, _both((10, 40))),
+    "matmul": Part(matmul, _both((10, 40, 4))),
+    "matmul_t": Part(partial(matmul, by_columns=True), _both((40, 10, 4))),
+    "mse": Part(mse, _both((12, 40, 4))),
+    "closing": Part(closing, {"float32": ((10, 40, 4),)}),
+    "solve": Part(solve, {"float32": ((600, 4),), "float64": ((20, 4),)}),
+    "views": Part(views, {"float32": ((4, 64),)}),
+}

@@ -1,0 +1,97 @@
+"""Outer steps on images, by the code that a distillation runs: how fast, and does the loss fall."""
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.gpu import cifar, table
+from bench.gpu.released import RIDGE
+from bench.gpu.stage import Run
+from krrst_fast.data.augment import ViewConfig
+from krrst_fast.distill.cache import LARGEST, TargetCache, views_per_image
+from krrst_fast.distill.loop import warm_up
+from krrst_fast.distill.source import Source
+from krrst_fast.distill.step import LinearDecay, outer_step
+from krrst_fast.environment import peak_memory_mb
+
+
+class Length(NamedTuple):
+    """Steps in all, those that are not timed, and how many losses are averaged at either end."""
+
+    steps: int
+    untimed: int
+    averaged: int
+    # The paper's is 1000: its warm-up alone would be the work of thousands of steps.
+    online_steps: int = 50
+
+
+FULL = Length(300, 20, 10)
+TOY = Length(6, 2, 2, 3)
+SLOTS = 10
+LR = 1e-3
+
+
+def measure(run: Run) -> None:
+    """A row with the target at every step, and one with its outputs looked up where they fit."""
+    table.install(run.out, run.notes.key)
+    scale = cifar.TOY if run.toy else cifar.FULL
+    images = cifar.read_images(run.images, scale.size)
+    if run.toy:
+        images = images._replace(pixels=images.pixels[:20])
+    run.row("the target at every step", lambda: distil(run, scale, images, cached=False))
+    rows = len(images.pixels) * views_per_image(ViewConfig())
+    if 4 * rows * scale.p <= LARGEST:
+        run.row("the target looked up", lambda: distil(run, scale, images, cached=True))
+
+
+def distil(run: Run, scale: cifar.Scale, images: cifar.Images, *, cached: bool) -> dict[str, Any]:
+    """Some steps of one distillation."""
+    length = TOY if run.toy else FULL
+    made = cifar.make(*(scale, images, run.device), slots=SLOTS, online_steps=length.online_steps)
+    if run.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    source, fill = made.source, 0.0
+    if cached:
+        begin = time.perf_counter()
+        cache = TargetCache(made.target, made.images.pixels, source.view)
+        run.clock.wait()
+        fill = time.perf_counter() - begin
+        source = cifar.source(scale, made.images, made.target, cache)
+    begin = time.perf_counter()
+    warm_up(made.state)
+    run.clock.wait()
+    warm = time.perf_counter() - begin
+    losses, seconds = advance(run, made, source, length)
+    start, end = losses[: length.averaged].mean(), losses[-length.averaged :].mean()
+    row: dict[str, Any] = {
+        "images": images.name,
+        "count": len(images.pixels),
+        "steps": length.steps,
+        "steps_per_second": (length.steps - length.untimed) / seconds,
+        "ms": seconds / (length.steps - length.untimed) * 1e3,
+        "loss_at_the_start": start.item(),
+        "loss_at_the_end": end.item(),
+        "peak_mb": peak_memory_mb(torch.device(run.device)),
+        "pool": {"size": SLOTS, "online_steps": length.online_steps, "seconds": warm},
+        "seconds_to_fill_the_cache": fill,
+    }
+    if not losses.isfinite().all():
+        row["wrong"] = ["a loss is not finite"]
+    return row
+
+
+def advance(
+    run: Run, made: cifar.Distillation, source: Source, length: Length
+) -> tuple[torch.Tensor, float]:
+    """The loss of each step, and the seconds that those which are timed took."""
+    rate = LinearDecay(start=LR, final=LR * 1e-3, steps=length.steps)
+    losses, begin = [], 0.0
+    for step in range(length.steps):
+        if step == length.untimed:
+            run.clock.wait()
+            begin = time.perf_counter()
+        told = outer_step(made.state, source, rate, ridge=RIDGE, ridge_of="trace")
+        losses.append(told.loss)
+    run.clock.wait()
+    return torch.stack(losses).cpu(), time.perf_counter() - begin
