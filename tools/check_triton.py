@@ -1,8 +1,8 @@
 """Compiles every Triton kernel in every configuration that a launch may pick, without a GPU.
 
-For sm_80 and sm_90: registers, stack (spills), shared memory and tensor-core instructions of each
-binary against BOUNDS. Prints a table; exits 1 if something does not compile or breaks a bound. The
-triton is the one that Python imports: PYTHONPATH chooses another.
+For sm_80 and sm_90: registers, stack (spills), shared memory, tensor-core instructions and
+asynchronous copies of each binary against BOUNDS. Prints a table; exits 1 if something does not
+compile or breaks a bound. The triton is the one that Python imports: PYTHONPATH chooses another.
 
     python tools/check_triton.py [--only TEXT] [--jobs N]
 """
@@ -47,8 +47,19 @@ BOUNDS = {
     "_mean_kernel": Bound(64, False),
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}
-# The fastest instruction of an architecture; "ieee" products run on none.
+# The fastest instruction of an architecture; "ieee" products of float32 run on none.
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
+
+
+class Binary(NamedTuple):
+    """What a kernel takes, and of its PTX the tensor-core instructions and asynchronous copies."""
+
+    registers: int
+    stack: int
+    shared: int
+    tensor_cores: int
+    copies: int
+    serial: bool
 
 
 class Result(NamedTuple):
@@ -112,29 +123,39 @@ def compiled(name: str) -> Result:
     launch, special, arch = variants(name)[name]
     start = time.perf_counter()
     try:
-        registers, stack, shared, tensor_cores, serial = build(launch, special, arch)
+        binary = build(launch, special, arch)
     except Exception:
         last = traceback.format_exc().strip().splitlines()[-6:]
         seconds = time.perf_counter() - start
         return Result(name, 0, 0, 0, 0, seconds, ("does not compile: " + "\n    ".join(last),))
+    found = tuple(faults(binary, launch, special, arch))
+    return Result(name, *binary[:4], time.perf_counter() - start, found)
+
+
+def faults(binary: Binary, launch: Any, special: dict[str, Any], arch: int) -> Iterator[str]:
+    """What is wrong with a binary."""
     bound = BOUNDS[launch.kernel.__name__]
-    faults = []
-    if registers > bound.registers:
-        faults.append(f"{registers} registers > {bound.registers}")
-    if stack > 0:
-        faults.append(f"{stack} bytes of stack: it spills")
-    if shared > SHARED[arch]:
-        faults.append(f"{shared} bytes of shared memory > {SHARED[arch]}")
-    if bound.tensor_cores and not tensor_cores and launch.arguments.get("PRECISION") != "ieee":
-        faults.append(f"no {INSTRUCTION[arch]} in it")
-    if serial:
-        faults.append(f"each {INSTRUCTION[arch]} waits for the one before")
-    seconds = time.perf_counter() - start
-    return Result(name, registers, stack, shared, tensor_cores, seconds, tuple(faults))
+    if binary.registers > bound.registers:
+        yield f"{binary.registers} registers > {bound.registers}"
+    if binary.stack > 0:
+        yield f"{binary.stack} bytes of stack: it spills"
+    if binary.shared > SHARED[arch]:
+        yield f"{binary.shared} bytes of shared memory > {SHARED[arch]}"
+    halves = any(launch.arguments.get(name) for name in ("RUNS", "TWO_TERMS", "THREE_PRODUCTS"))
+    ieee = launch.arguments.get("PRECISION") == "ieee" and not halves
+    if bound.tensor_cores and not ieee and not binary.tensor_cores:
+        yield f"no {INSTRUCTION[arch]} in it"
+    if binary.serial:
+        yield f"each {INSTRUCTION[arch]} waits for the one before"
+    # Where 4 bytes at least can be copied at a time.
+    pointers = [i for i, kind in enumerate(special["signature"].values()) if kind[0] == "*"]
+    aligned = all((i,) in special["attrs"] for i in pointers)
+    if bound.tensor_cores and aligned and not binary.copies:
+        yield "no asynchronous copies: it waits for what it loads"
 
 
-def build(launch: Any, special: dict[str, Any], arch: int) -> tuple[int, int, int, int, bool]:
-    """Registers, bytes of stack and of shared memory, tensor-core instructions, if these wait."""
+def build(launch: Any, special: dict[str, Any], arch: int) -> Binary:
+    """Compile one variant as the launcher would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -155,16 +176,24 @@ def build(launch: Any, special: dict[str, Any], arch: int) -> tuple[int, int, in
     stack = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)
     # Two functions would mean a call, none that nothing was compiled.
     assert len(registers) == 1 and len(stack) == 3, log
-    instructions = binary.asm["ptx"].count(INSTRUCTION[arch] + ".")
-    serial = "serialized" in log
-    return int(registers[0]), max(map(int, stack)), binary.metadata.shared, instructions, serial
+    ptx = binary.asm["ptx"]
+    return Binary(
+        int(registers[0]),
+        max(map(int, stack)),
+        binary.metadata.shared,
+        ptx.count(f"{INSTRUCTION[arch]}."),
+        ptx.count("cp.async.c"),
+        "serialized" in log,
+    )
 
 
 def results(names: list[str], jobs: int) -> Iterator[Result]:
-    """Each variant in one of `jobs` processes, printed as they end."""
+    """Each variant in one of `jobs` processes, or in this one."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        os.environ.pop("TRITON_INTERPRET", None)
+        if jobs == 1:
+            yield from map(compiled, names)
+            return
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             yield from pool.map(compiled, names)
 

@@ -1,0 +1,111 @@
+"""The compile gate of the Triton kernels fails when it should."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+import triton.language as tl  # noqa: E402
+
+from krrst_fast.kernels.common import Launch, Tile  # noqa: E402
+
+GATE = Path(__file__).resolve().parent.parent / "tools" / "check_triton.py"
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr, out_ptr, steps, BLOCK: tl.constexpr, DEPTH: tl.constexpr, WHAT: tl.constexpr
+):
+    down, inner = tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for step in range(steps):
+        x = tl.load(x_ptr + down[:, None] * 1024 + inner[None, :] + step * DEPTH)
+        if WHAT == "ordinary":
+            total += tl.sum(x, 1)[:, None].to(tl.float32)
+        elif WHAT == "wrong":
+            total = tl.dot(x, down, total)
+        else:
+            total = tl.dot(x, tl.trans(x), total)
+    tl.store(out_ptr + down[:, None] * BLOCK + down[None, :], total)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/check_triton.py, for one architecture."""
+    spec = importlib.util.spec_from_file_location("check_triton", GATE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ARCHITECTURES", (90,))
+    monkeypatch.setattr(sys, "argv", ["check_triton.py", "--jobs", "1"])
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    return module
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, missing: bool = False, **changes: Any) -> None:
+    """One launch in place of the cases: a product of 64 x 64 blocks, but for `changes`."""
+    given = {"block": 64, "warps": 4, "stages": 3, "what": "", "dtype": torch.float16, **changes}
+    arguments = {
+        "x_ptr": torch.empty(64, 1024, dtype=given["dtype"], device="meta"),
+        "out_ptr": torch.empty(64, 64, device="meta"),
+        "steps": 16,
+        "BLOCK": given["block"],
+        "DEPTH": 64,
+        "WHAT": given["what"],
+    }
+    tile = Tile(given["block"], given["block"], 64, given["warps"], given["stages"])
+    launch = Launch(_product_kernel, 1, arguments, tile)
+    cases = SimpleNamespace(
+        cases=lambda arch: [("planted", launch)],
+        untested=lambda launched: ["a tile"] * missing,
+    )
+    monkeypatch.setitem(sys.modules, "triton_cases", cases)
+
+
+@pytest.mark.parametrize(
+    "changes,status,told",
+    [
+        ({}, 0, "1 of 1 passed"),
+        ({"what": "wrong"}, 1, "does not compile"),
+        ({"block": 256}, 1, "bytes of stack: it spills"),
+        ({"what": "ordinary"}, 1, "no wgmma.mma_async in it"),
+        ({"stages": 1}, 1, "no asynchronous copies"),
+        ({"stages": 30}, 1, "bytes of shared memory > "),
+    ],
+)
+def test_what_fails(
+    gate: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    status: int,
+    told: str,
+) -> None:
+    plant(monkeypatch, **changes)
+    assert gate.main() == status
+    assert told in capsys.readouterr().out
+
+
+def test_a_configuration_that_no_case_reaches(
+    gate: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, missing=True)
+    with pytest.raises(SystemExit, match="no case reaches"):
+        gate.main()
+
+
+def test_registers_and_waits(gate: ModuleType) -> None:
+    launch = SimpleNamespace(kernel=SimpleNamespace(__name__="_sum_kernel"), arguments={})
+    special = {"signature": {"x_ptr": "*fp32"}, "attrs": {}}
+    binary = gate.Binary(65, 0, 0, 0, 0, serial=True)
+    told = ["65 registers > 64", "each wgmma.mma_async waits for the one before"]
+    assert list(gate.faults(binary, launch, special, 90)) == told
