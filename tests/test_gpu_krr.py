@@ -1,7 +1,9 @@
 """Kernel ridge regression on a GPU, by every backend that computes there."""
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,6 +205,12 @@ def test_fit_and_solve(backend: str) -> None:
     lam = 1e-3 * k.double().diagonal().mean()
     left = k.double() @ x.double() + lam * x.double() - y_syn.double()
     assert left.norm() <= 1e-2 * y_syn.norm()
+
+
+def test_the_graph_of_the_page_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "docs/gpu.md", "exec"), {})
 
 
 def test_what_is_loaded_is_what_was_built() -> None:

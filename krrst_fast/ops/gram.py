@@ -31,7 +31,7 @@ def gram(
         scale: multiplies every inner product.
         bias: added to every entry.
         precision: None | "float64" | "float32" | "fast", as in `krrst_fast.krr_mse`.
-        backend: "auto", "cpp", "torch" or "reference".
+        backend: see `krrst_fast.ops.options.FitOptions`.
 
     Returns:
         K [..., N, N].

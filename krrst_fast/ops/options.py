@@ -56,8 +56,9 @@ class FitOptions(SolveOptions, total=False):
             A whole number is as many equal rows: also in the trace, and `mean_diagonal` is that of
             the repeated rows. None: ones.
         form: the closed form, "k" | "w" | "primal"; "auto" (the default) asks `krrst_fast.plan`.
-        backend: "auto" (the default), "cpp", "torch", or "reference" (the formula by LU and
-            autograd, whose backward pass torch's switches for less precise products do reach).
+        backend: "auto" (the default), "cpp", "tuned", "triton", "cuda", "torch" (see README and
+            docs/gpu.md), or "reference" (the formula by LU and autograd, whose backward pass
+            torch's switches for less precise products do reach).
     """
 
     bias: float
