@@ -44,7 +44,9 @@ class Setting:
         if self.device == "cuda" and not torch.cuda.is_available():
             return "there is no GPU that torch can use"
         try:
-            choose(self.backend, torch.empty(0, device=self.device), "bench")
+            in_double = self.dtype == torch.float64 or self.options.get("precision") == "float64"
+            dtype = torch.float64 if in_double else torch.float32
+            choose(self.backend, torch.empty(0, device=self.device, dtype=dtype), "bench")
         except ValueError as error:
             return str(error)
         return None
@@ -59,6 +61,8 @@ BACKENDS: dict[str, tuple[BackendName, str]] = {
     "cpp": ("cpp", "cpu"),
     "torch": ("torch", "cpu"),
     "torch-cuda": ("torch", "cuda"),
+    "triton-cuda": ("triton", "cuda"),
+    "own-cuda": ("cuda", "cuda"),
 }
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
