@@ -12,7 +12,6 @@ from torch import Tensor
 
 from krrst_fast.kernels import tiles
 from krrst_fast.kernels.common import (
-    PEAKS,
     Launch,
     architecture,
     number,
@@ -21,14 +20,15 @@ from krrst_fast.kernels.common import (
     two_terms,
     unit_of,
 )
-from krrst_fast.kernels.peaks import peaks_launch
+from krrst_fast.kernels.peaks import BLOCKS, peaks_launch
 
 
 @triton.jit
-def _unit(peaks_ptr, THREE_PRODUCTS: tl.constexpr):
+def _unit(peaks_ptr, peaks, THREE_PRODUCTS: tl.constexpr):
     """Unit and inverse of a matrix from its peaks; 1 where none is needed."""
     if THREE_PRODUCTS:
-        return unit_of(tl.max(tl.load(peaks_ptr + tl.arange(0, PEAKS)), 0))
+        block = tl.arange(0, BLOCKS)
+        return unit_of(tl.max(tl.load(peaks_ptr + block, mask=block < peaks, other=0.0), 0))
     else:
         return 1.0, 1.0
 
@@ -39,8 +39,8 @@ def _add_product(
     sign,
     a_ptr,
     b_ptr,
-    a_peaks_ptr,
-    b_peaks_ptr,
+    peaks_ptr,
+    peaks,
     rows,
     columns,
     depth,
@@ -60,8 +60,8 @@ def _add_product(
     down = tl.arange(0, BLOCK_ROWS)
     across = tl.arange(0, BLOCK_COLUMNS)
     inner = tl.arange(0, BLOCK_DEPTH)
-    a_unit, a_inverse = _unit(a_peaks_ptr, THREE_PRODUCTS)
-    b_unit, b_inverse = _unit(b_peaks_ptr, THREE_PRODUCTS)
+    a_unit, a_inverse = _unit(peaks_ptr, peaks, THREE_PRODUCTS)
+    b_unit, b_inverse = _unit(peaks_ptr + peaks, peaks, THREE_PRODUCTS)
     for first in range(0, depth, run_depth):
         sum_of_run = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
         for k in range(first, tl.minimum(first + run_depth, depth), BLOCK_DEPTH):
@@ -91,15 +91,13 @@ def _closing_kernel(
     v_ptr,
     beta_ptr,
     w_ptr,
-    alpha_peaks_ptr,
-    v_peaks_ptr,
-    beta_peaks_ptr,
-    w_peaks_ptr,
+    peaks_ptr,
     scale,
     out_ptr,
     m,
     d,
     depth,
+    peaks,
     blocks_across,
     run_depth,
     stride_alpha_row,
@@ -137,8 +135,8 @@ def _closing_kernel(
         1.0,
         alpha_ptr + first_row * stride_alpha_row,
         v_ptr + first_column * stride_v_row,
-        alpha_peaks_ptr,
-        v_peaks_ptr,
+        peaks_ptr,
+        peaks,
         rows,
         columns,
         depth,
@@ -159,8 +157,8 @@ def _closing_kernel(
         -1.0,
         beta_ptr + first_row * stride_beta_row,
         w_ptr + first_column * stride_w_row,
-        beta_peaks_ptr,
-        w_peaks_ptr,
+        peaks_ptr + 2 * peaks,
+        peaks,
         rows,
         columns,
         depth,
@@ -198,22 +196,22 @@ def closing_matmul_launches(
     out = alpha.new_empty((m, d))
     named = dict(zip(("alpha", "v", "beta", "w"), map(tiles.addressable, (alpha, v, beta, w))))
     three_products = input_precision == "fp16x3"
-    peaks, launches = dict(named), []
+    peaks, launches = out, []
     if three_products:
-        for name, x in named.items():
-            peaks[name], launch = peaks_launch(x, by_column=False)
-            launches.append(launch)
+        peaks, launch = peaks_launch(named)
+        launches.append(launch)
     tile = tiles.closing_tile(list(named.values()), input_precision, arch)
     blocks_across = triton.cdiv(d, tile.columns)
     scale, _ = per_problem(scale, 1)
     arguments = {
         **{f"{name}_ptr": x for name, x in named.items()},
-        **{f"{name}_peaks_ptr": x for name, x in peaks.items()},
+        "peaks_ptr": peaks,
         "scale": scale,
         "out_ptr": out,
         "m": m,
         "d": d,
         "depth": depth,
+        "peaks": peaks.shape[1],
         "blocks_across": blocks_across,
         "run_depth": tiles.runs(depth, tile.depth),
         **{f"stride_{name}_row": x.stride(0) for name, x in named.items()},

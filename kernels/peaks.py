@@ -1,7 +1,7 @@
-"""Largest magnitudes of a float32 matrix, from which the unit of its two float16 terms follows.
+"""Largest magnitudes of float32 matrices, from which the units of their two float16 terms follow.
 
-A program reads one of PEAKS blocks of rows and writes the largest magnitude of each column
-[PEAKS, P], or of the whole block [PEAKS]. A maximum does not depend on the order.
+A program reads one block of the rows of a matrix and writes the largest magnitude of some of its
+columns, or of all. A maximum does not depend on the order.
 """
 
 import triton
@@ -11,31 +11,28 @@ from torch import Tensor
 from krrst_fast.kernels.common import PEAKS, Launch, Tile
 
 _BLOCK = Tile(32, 64, 1, 4, 1)
+# Most blocks of rows of a matrix as a whole: a program takes what it reads piece by piece.
+BLOCKS = tl.constexpr(256)
 
 
 @triton.jit
-def _peaks_kernel(
+def _largest(
     x_ptr,
-    peaks_ptr,
+    block,
+    blocks,
     rows,
-    columns,
-    rows_of_block,
+    first_column,
+    last_column,
     stride_x_row,
     stride_x_column,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if BY_COLUMN:
-        blocks = tl.cdiv(columns, BLOCK_COLUMNS)
-        block = pid // blocks
-        first_column = (pid % blocks) * BLOCK_COLUMNS
-        last_column = first_column + BLOCK_COLUMNS
-    else:
-        block = pid
-        first_column = 0
-        last_column = columns
+    """Largest magnitudes of one of so many blocks of rows, BLOCK_COLUMNS numbers.
+
+    Number j is that of the columns first_column + j, first_column + j + BLOCK_COLUMNS, ...
+    """
+    rows_of_block = tl.cdiv(rows, blocks)
     begin = block.to(tl.int64) * rows_of_block
     end = tl.minimum(begin + rows_of_block, rows)
     down = tl.arange(0, BLOCK_ROWS)
@@ -46,31 +43,115 @@ def _peaks_kernel(
         for row in range(begin, end, BLOCK_ROWS):
             r = tl.cast(row, tl.int64) + down
             here = x_ptr + r[:, None] * stride_x_row + c[None, :] * stride_x_column
-            x = tl.load(here, mask=(r[:, None] < end) & (c[None, :] < columns), other=0.0)
+            x = tl.load(here, mask=(r[:, None] < end) & (c[None, :] < last_column), other=0.0)
             largest = tl.maximum(largest, tl.abs(x))
-    by_column = tl.max(largest, 0)
-    if BY_COLUMN:
-        c = tl.cast(first_column, tl.int64) + across
-        tl.store(peaks_ptr + block.to(tl.int64) * columns + c, by_column, mask=c < columns)
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _column_peaks_kernel(
+    x_ptr,
+    peaks_ptr,
+    rows,
+    columns,
+    stride_x_row,
+    stride_x_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    across = tl.cdiv(columns, BLOCK_COLUMNS)
+    block = pid // across
+    first = (pid % across) * BLOCK_COLUMNS
+    last = tl.minimum(first + BLOCK_COLUMNS, columns)
+    largest = _largest(
+        *(x_ptr, block, PEAKS, rows, first, last),
+        *(stride_x_row, stride_x_column, BLOCK_ROWS, BLOCK_COLUMNS),
+    )
+    c = first + tl.arange(0, BLOCK_COLUMNS)
+    tl.store(peaks_ptr + block.to(tl.int64) * columns + c, largest, mask=c < columns)
+
+
+@triton.jit
+def _peaks_kernel(
+    alpha_ptr,
+    v_ptr,
+    beta_ptr,
+    w_ptr,
+    peaks_ptr,
+    m,
+    d,
+    columns,
+    blocks,
+    stride_alpha_row,
+    stride_alpha_column,
+    stride_v_row,
+    stride_v_column,
+    stride_beta_row,
+    stride_beta_column,
+    stride_w_row,
+    stride_w_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    matrix, block = pid // blocks, pid % blocks
+    largest = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
+    if matrix == 0:
+        largest = _largest(
+            *(alpha_ptr, block, blocks, m, 0, columns),
+            *(stride_alpha_row, stride_alpha_column, BLOCK_ROWS, BLOCK_COLUMNS),
+        )
+    elif matrix == 1:
+        largest = _largest(
+            *(v_ptr, block, blocks, d, 0, columns),
+            *(stride_v_row, stride_v_column, BLOCK_ROWS, BLOCK_COLUMNS),
+        )
+    elif matrix == 2:
+        largest = _largest(
+            *(beta_ptr, block, blocks, m, 0, columns),
+            *(stride_beta_row, stride_beta_column, BLOCK_ROWS, BLOCK_COLUMNS),
+        )
     else:
-        tl.store(peaks_ptr + block, tl.max(by_column, 0))
+        largest = _largest(
+            *(w_ptr, block, blocks, d, 0, columns),
+            *(stride_w_row, stride_w_column, BLOCK_ROWS, BLOCK_COLUMNS),
+        )
+    tl.store(peaks_ptr + pid, tl.max(largest, 0))
 
 
-def peaks_launch(x: Tensor, by_column: bool) -> tuple[Tensor, Launch]:
-    """The largest magnitudes [PEAKS, P] or [PEAKS] of x [N, P], and the launch that finds them."""
+def column_peaks_launch(x: Tensor) -> tuple[Tensor, Launch]:
+    """Of x [N, P] the largest magnitudes [PEAKS, P] of its columns, and the launch for them."""
     rows, columns = x.shape
-    peaks = x.new_empty((PEAKS.value, columns) if by_column else (PEAKS.value,))
+    peaks = x.new_empty((PEAKS.value, columns))
     arguments = {
         "x_ptr": x,
         "peaks_ptr": peaks,
         "rows": rows,
         "columns": columns,
-        "rows_of_block": triton.cdiv(rows, PEAKS.value),
         "stride_x_row": x.stride(0),
         "stride_x_column": x.stride(1),
         "BLOCK_ROWS": _BLOCK.rows,
         "BLOCK_COLUMNS": _BLOCK.columns,
-        "BY_COLUMN": by_column,
     }
-    programs = PEAKS.value * (triton.cdiv(columns, _BLOCK.columns) if by_column else 1)
-    return peaks, Launch(_peaks_kernel, programs, arguments, _BLOCK)
+    programs = PEAKS.value * triton.cdiv(columns, _BLOCK.columns)
+    return peaks, Launch(_column_peaks_kernel, programs, arguments, _BLOCK)
+
+
+def peaks_launch(named: dict[str, Tensor]) -> tuple[Tensor, Launch]:
+    """Of alpha, v, beta and w the largest magnitudes [4, blocks], and the launch for them."""
+    (m, columns), d = named["alpha"].shape, named["v"].shape[0]
+    blocks = min(triton.cdiv(max(m, d), _BLOCK.rows), BLOCKS.value)
+    peaks = named["alpha"].new_empty((4, blocks))
+    arguments = {
+        **{f"{name}_ptr": x for name, x in named.items()},
+        "peaks_ptr": peaks,
+        "m": m,
+        "d": d,
+        "columns": columns,
+        "blocks": blocks,
+    }
+    for name, x in named.items():
+        arguments |= {f"stride_{name}_row": x.stride(0), f"stride_{name}_column": x.stride(1)}
+    arguments |= {"BLOCK_ROWS": _BLOCK.rows, "BLOCK_COLUMNS": _BLOCK.columns}
+    return peaks, Launch(_peaks_kernel, 4 * blocks, arguments, _BLOCK)

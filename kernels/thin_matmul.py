@@ -12,7 +12,7 @@ from torch import Tensor
 
 from krrst_fast.kernels import tiles
 from krrst_fast.kernels.common import PEAKS, Launch, architecture, run, two_terms, unit_of
-from krrst_fast.kernels.peaks import peaks_launch
+from krrst_fast.kernels.peaks import column_peaks_launch
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def parts_launches(
     two_terms_of_b = kind == "half"
     peaks, launches = parts, []
     if two_terms_of_b:
-        peaks, launch = peaks_launch(b, by_column=True)
+        peaks, launch = column_peaks_launch(b)
         launches.append(launch)
     arguments = {
         "a_ptr": a,

@@ -39,6 +39,7 @@ BOUNDS = {
     "_parts_kernel": Bound(255, True),
     "_finish_kernel": Bound(128, False),
     "_peaks_kernel": Bound(128, False),
+    "_column_peaks_kernel": Bound(128, False),
     "_product_kernel": Bound(255, True),
     "_closing_kernel": Bound(255, True),
     "_views_kernel": Bound(64, False),
