@@ -163,10 +163,14 @@ def tuned_closing(
     return plain.closing(plain.matmul, alpha, v, beta, w, scale)
 
 
-def solver_choice(k: Tensor, rows: int, columns: int) -> measured.Choice:
-    """Who factors a gram of so many rows on the GPU of k, in k's precision, and solves with it."""
-    precision = _name(torch.float64 if rows <= FLOAT64_UP_TO else k.dtype)
-    chosen = measured.choice(architecture(k), "solve", precision, (rows, columns))
+def solver_choice(k: Tensor, *size: int) -> measured.Choice:
+    """Who factors a gram on the GPU of k, in k's precision, and solves with it.
+
+    size: its rows and the right-hand sides, or those of each of N problems: N first.
+    """
+    precision = _name(torch.float64 if size[-2] <= FLOAT64_UP_TO else k.dtype)
+    part = "solve" if len(size) == 2 else "solve_many"
+    chosen = measured.choice(architecture(k), part, precision, size)
     if chosen.name.startswith("cuda") and not library.has_cuda_extension():
         why = f"{chosen.why}; but the CUDA extension is {library.CUDA_EXTENSION}"
         return measured.Choice("torch", why)
@@ -175,7 +179,7 @@ def solver_choice(k: Tensor, rows: int, columns: int) -> measured.Choice:
 
 def tuned_solver(k: Tensor, columns: int) -> Solver:
     """The factor and the way to solve with it that was measured to win."""
-    return SOLVERS["torch" if k.ndim == 3 else solver_choice(k, k.shape[-1], columns).name]
+    return SOLVERS[solver_choice(k, *k.shape[:-1], columns).name]
 
 
 def views(*arguments: Any) -> Tensor:

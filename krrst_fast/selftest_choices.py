@@ -78,6 +78,9 @@ def _measured(here: Tensor) -> list[str]:
                 lines.append(f"{what}, {word}: {chosen.name}; {chosen.why}")
         how = gpu.solver_choice(here, m, p)
         lines.append(f"factor and solves [{m}, {m}], {p} columns: {how.name}; {how.why}")
+    for count, m, _ in BATCHES:
+        how = gpu.solver_choice(here, count, m, 5)
+        lines.append(f"{count} of them [{m}, {m}], 5 columns: {how.name}; {how.why}")
     return list(dict.fromkeys(lines))
 
 

@@ -27,6 +27,7 @@ ROWS = [
     row("views", "float32", [1024, 1024], torch=0.2, triton=0.1),
     row("solve", "float32", [1000, 512], **{"torch": 3.0, "torch inverse": 2.0, "cuda": 1.0}),
     row("solve", "float64", [100, 10], **{"torch": 1.0, "torch inverse": 2.0}),
+    row("solve_many", "float64", [4096, 25, 5], **{"torch": 3.0, "cuda": 1.0}),
 ]
 
 
@@ -129,6 +130,8 @@ def test_the_solver_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(library, "has_cuda_extension", lambda: True)
     assert gpu.tuned_solver(k, 512) == SOLVERS["cuda"]
     assert gpu.tuned_solver(torch.empty(90, 90), 12) == SOLVERS["torch"]
+    assert gpu.tuned_solver(torch.empty(3000, 30, 30), 5) == SOLVERS["cuda"]
+    assert gpu.tuned_solver(torch.empty(30, 30, 30), 5) == SOLVERS["torch"]
     monkeypatch.setattr(library, "has_cuda_extension", lambda: False)
     assert gpu.tuned_solver(k, 512) == SOLVERS["torch"]
     why = gpu.solver_choice(k, 1000, 512).why
