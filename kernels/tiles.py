@@ -144,10 +144,10 @@ def addressable(x: Tensor) -> Tensor:
 def cut(depth: int, blocks: int, tile: Tile, arch: int) -> Depth:
     """The splits with which `blocks` blocks of output are computed soonest, by count of terms.
 
-    A multiprocessor holds one program of eight warps or two of four: what matters is how often all
-    of them start a program, and how full they are the last time.
+    A multiprocessor holds one program with a block of 128 by 128, or two with less: what matters is
+    how often all of them start a program, and how full they are the last time.
     """
-    at_once = _MULTIPROCESSORS[generation(arch)] * 8 // tile.warps
+    at_once = _MULTIPROCESSORS[generation(arch)] * (1 if tile.rows * tile.columns >= 128**2 else 2)
 
     def split_of(splits: int) -> int:
         return _blocks(-(-depth // splits), tile.depth)
