@@ -53,9 +53,9 @@ def krr_row(m: int, p: int, ms: float, *, error: float = 1e-3, graph: float = 1.
 
 def results(**stages: dict) -> dict[str, dict]:
     """Files of stages that were measured on a GPU."""
-    key = {"commit": "c" * 40, "sources": "s", "gpu": GPU["name"], "sizes": "full"}
+    key = {"sources": "s", "gpu": GPU["name"], "sizes": "full"}
     whole = {"finished": True, "wrong": [], "date": "2030-05-06T07:08:09+00:00", "seconds": 3.0}
-    about = {"gpu": GPU, "versions": VERSIONS, **whole}
+    about = {"commit": "c" * 40, "gpu": GPU, "versions": VERSIONS, **whole}
     return {
         name: {"stage": name, "key": dict(key), **about, "rows": rows}
         for name, rows in stages.items()
@@ -181,6 +181,20 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "Refused: nothing was measured on sm_90" in lines
 
 
+def test_the_commit_of_a_copy_without_history_is_that_of_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = copy.deepcopy(MEASURED)
+    for one in stages.values():
+        one["commit"] = None
+    folder(tmp_path, stages)
+    monkeypatch.setattr(page.machine, "commit", lambda: "d" * 40)
+    monkeypatch.setattr(page.machine, "sources", lambda: "others")
+    assert "commit unknown, sources s" in page.write(tmp_path)
+    monkeypatch.setattr(page.machine, "sources", lambda: "s")
+    assert "commit dddddddd, sources s" in page.write(tmp_path)
+
+
 def published(tmp_path: Path, stages: dict[str, dict]) -> tuple[list[Path], Path]:
     root = tmp_path / "root"
     (root / "krrst_fast").mkdir(parents=True)
@@ -199,6 +213,8 @@ def test_what_was_measured_is_published(tmp_path: Path) -> None:
     assert readme.startswith("before\n") and readme.endswith(f"{page.END}\n\nafter\n")
     assert "old" not in readme and "| 1000 | 10 |" in readme and "`bench/gpu.sh`." in readme
     assert len(json.loads(paths[2].read_text())["sm_90"]["rows"]) == 3
+    text = (ROOT / "README.md").read_text()
+    assert text.count(page.BEGIN) == text.count(page.END) == 1, "there is a place for the table"
 
 
 @pytest.mark.parametrize(

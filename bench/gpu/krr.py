@@ -16,13 +16,13 @@ from bench.gpu import table
 from bench.gpu.clock import Sample, error_of, reason
 from bench.gpu.released import RIDGE, released_mse
 from bench.gpu.stage import Run
+from bench.gpu.table import KEPT_EYE, RELEASED
 from bench.suite import forward_and_backward, in_double
 from krrst_fast import krr_mse, plan
 from krrst_fast.backends import choose
 from krrst_fast.reference import round_features
 from krrst_fast.seeding import generator
 
-RELEASED, KEPT_EYE = "released", "released, identity on the device"
 BACKENDS = ("torch", "triton", "cuda", "tuned")
 PRECISIONS = (None, "fast", "float64")
 RESULTS = ("loss", "f_syn", "y_syn")

@@ -9,8 +9,8 @@ from typing import Any
 
 from bench.charts import digits
 from bench.gpu import machine, table
-from bench.gpu.krr import KEPT_EYE, RELEASED
 from bench.gpu.run import NAMES
+from bench.gpu.table import KEPT_EYE, RELEASED
 from bench.report import rewrite
 from krrst_fast.errors import DataError
 from krrst_fast.files import read_json, write_json, write_text
@@ -42,10 +42,11 @@ def collect(out: Path) -> dict[str, Any]:
                 f"{_difference(key, keys[0])}"
             )
     last = list(stages.values())[-1]
-    if keys[0]["commit"] is None and keys[0]["sources"] == machine.sources():
+    commit = last["commit"]
+    if commit is None and keys[0]["sources"] == machine.sources():
         # Measured on a copy without its history; what is here is the same.
-        keys[0]["commit"] = machine.commit()
-    shared = {"key": keys[0], "gpu": last["gpu"], "versions": last["versions"]}
+        commit = machine.commit()
+    shared = {"commit": commit, "key": keys[0], "gpu": last["gpu"], "versions": last["versions"]}
     return shared | {"date": max(one["date"] for one in stages.values()), "stages": stages}
 
 
@@ -82,7 +83,7 @@ def publish(out: Path, root: Path = machine.ROOT) -> list[Path]:
         raise DataError(f"bench/gpu.sh report: nothing to publish without {', '.join(missing)}")
     name = found["gpu"]["name"].lower().replace(" ", "-").removeprefix("nvidia-")
     page_path, measured = root / "docs" / "results" / f"{name}.md", root / table.FILE
-    lines = [*krr_table(found, published=True), "", _under(found)]
+    lines = [*readme_table(found), "", _under(found)]
     rewrite(root / "README.md", lines, marks=(BEGIN, END))
     page_path.parent.mkdir(parents=True, exist_ok=True)
     write_text(page_path, "\n".join(page(found)) + "\n")
@@ -120,7 +121,7 @@ def _under(found: Result) -> str:
         gpu.get("name", "CPU"),
         f"driver {gpu.get('driver')}, CUDA {gpu.get('cuda')}" if gpu else "no GPU",
         f"torch {versions['torch']}, triton {versions['triton']}, nvcc {versions['nvcc']}",
-        f"commit {(key['commit'] or 'unknown')[:8]}, sources {key['sources']}",
+        f"commit {(found['commit'] or 'unknown')[:8]}, sources {key['sources']}",
         found["date"][:10],
     ]
     return f"{', '.join(words)}: `bench/gpu.sh`."
@@ -174,45 +175,58 @@ def verdict(row: Result) -> tuple[str, str]:
     return f"{target:g}", "met" if times >= target else "missed"
 
 
-def krr_table(found: Result, *, published: bool = False) -> Lines:
-    """A line a shape: the best of ours against the released formulation.
+def readme_table(found: Result) -> Lines:
+    """A line a shape, in short."""
+    yield from _head(
+        *("M", "P", "released formulation ms", "krrst_fast ms", "times as fast", "as a graph"),
+        *("error of the released", "of krrst_fast"),
+    )
+    for row in _shapes(found):
+        best, base, shape = table.best(row), row["released"][RELEASED], row["shape"]
+        ours = row["ours"].get(best, {})
+        cells = [shape["m"], shape["p"], _ms(base), _ms(ours), _times(ours.get("times_released"))]
+        yield _row([*cells, _times(_replayed(row, best)), _error(base), _error(ours)])
+    yield from ("", _caption(found))
 
-    Milliseconds are medians with 10th and 90th percentiles; times as fast, by the released
-    formulation with its identity made on the CPU and, in brackets, kept on the device.
-    """
+
+def krr_table(found: Result) -> Lines:
+    """A line a shape: the best of ours against the released formulation."""
     columns = ["M", "P", "released ms", "krrst_fast ms", "who", "times as fast", "as a graph"]
     columns += ["error of the released", "of krrst_fast", "peak MB", "target", ""]
     yield from _head(*columns)
     for row in _shapes(found):
         best, released = table.best(row), row["released"]
         ours = row["ours"].get(best, {})
-        graph: Result = _graph(row, best)
         base, shape = released[RELEASED], row["shape"]
-        replayed = base["ms"] / graph["ms"] if "ms" in graph and "ms" in base else None
         times = f"**{_times(ours.get('times_released'))}** ({_times(ours.get('times_kept_eye'))})"
         memory = f"{ours['peak_mb']:.0f}, {base.get('peak_mb', 0):.0f}" if ours else "-"
         cells = [shape["m"], shape["p"], _ms(base), _ms(ours), best or "nobody", times]
-        cells += [_times(replayed), _error(base), _error(ours), memory, *verdict(row)]
+        cells += [_times(_replayed(row, best)), _error(base), _error(ours), memory, *verdict(row)]
         yield _row(cells)
-    if published:
-        one = next(_shapes(found), None)
-        d, b = (one["shape"]["d"], one["shape"]["b"]) if one else (0, 0)
-        yield ""
-        yield (
-            f"The loss with both gradients, D = {d}, B = {b}: medians (10th to 90th percentile), "
-            "calls in turn; in brackets with the identity kept on the device; errors are the "
-            "largest relative ones of loss and gradients against float64; peak memory ours, theirs."
-        )
+    yield from ("", _caption(found))
 
 
-def _graph(row: Result, best: str | None) -> Result:
-    """The graph of a way, or of the same that reads nothing back: only that can be captured."""
-    return row["ours"].get((best or "").replace(", raise", ", flag"), {}).get("graph", {})
+def _caption(found: Result) -> str:
+    one = next(_shapes(found), None)
+    sizes = f", D = {one['shape']['d']}, B = {one['shape']['b']}" if one else ""
+    return (
+        f"The loss with both gradients{sizes}: medians (10th to 90th percentile) of calls in turn. "
+        "The released formulation makes its identity on the CPU in every call (in brackets, where "
+        "there are brackets: kept on the device). Errors are the largest relative ones of the loss "
+        "and the gradients against float64; peak memory is ours, theirs."
+    )
+
+
+def _replayed(row: Result, best: str | None) -> float | None:
+    """How many times as fast a graph is, of this way or its twin that reads nothing back."""
+    twin = (best or "").replace(", raise", ", flag")
+    graph, base = row["ours"].get(twin, {}).get("graph", {}), row["released"][RELEASED]
+    return base["ms"] / graph["ms"] if "ms" in graph and "ms" in base else None
 
 
 def krr_tables(found: Result) -> Lines:
     """The summary, then everybody at each shape."""
-    yield from krr_table(found, published=True)
+    yield from krr_table(found)
     for row in _shapes(found):
         shape = row["shape"]
         about = f"form {row['form']}, {row['gflop']:.0f} GFLOP, condition {row['condition']:.0e}"

@@ -40,6 +40,8 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 GRACE = 20.0
 """Seconds beyond a stage's own until it is ended: its last row may take them."""
+TOTAL = 500.0
+"""Seconds after which no stage goes on: the next call does."""
 QUIET = 90.0
 """Seconds without a word after which what is being tried will not come back."""
 RESTARTS = 6
@@ -75,7 +77,7 @@ def place(dry_run: bool) -> Place:
         raise DataError("bench/gpu.sh: torch sees no GPU here; --dry-run tries it all on the CPU")
     versions = machine.versions()
     key = {
-        "commit": machine.commit(),
+        # Not the commit, which says less and more: it is noted beside.
         "sources": machine.sources(),
         "gpu": gpu["name"] if gpu else None,
         "torch": versions["torch"],
@@ -93,14 +95,20 @@ def run(request: Request) -> int:
         here.gpu["name"] if here.gpu else "dry run on the CPU: toy sizes, no figure means anything"
     )
     print(f"{gpu}; torch {here.key['torch']}; into {request.out}", flush=True)
-    wrong = 0
+    wrong, end = 0, time.monotonic() + TOTAL
     for stage in STAGES:
         if stage.name not in request.stages:
             continue
         key = here.key | ({"images": str(request.images)} if stage.name == "steps" else {})
         done = finished(request.out, stage.name, key)
         if done is None or request.again or _lost_build(stage, request.out):
-            done = carry_out(stage, request, here, key)
+            left = end - time.monotonic()
+            if left <= 0:
+                print(f"{stage.name:9} NOT BEGUN: {TOTAL:g} s are over; call again to go on")
+                wrong += 1
+                continue
+            seconds = min(stage.seconds, left)
+            done = carry_out(stage._replace(seconds=seconds), request, here, key)
             print(summary(done), flush=True)
         else:
             print(f"{summary(done)}  (of {done['date']})", flush=True)
@@ -144,6 +152,7 @@ def carry_out(stage: Stage, request: Request, here: Place, key: Key) -> dict[str
     result = {
         "stage": stage.name,
         "key": key,
+        "commit": machine.commit(),
         "finished": whole,
         "wrong": wrong,
         "words": last_lines(log) if wrong else [],
@@ -216,6 +225,9 @@ def environment(out: Path) -> dict[str, str]:
     env["OMP_WAIT_POLICY"] = "PASSIVE"
     env["PYTHONSAFEPATH"] = env["PYTHONUNBUFFERED"] = "1"
     env.pop("TRITON_INTERPRET", None)
+    if not list(site(out).glob("krrst_fast/*.so")):
+        # Or every process would warn that there are none.
+        env["KRRST_FAST_EXTENSION"] = "0"
     return env
 
 
