@@ -190,16 +190,16 @@ def measured(
             seconds=left + GRACE,
             ended=Silence(path),
         )
-        notes = Notes(path, key)
+        notes, said = Notes(path, key), (last_lines(log, 1) or [ended.why])[0]
         if ended.code in (0, UNFINISHED):
             break
-        why = last_lines(log, 1)[0] if ended.code == LOST else ended.why
+        why = said if ended.code == LOST else ended.why
         blamed = notes.blame(f"left out: {why}")
         print(f"  {stage.name}: {blamed or 'it'}: {why}", flush=True)
         if blamed is None or time.monotonic() > end:
             break
     if ended.code == UNFINISHED:
-        ended = Ended(None, last_lines(log, 1)[0], ended.seconds)
+        ended = Ended(None, said, ended.seconds)
     return notes.rows, ended
 
 
