@@ -178,6 +178,7 @@ def _commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **codes: str) -> 
 
         return make
 
+    monkeypatch.setattr(run.machine, "sources", lambda: "the same")
     monkeypatch.setattr(run, "COMMANDS", {name: made(code) for name, code in codes.items()})
     monkeypatch.setattr(run, "STAGES", [run.Stage(name, 2.0, "") for name in codes])
 
