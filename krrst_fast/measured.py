@@ -11,7 +11,7 @@ further than a factor of two from every row, nothing was measured, and torch com
 | mse | B, D, P | torch, triton |
 | closing | M, D, P | torch, triton |
 | solve | M, P: a factor and two solves | torch, torch inverse, cuda, cuda inverse |
-| solve_many | N, M, P: the same of N problems | torch, torch inverse, cuda |
+| solve_many | N, M, P: the same of N problems | the same |
 | views | B, pixels of an image | torch, triton |
 """
 

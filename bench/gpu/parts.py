@@ -4,6 +4,7 @@ The sizes are those that the shapes of `krr.py` come to, and some smaller. Every
 L2 cache. Errors are against float64, on the features as rounded for "fast".
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -139,22 +140,22 @@ def closing(size: Size, precision: str, device: str) -> Work:
 
 
 def solve(size: Size, precision: str, device: str) -> Work:
-    """A Cholesky factor of an M x M system and two solves with P right-hand sides each."""
-    m, p = size
-    f = features(m, max(2 * m, 2048), "float32", device)
+    """A Cholesky factor of an M x M system, or of N of them, and two solves with P columns each."""
+    *many, m, p = size
+    f = features(math.prod(many) * m, max(2 * m, 2048), "float32", device).view(*many, m, -1)
     wide = precision == "float64" and m > FLOAT64_UP_TO
     k = f @ f.mT + 1.0
     k = k.double() if wide else k
-    y, z = (torch.randn(m, p, device=device, dtype=k.dtype) for _ in range(2))
-    lam = RIDGE * k.diagonal().sum()
+    y, z = (torch.randn(*size, device=device, dtype=k.dtype) for _ in range(2))
+    lam = RIDGE * k.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def both(solver: Solver) -> Sequence[Tensor]:
         found = ridge_factor(k, lam, 0, False, solver)
         return [factored_solve(x, found.factor, found.inverse, solver.own) for x in (y, z)]
 
     def exact() -> Sequence[Tensor]:
-        system = k.double() + lam.double() * torch.eye(m, device=device)
-        return torch.linalg.solve(system, torch.cat((y, z), 1).double()).split(p, 1)
+        system = k.double() + lam.double()[..., None, None] * torch.eye(m, device=device)
+        return torch.linalg.solve(system, torch.cat((y, z), -1).double()).split(p, -1)
 
     # The CUDA backend asks for float32 features; in float64 its solver alone is of use.
     x = torch.empty(0, device=device)
@@ -244,6 +245,7 @@ FULL = {
             ),
         },
     ),
+    "solve_many": Part(solve, {"float64": ((4096, 25, 5), (256, 25, 5), (64, 100, 64))}),
     "views": Part(views, {"float32": ((1024, 1024), (1024, 4096), (256, 1024))}),
 }
 TOY = {
@@ -253,5 +255,6 @@ TOY = {
     "mse": Part(mse, _both((12, 40, 4))),
     "closing": Part(closing, {"float32": ((10, 40, 4),)}),
     "solve": Part(solve, {"float32": ((600, 4),), "float64": ((20, 4),)}),
+    "solve_many": Part(solve, {"float64": ((3, 20, 4),)}),
     "views": Part(views, {"float32": ((4, 64),)}),
 }
