@@ -1,8 +1,9 @@
 """a @ b for a [N, K], the features, and b [K, P] of fewer columns: F x, and F^T x by strides.
 
 A program computes one block of one split of the inner dimension. Where a is float16, b is split
-into two float16 terms as it is read, each column in a power of two of its own, and a block of a is
-read once for both. Splits are float32 parts that a second kernel adds in their order.
+into two float16 terms, each column in a power of two of its own, and a block of a is read once for
+both: a narrow b is split as it is read, of a wide one a kernel before writes the terms of each
+number side by side. Splits are float32 parts that a second kernel adds in their order.
 """
 
 import torch
@@ -16,6 +17,44 @@ from krrst_fast.kernels.peaks import column_peaks_launch
 
 
 @triton.jit
+def _unit_of_columns(peaks_ptr, first_column, columns, BLOCK_COLUMNS: tl.constexpr):
+    """Unit and inverse of each of the columns of a block, from their peaks."""
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    block = tl.arange(0, PEAKS).to(tl.int64)
+    here = peaks_ptr + block[:, None] * columns + column[None, :]
+    peaks = tl.load(here, mask=column[None, :] < columns, other=0.0)
+    return unit_of(tl.max(peaks, 0))
+
+
+@triton.jit
+def _terms_kernel(
+    b_ptr,
+    peaks_ptr,
+    terms_ptr,
+    depth,
+    p,
+    width,
+    stride_b_depth,
+    stride_b_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks_across = tl.cdiv(width, 2 * BLOCK_COLUMNS)
+    first_column = (pid % blocks_across) * BLOCK_COLUMNS
+    row = (pid // blocks_across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    inside = (row[:, None] < depth) & (column[None, :] < p)
+    here = row[:, None] * stride_b_depth + column[None, :].to(tl.int64) * stride_b_column
+    unit, _ = _unit_of_columns(peaks_ptr, first_column, p, BLOCK_COLUMNS)
+    hi, lo = two_terms(tl.load(b_ptr + here, mask=inside, other=0.0), unit[None, :])
+    both = tl.reshape(tl.join(hi, lo), (BLOCK_ROWS, 2 * BLOCK_COLUMNS))
+    column = 2 * first_column + tl.arange(0, 2 * BLOCK_COLUMNS)
+    inside = (row[:, None] < depth) & (column[None, :] < width)
+    tl.store(terms_ptr + row[:, None] * width + column[None, :], both, mask=inside)
+
+
+@triton.jit
 def _product_kernel(
     a_ptr,
     b_ptr,
@@ -23,6 +62,7 @@ def _product_kernel(
     parts_ptr,
     n,
     p,
+    width,
     depth,
     blocks_down,
     blocks_across,
@@ -36,7 +76,7 @@ def _product_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     CLAMP: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
+    TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -50,7 +90,7 @@ def _product_kernel(
     across = tl.arange(0, BLOCK_COLUMNS)
     inner = tl.arange(0, BLOCK_DEPTH)
     rows = (n - first_row).to(tl.int32)
-    columns = (p - first_column).to(tl.int32)
+    columns = (width - first_column).to(tl.int32)
     row = down
     if CLAMP:
         # As in the gram: the last row in place of those that are not there.
@@ -59,17 +99,9 @@ def _product_kernel(
     b_offset = inner[:, None] * stride_b_depth + across[None, :] * stride_b_column
     a_ptr += first_row * stride_a_row
     b_ptr += first_column * stride_b_column
-    unit = tl.full((BLOCK_COLUMNS,), 1.0, tl.float32)
-    inverse = unit
-    if TWO_TERMS:
-        block = tl.arange(0, PEAKS).to(tl.int64)
-        peaks_ptr += first_column
-        peaks = tl.load(
-            peaks_ptr + block[:, None] * p + across[None, :],
-            mask=across[None, :] < columns,
-            other=0.0,
-        )
-        unit, inverse = unit_of(tl.max(peaks, 0))
+    first = first_column.to(tl.int32)
+    if TERMS == "as read":
+        unit, inverse = _unit_of_columns(peaks_ptr, first, p, BLOCK_COLUMNS)
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     sum_of_run = total
@@ -84,21 +116,28 @@ def _product_kernel(
         b_mask = there[:, None] & (across[None, :] < columns)
         a = tl.load(a_ptr + step * stride_a_depth + a_offset, mask=a_mask, other=0.0)
         b = tl.load(b_ptr + step * stride_b_depth + b_offset, mask=b_mask, other=0.0)
-        if TWO_TERMS:
-            hi, lo = two_terms(b, unit[None, :])
+        if TERMS == "as read":
+            b, lo = two_terms(b, unit[None, :])
             sum_of_run = tl.dot(a, lo, sum_of_run)
-            sum_of_run = tl.dot(a, hi, sum_of_run)
+        if TERMS == "":
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        else:
+            sum_of_run = tl.dot(a, b, sum_of_run)
             if k == last_of_run:
                 total += sum_of_run
                 sum_of_run = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
                 last_of_run += run_depth
-        else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-    if TWO_TERMS:
-        total += sum_of_run
+    total += sum_of_run
+    if TERMS == "pairs":
+        hi, lo = tl.split(tl.reshape(total, (BLOCK_ROWS, BLOCK_COLUMNS // 2, 2)))
+        _, inverse = _unit_of_columns(peaks_ptr, first // 2, p, BLOCK_COLUMNS // 2)
+        total = hi + lo
+        first_column = first_column // 2
+        across = tl.arange(0, BLOCK_COLUMNS // 2)
+    if TERMS != "":
         total *= inverse[None, :]
     parts_ptr += (split.to(tl.int64) * n + first_row) * p + first_column
-    inside = (down[:, None] < rows) & (across[None, :] < columns)
+    inside = (down[:, None] < rows) & (across[None, :] < (p - first_column).to(tl.int32))
     tl.store(parts_ptr + (down[:, None] * p + across[None, :]), total, mask=inside)
 
 
@@ -112,6 +151,30 @@ def _sum_kernel(parts_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
     tl.store(out_ptr + here, total, mask=here < size)
 
 
+def _terms_launch(b: Tensor, peaks: Tensor) -> tuple[Tensor, Launch]:
+    """The two terms of b [K, P] side by side, and the launch for them.
+
+    [K, 2 P], or with columns of zeros up to a multiple of 16: rows that are read in large pieces.
+    """
+    (depth, p), tile = b.shape, tiles.TERMS
+    width = 16 * triton.cdiv(2 * p, 16)
+    terms = b.new_empty((depth, width), dtype=torch.float16)
+    arguments = {
+        "b_ptr": b,
+        "peaks_ptr": peaks,
+        "terms_ptr": terms,
+        "depth": depth,
+        "p": p,
+        "width": width,
+        "stride_b_depth": b.stride(0),
+        "stride_b_column": b.stride(1),
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+    }
+    programs = triton.cdiv(depth, tile.rows) * triton.cdiv(width, 2 * tile.columns)
+    return terms, Launch(_terms_kernel, programs, arguments, tile)
+
+
 def parts_launches(
     a: Tensor, b: Tensor, input_precision: str, arch: int
 ) -> tuple[Tensor, list[Launch]]:
@@ -119,15 +182,19 @@ def parts_launches(
     a, b = tiles.addressable(a), tiles.addressable(b)
     (n, depth), p = a.shape, b.shape[1]
     kind = tiles.kind_of(a, input_precision)
-    tile = tiles.thin_tile(a, b, kind, arch)
-    blocks_down, blocks_across = triton.cdiv(n, tile.rows), triton.cdiv(p, tile.columns)
-    inner = tiles.cut(depth, blocks_down * blocks_across, tile, arch)
-    parts = b.new_empty((inner.splits, n, p))
-    two_terms_of_b = kind == "half"
-    peaks, launches = parts, []
-    if two_terms_of_b:
+    peaks, launches, terms = b, [], ""
+    if kind == "half":
+        terms = "as read" if p <= tiles.TERMS_AS_READ else "pairs"
         peaks, launch = column_peaks_launch(b)
         launches.append(launch)
+    if terms == "pairs":
+        b, launch = _terms_launch(b, peaks)
+        launches.append(launch)
+    width = b.shape[1]
+    tile = tiles.thin_tile(a, b, kind, arch)
+    blocks_down, blocks_across = triton.cdiv(n, tile.rows), triton.cdiv(width, tile.columns)
+    inner = tiles.cut(depth, blocks_down * blocks_across, tile, arch)
+    parts = b.new_empty((inner.splits, n, p), dtype=torch.float32)
     arguments = {
         "a_ptr": a,
         "b_ptr": b,
@@ -135,6 +202,7 @@ def parts_launches(
         "parts_ptr": parts,
         "n": n,
         "p": p,
+        "width": width,
         "depth": depth,
         "blocks_down": blocks_down,
         "blocks_across": blocks_across,
@@ -148,8 +216,8 @@ def parts_launches(
         "BLOCK_COLUMNS": tile.columns,
         "BLOCK_DEPTH": tile.depth,
         "CLAMP": a.stride(1) == 1,
-        "TWO_TERMS": two_terms_of_b,
-        "PRECISION": "ieee" if two_terms_of_b else kind,
+        "TERMS": terms,
+        "PRECISION": "ieee" if terms else kind,
     }
     programs = blocks_down * blocks_across * inner.splits
     return parts, [*launches, Launch(_product_kernel, programs, arguments, tile)]

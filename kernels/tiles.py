@@ -24,11 +24,12 @@ GRAM = {
 }
 _GRAM_LARGE = 384
 
-# By the columns of the thin operand: up to 16, up to 64, more.
+# By the columns of the thin operand, those of its terms where they are side by side: up to 16, 64,
+# more.
 THIN = {
     ("half", "hopper"): (
         *(Tile(64, 16, 128, 4, 4), Tile(128, 64, 64, 8, 3)),
-        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
     ),
     ("half", "ampere"): (
         *(Tile(64, 16, 64, 4, 4), Tile(128, 64, 32, 8, 4)),
@@ -46,7 +47,7 @@ THIN = {
 _THIN_COLUMNS = (16, 64)
 
 CLOSING = {
-    ("fp16x3", "hopper"): (Tile(64, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
+    ("fp16x3", "hopper"): (Tile(64, 64, 16, 4, 4), Tile(128, 128, 32, 8, 3)),
     ("fp16x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
     ("tf32x3", "hopper"): (Tile(64, 64, 16, 4, 4), Tile(128, 64, 32, 8, 3)),
     ("tf32x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 16, 4, 4)),
@@ -67,6 +68,13 @@ SUM = Tile(1, 1024, 1, 4, 1)
 
 VIEW = Tile(1, 1024, 1, 4, 1)
 """Pixels of one image."""
+
+TERMS = Tile(128, 64, 1, 8, 1)
+"""Block of a thin operand that is split into two terms."""
+
+TERMS_AS_READ = 64
+"""Up to so many columns the terms of a thin operand are split where they are read. Of a wider one
+each row of blocks would split them anew, while the tensor cores wait."""
 
 RESIDUAL = Tile(16, 64, 1, 4, 1)
 """Block of a residual."""
@@ -106,10 +114,11 @@ def gram_tile(x: Tensor, kind: str, arch: int) -> Tile:
 
 
 def thin_tile(a: Tensor, b: Tensor, kind: str, arch: int) -> Tile:
-    """Of a @ b; the widest block where rows of both are read, those of a 16 bytes at a time."""
+    """Of a @ b; in float32 the widest block only for rows, those of a in pieces of 16 bytes."""
     tiles = THIN[kind, generation(arch)]
     wide = sum(b.shape[1] > edge for edge in _THIN_COLUMNS)
-    return tiles[min(wide, 2 if a.stride(1) == b.stride(1) == 1 and aligned(a) else 1)]
+    fits = kind == "half" or (a.stride(1) == b.stride(1) == 1 and aligned(a))
+    return tiles[min(wide, 2 if fits else 1)]
 
 
 def closing_tile(matrices: Sequence[Tensor], kind: str, arch: int) -> Tile:

@@ -40,6 +40,7 @@ BOUNDS = {
     "_finish_kernel": Bound(128, False),
     "_peaks_kernel": Bound(128, False),
     "_column_peaks_kernel": Bound(128, False),
+    "_terms_kernel": Bound(128, False),
     "_product_kernel": Bound(255, True),
     "_closing_kernel": Bound(255, True),
     "_views_kernel": Bound(64, False),
@@ -142,7 +143,7 @@ def faults(binary: Binary, launch: Any, special: dict[str, Any], arch: int) -> I
         yield f"{binary.stack} bytes of stack: it spills"
     if binary.shared > SHARED[arch]:
         yield f"{binary.shared} bytes of shared memory > {SHARED[arch]}"
-    halves = any(launch.arguments.get(name) for name in ("RUNS", "TWO_TERMS", "THREE_PRODUCTS"))
+    halves = any(launch.arguments.get(name) for name in ("RUNS", "TERMS", "THREE_PRODUCTS"))
     ieee = launch.arguments.get("PRECISION") == "ieee" and not halves
     if bound.tensor_cores and not ieee and not binary.tensor_cores:
         yield f"no {INSTRUCTION[arch]} in it"
