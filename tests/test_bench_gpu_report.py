@@ -141,7 +141,7 @@ def test_every_part_has_the_sizes_and_implementations_that_the_library_asks_for(
     known = {
         **{name: (3, two) for name in ("matmul", "matmul_t", "mse", "closing")},
         **{"gram": (2, two), "views": (2, two), "solve": (2, solvers)},
-            "solve_many": (3, solvers),,
+        "solve_many": (3, solvers),
     }
     assert set(parts.FULL) == set(parts.TOY) == set(known)
     for name, (numbers, who) in known.items():
