@@ -2,8 +2,9 @@
 
 A program computes one block [rows of alpha, rows of v] over the whole inner dimension: nothing is
 concatenated before, and what tensor cores add up in one run goes to a float32 sum. In "fp16x3" all
-four are split into two float16 terms as they are read, in one power of two for each matrix; of the
-four products of terms the smallest is left out.
+four are split into two float16 terms, in one power of two for each matrix; of the four products of
+terms the smallest is left out. Narrow matrices are split here as they are read, wide ones before
+(see `closing_terms`): each would be split anew for each row or column of blocks.
 """
 
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from krrst_fast.kernels import tiles
+from krrst_fast.kernels.closing_terms import closing_terms_launches, unit_of_matrix
 from krrst_fast.kernels.common import (
     Launch,
     architecture,
@@ -18,17 +20,15 @@ from krrst_fast.kernels.common import (
     per_problem,
     run,
     two_terms,
-    unit_of,
 )
-from krrst_fast.kernels.peaks import BLOCKS, peaks_launch
+from krrst_fast.kernels.peaks import peaks_launch
 
 
 @triton.jit
 def _unit(peaks_ptr, peaks, THREE_PRODUCTS: tl.constexpr):
     """Unit and inverse of a matrix from its peaks; 1 where none is needed."""
     if THREE_PRODUCTS:
-        block = tl.arange(0, BLOCKS)
-        return unit_of(tl.max(tl.load(peaks_ptr + block, mask=block < peaks, other=0.0), 0))
+        return unit_of_matrix(peaks_ptr, peaks)
     else:
         return 1.0, 1.0
 
@@ -196,13 +196,15 @@ def closing_matmul_launches(
     out = alpha.new_empty((m, d))
     named = dict(zip(("alpha", "v", "beta", "w"), map(tiles.addressable, (alpha, v, beta, w))))
     three_products = input_precision == "fp16x3"
+    scale, _ = per_problem(scale, 1)
     peaks, launches = out, []
     if three_products:
         peaks, launch = peaks_launch(named)
         launches.append(launch)
+        if depth > tiles.TERMS_AS_READ:
+            return out, [*launches, *closing_terms_launches(named, peaks, scale, out, arch)]
     tile = tiles.closing_tile(list(named.values()), input_precision, arch)
     blocks_across = triton.cdiv(d, tile.columns)
-    scale, _ = per_problem(scale, 1)
     arguments = {
         **{f"{name}_ptr": x for name, x in named.items()},
         "peaks_ptr": peaks,

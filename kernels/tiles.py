@@ -47,6 +47,8 @@ THIN = {
 _THIN_COLUMNS = (16, 64)
 
 CLOSING = {
+    ("terms", "hopper"): (Tile(128, 128, 64, 8, 4),),
+    ("terms", "ampere"): (Tile(128, 128, 32, 8, 4),),
     ("fp16x3", "hopper"): (Tile(64, 64, 16, 4, 4), Tile(128, 128, 32, 8, 3)),
     ("fp16x3", "ampere"): (Tile(64, 64, 16, 4, 4), Tile(64, 64, 32, 4, 3)),
     ("tf32x3", "hopper"): (Tile(64, 64, 16, 4, 4), Tile(128, 64, 32, 8, 3)),

@@ -10,6 +10,8 @@ from krrst_fast import reference
 from tests.interpreted import assert_twice
 
 PRECISIONS = ["fp16x3", "tf32x3"]
+# Of more than 64 columns a kernel before writes the terms.
+WIDTHS = [19, 67]
 # Around the edges of the block of 128 by 128 (64 by 64) and of its steps of 32 (16).
 SHAPES = [(1, 1, 1), (3, 5, 2), (63, 129, 33), (128, 64, 32), (129, 65, 31), (7, 131, 70)]
 # The product of the two second terms is left out.
@@ -36,9 +38,10 @@ def test_closing_matmul(kernels: Callable, shape: tuple[int, int, int], precisio
     check(got, tensors, -0.5)
 
 
-def test_matrices_of_very_different_sizes(kernels: Callable) -> None:
+@pytest.mark.parametrize("p", WIDTHS)
+def test_matrices_of_very_different_sizes(kernels: Callable, p: int) -> None:
     """alpha, v, beta and w each have a unit of their own."""
-    alpha, v, beta, w = operands(20, 30, 7)
+    alpha, v, beta, w = operands(20, 30, p)
     tensors = [alpha * 1e-12, v * 1e14, beta * 3e18, w * 1e-17]
     scale = torch.tensor(2.0**-20)
     check(kernels("closing_matmul.closing_matmul", *tensors, scale), tensors, scale)
@@ -51,9 +54,10 @@ def test_several_runs(kernels: Callable) -> None:
     check(kernels("closing_matmul.closing_matmul", *tensors, 1.0), tensors, 1.0)
 
 
+@pytest.mark.parametrize("p", WIDTHS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_any_strides(kernels: Callable, precision: str) -> None:
-    tensors = operands(35, 33, 19)
+def test_any_strides(kernels: Callable, precision: str, p: int) -> None:
+    tensors = operands(35, 33, p)
     for i, x in enumerate(tensors):
         wide = torch.full((2 * x.shape[0] + 1, 2 * x.shape[1] + 3), torch.nan)
         there = [wide[1::2, 3::2], wide.mT[: x.shape[1], : x.shape[0]].mT, wide[1:, 3:], wide][i]
@@ -62,9 +66,10 @@ def test_any_strides(kernels: Callable, precision: str) -> None:
     check(got, tensors, 1.0)
 
 
+@pytest.mark.parametrize("p", WIDTHS)
 @pytest.mark.parametrize("position", range(4))
-def test_what_is_not_finite_is_not_hidden(kernels: Callable, position: int) -> None:
-    tensors = operands(4, 5, 3)
+def test_what_is_not_finite_is_not_hidden(kernels: Callable, position: int, p: int) -> None:
+    tensors = operands(4, 5, p)
     tensors[position][2, 1] = torch.inf
     got = kernels("closing_matmul.closing_matmul", *tensors, 1.0)
     line = got[2] if position % 2 == 0 else got[:, 2]

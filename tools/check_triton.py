@@ -43,6 +43,8 @@ BOUNDS = {
     "_terms_kernel": Bound(128, False),
     "_product_kernel": Bound(255, True),
     "_closing_kernel": Bound(255, True),
+    "_closing_terms_kernel": Bound(128, False),
+    "_closing_product_kernel": Bound(255, True),
     "_views_kernel": Bound(64, False),
     "_sum_kernel": Bound(64, False),
     "_residual_kernel": Bound(96, False),

@@ -62,16 +62,16 @@ def _residual_mse(arch: int) -> Iterator[tuple[str, list[Launch]]]:
 def _closing_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
     scale = torch.empty((), device="meta")
     for precision in ("fp16x3", "tf32x3"):
-        for columns, factor in ((512, 1.0), (10, scale)):
+        for columns, factor in ((512, 1.0), (64, 1.0), (10, scale)):
             left, right = (_matrix(n, columns, torch.float32) for n in (1000, 8192))
             call = left, right, left, right, factor, precision, arch
             launches = closing_matmul.closing_matmul_launches(*call)[1]
             yield f"closing_matmul {precision} {columns}", launches
-        left, right = (_matrix(n, 512, torch.float32, "columns") for n in (1000, 8192))
-        launches = closing_matmul.closing_matmul_launches(
-            left, right, left, right, 1.0, precision, arch
-        )[1]
-        yield f"closing_matmul {precision} columns", launches[-1:]
+        for columns in (512, 64):
+            left, right = (_matrix(n, columns, torch.float32, "columns") for n in (1000, 8192))
+            call = left, right, left, right, 1.0, precision, arch
+            launches = closing_matmul.closing_matmul_launches(*call)[1]
+            yield f"closing_matmul {precision} {columns} by columns", launches
 
 
 def _views(arch: int) -> Iterator[tuple[str, list[Launch]]]:
