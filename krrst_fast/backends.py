@@ -64,7 +64,7 @@ class Backend:
 def _cpp_refuses(x: Tensor) -> str | None:
     if not library.has_extension():
         return f"the extension is {library.EXTENSION}"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the tensors are on {x.device}, and it computes on the CPU"
     return None
 
@@ -149,21 +149,34 @@ _TRACED = {
 }
 
 
+def going_back(name: str, grad: Tensor) -> str:
+    """Who computes a gradient from `grad` after a forward pass by `name`.
+
+    torch, where `grad` has no memory that a kernel could read: in `is_grads_batched=True`, and
+    where torch.compile traces the way back of a call that it has not traced.
+    """
+    if name in _TRACED:
+        return name
+    unread = torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return "torch" if unread else name
+
+
 def choose(name: str, x: Tensor, op: str) -> Backend:
     """The backend called `name`, or for "auto" the first that does not refuse tensors like `x`.
 
     Raises:
         ValueError: there is no such backend, or it refuses; the message has its reason.
     """
+    tracing = torch.compiler.is_compiling()
     for backend in BACKENDS:
         if name == backend.name or (name == "auto" and not backend.on_request):
-            reason = backend.refuses(x)
-            if torch.compiler.is_compiling() and reason is None:
-                if backend.name in _TRACED:
-                    return _TRACED[backend.name]
-                reason = "torch.compile cannot trace it"
+            # Before it is asked: how it refuses, by what is installed and measured, has no trace.
+            if tracing and backend.name not in _TRACED:
+                reason: str | None = "torch.compile cannot trace it"
+            else:
+                reason = backend.refuses(x)
             if reason is None:
-                return backend
+                return _TRACED[backend.name] if tracing else backend
             if name != "auto":
                 raise ValueError(f"{op}: backend {name!r} cannot compute this: {reason}")
     names = ["auto", *(backend.name for backend in BACKENDS)]

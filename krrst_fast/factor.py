@@ -160,16 +160,15 @@ def factor_unread(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Facto
 
 def _cholesky(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
     """Factors of k + ridge I [N?, M, M] and failed pivots [N?], without a look at any value."""
-    if k.ndim == 2 and k.shape[-1] <= FLOAT64_UP_TO:
-        factor, pivot, inverse = _cholesky(k[None], ridge[None], solver)
-        return _Try(factor[0], pivot[0], None if inverse is None else inverse[0])
+    if k.shape[-1] <= FLOAT64_UP_TO:
+        factors = torch.ops.krrst_fast if solver.own or k.is_cpu else reference
+        if k.ndim == 3:
+            factor, pivot = factors.batched_cholesky(k, ridge)
+        else:
+            factor, pivot = (x[0] for x in factors.batched_cholesky(k[None], ridge[None]))
+        return _Try(factor, pivot, _inverse(factor, solver.inverse))
     if k.ndim == 2 and solver.own:
         return _own(k, ridge, solver)
-    if k.shape[-1] <= FLOAT64_UP_TO:
-        own = solver.own or k.device.type == "cpu"
-        factors = torch.ops.krrst_fast if own else reference
-        factor, pivot = factors.batched_cholesky(k, ridge)
-        return _Try(factor, pivot, _inverse(factor, solver.inverse))
     system = k.to(factor_dtype(k), copy=True)
     system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
     factor, pivot = torch.linalg.cholesky_ex(system)
@@ -246,7 +245,7 @@ def cholesky_solve(y: Tensor, factor: Tensor, inverse: Tensor | None, own: bool)
     """
     if inverse is not None:
         return (inverse.mT @ (inverse @ y.to(factor.dtype))).to(y.dtype)
-    on_cpu = y.device.type == "cpu"
+    on_cpu = y.is_cpu
     small = factor.dtype == torch.float64 and factor.shape[-1] <= FLOAT64_UP_TO
     if small and (own or on_cpu):
         many = torch.ops.krrst_fast.batched_cholesky_solve

@@ -122,7 +122,7 @@ def _factored_solve_fake(y: Tensor, factor: Tensor, inverse: Tensor | None, own:
 
 def _traced(x: Tensor) -> bool:
     """Whether x has no values: the dispatcher, which costs as much as a small solve, knows why."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
+    return torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
 
 
 def ridge_factor(

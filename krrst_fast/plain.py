@@ -46,7 +46,8 @@ def mse(
 ) -> tuple[Tensor, Tensor]:
     """`reference.predicted_residual_mse`, of one problem or of each of N."""
     error = predicted(times, f, w, scale, offset).sub_(y)
-    return error, error.square().mean((-2, -1))
+    squares = error.square()
+    return error, squares.mean() if squares.ndim == 2 else squares.mean((-2, -1))
 
 
 def closing(

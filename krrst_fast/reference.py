@@ -72,7 +72,8 @@ def absolute_ridge(k: Tensor, ridge: float | Tensor, ridge_of: str, detach_ridge
     `detach_ridge` takes trace(k) as a constant, as the KRR-ST paper's code does.
     """
     if ridge_of == "absolute":
-        return torch.as_tensor(ridge, dtype=k.dtype, device=k.device)
+        # A number is filled in: as a tensor it would be copied to a GPU, and the copy waits.
+        return ridge.to(k) if isinstance(ridge, Tensor) else k.new_full((), ridge)
     trace = k.diagonal(dim1=-2, dim2=-1).sum(-1)
     if detach_ridge:
         trace = trace.detach()

@@ -54,6 +54,16 @@ def test_the_rest_is_as_with_every_backend(told: dict[str, Any]) -> None:
     assert told["batch"] < 1e-5 and told["fit"] < 5e-3
 
 
+def test_vmap_and_batched_gradients(told: dict[str, Any]) -> None:
+    assert len(told["mapped"]) == 8
+    for name, error in told["mapped"].items():
+        assert error < 1e-5, name
+
+
+def test_a_bias_of_any_size(told: dict[str, Any]) -> None:
+    assert max(told["far bias"]) < 1e-5
+
+
 def test_it_refuses_what_it_cannot_compute(told: dict[str, Any]) -> None:
     assert told["refusals"]["triton"] is None
     assert "nothing was measured" in told["refusals"]["tuned"]
@@ -77,3 +87,15 @@ def test_what_cannot_be_traced_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_TRACED", {})
     with pytest.raises(ValueError, match="torch.compile cannot trace it"):
         backends.choose("triton", torch.empty(1, 1), "test")
+
+
+def test_a_trace_asks_only_those_that_it_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(x: torch.Tensor) -> None:
+        pytest.fail("what is installed and measured has no trace")
+
+    changed = [dataclasses.replace(one, refuses=asked) for one in backends.BACKENDS[1:-1]]
+    monkeypatch.setattr(backends, "BACKENDS", (*changed, backends.BACKENDS[-1]))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert backends.choose("auto", torch.empty(1, 1), "test").name == "torch"
+    # As compiled autograd does after a call that was not traced.
+    assert backends.going_back("tuned", torch.empty(1, 1)) == "torch"

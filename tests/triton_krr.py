@@ -63,6 +63,51 @@ def calls() -> Iterator[tuple[str, list[float], list[float]]]:
         yield f"gram {shape}", wrong(mine, exact), wrong([gram(single[0])], [gram(seen[0])])
 
 
+def mapped() -> dict[str, float]:
+    """vmap and batched gradients, each with its error against a loop, or the gradients one by one.
+
+    The features of the problems differ by more than float16 holds.
+    """
+    many = [torch.stack(x).float() for x in zip(*(problem(7, 13, 5, 2, seed=i) for i in range(3)))]
+    many[0], many[2] = (f * torch.tensor([1.0, 1e8, 1e-8])[:, None, None] for f in many[::2])
+    worst = {}
+    for precision in (None, "fast"):
+        how: dict[str, Any] = {**KERNEL, "backend": "triton", "precision": precision}
+        loss = partial(krr_mse, **{**how, "bias": 0.0}, ridge=0.01, check="flag")
+        looped = torch.stack([loss(*one) for one in zip(*many)]).double()
+        worst[f"vmap {precision}"] = wrong([torch.func.vmap(loss)(*many)], [looped])[0]
+        for form in ("k", "w", "primal"):
+            leaf = many[0][0].clone().requires_grad_()
+            out = krr_predict(
+                *(leaf, many[1][0], many[2][0]), form=form, ridge=0.01, detach_ridge=False, **how
+            )
+            basis = torch.eye(out.numel()).reshape(-1, *out.shape)
+
+            def back(v: Tensor, out: Tensor = out, leaf: Tensor = leaf) -> Tensor:
+                return torch.autograd.grad(out, leaf, v, retain_graph=True)[0]
+
+            exact = torch.stack([back(v) for v in basis]).double()
+            (rows,) = torch.autograd.grad(
+                out, leaf, basis, is_grads_batched=True, retain_graph=True
+            )
+            got = max(wrong([rows], [exact]) + wrong([torch.func.vmap(back)(basis)], [exact]))
+            worst[f"gradients {form} {precision}"] = got
+    return worst
+
+
+def far_bias() -> list[float]:
+    """Scale and bias of the units of the features, however large: float16 has its own."""
+    errors = []
+    for size in (1e-14, 1.0, 1e12):
+        f_syn, y_syn, f_real, _ = (x.float() for x in problem(*SHAPES[1]))
+        how = partial(krr_predict, ridge=0.01, form="primal", bias=size**2)
+        tensors = [size * f_syn, y_syn, size * f_real]
+        rounded = reference.round_features(tensors[0], tensors[2])
+        exact = how(rounded[0].double(), y_syn.double(), rounded[1].double())
+        errors += wrong([how(*tensors, backend="triton", precision="fast")], [exact])
+    return errors
+
+
 def stays_itself() -> dict[str, Any]:
     """What is no comparison of numbers."""
     f_syn, y_syn, f_real, y_real = (x.float().requires_grad_() for x in problem(*SHAPES[0]))
@@ -95,6 +140,8 @@ def stays_itself() -> dict[str, Any]:
         "second": second,
         "fit": wrong([fit.predict(f_real)], [krr_predict(f_syn, y_syn, f_real).double()])[0],
         "batch": wrong([batch[1]], [alone.double()])[0],
+        "mapped": mapped(),
+        "far bias": far_bias(),
         "same bits": again[0] == again[1],
         "refusals": refusals,
         "float64": refused,

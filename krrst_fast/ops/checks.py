@@ -158,7 +158,7 @@ def not_mapped(op: str, *tensors: Tensor) -> None:
 
 def readable(x: Tensor) -> bool:
     """Whether values can be looked at without a stall: not on a GPU, in a trace, or of a fake."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling():
         return False
     return type(x) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 

@@ -129,7 +129,7 @@ class Kernel(NamedTuple):
 
 
 def _trace(x: Tensor) -> Tensor:
-    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return x.trace() if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
@@ -286,7 +286,8 @@ def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
     *batch, m, d = f_syn.shape
     bordered = gram.new_empty((*batch, d + 1, d + 1))
     bordered[..., :d, :d] = gram
-    border = (kernel.scale * kernel.bias) ** 0.5 * f_syn.sum(-2, dtype=gram.dtype)
+    # Not the root of the product, which may lie outside of float32.
+    border = kernel.scale**0.5 * (kernel.bias**0.5 * f_syn.sum(-2, dtype=gram.dtype))
     bordered[..., d, :d] = border
     bordered[..., :d, d] = border
     bordered[..., d, d] = m * kernel.bias

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # torch brings it
 
 from krrst_fast import reference
-from krrst_fast.backends import choose
+from krrst_fast.backends import choose, going_back
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.exact import exact_arithmetic
 from krrst_fast.factor import RIDGE_FACTOR
@@ -17,6 +17,7 @@ from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.once import Batched, Tensors, gradients
 from krrst_fast.ops.options import Options, PredictOptions, read, takes
 from krrst_fast.ops.prepare import Problem, cast, prepare, rounded, unfold
+from krrst_fast.plain import wide
 from krrst_fast.planner import cheapest
 from krrst_fast.reference import half_features
 
@@ -157,6 +158,8 @@ class _Static(NamedTuple):
     def kernel(self, ridge: Tensor | None, unit: Tensor | None) -> Kernel:
         value = ridge if self.ridge is None else self.ridge
         assert value is not None
+        if unit is not None and unit.ndim:  # a vmap over the gradient of one problem
+            unit = unit[..., None, None]
         scale = self.scale if unit is None else self.scale / unit.square()
         how = self.retries, self.raises, self.refine
         return Kernel(scale, self.bias, value, self.ridge_of, *how, 1.0 if unit is None else unit)
@@ -170,7 +173,9 @@ def _compute(
     if options.backend == "reference":
         return _reference(op, rounded(problem) if fast else problem, options, return_info), None
     backend = choose(options.backend, problem.f_syn, op)
+    # Problems side by side have a power of two each; under vmap they look like one.
     halves = fast and backend.halves and problem.f_syn.ndim == 2
+    halves = halves and not torch._C._are_functorch_transforms_active()
     if fast and not halves:
         problem = rounded(problem)
     f_syn, y_syn, f_real, y_real, ridge, ridge_of, bias, scale, *_ = problem
@@ -282,15 +287,15 @@ def _backward(
     """Gradients to F_s, Y_s, F_r, Y_r and the ridge; the last of `saved` is the incoming one."""
     static, needs_all, grad = *settings, saved[-1]
     kernel, solve = static.kernel(ridge, unit), Solve(*saved[:-1])
+    ops = choose(going_back(static.backend, grad), f_syn, static.op)
     if x_syn is not None and x_real is not None:
-        f_syn, f_real = x_syn, x_real
+        f_syn, f_real = (x_syn, x_real) if ops.halves else (wide(x_syn), wide(x_real))
     needs_f_syn, needs_y_syn, needs_f_real, needs_y_real, needs_ridge, _ = needs_all
     through_trace = needs_f_syn and not static.detach_ridge and static.ridge_of != "absolute"
     needs = Needs(needs_f_syn, needs_y_syn, needs_f_real, needs_ridge or through_trace)
     r = grad  # [N?, B, P]
     if error is not None:
         r = error * (grad * (2.0 / (error.shape[-2] * error.shape[-1])))[..., None, None]
-    ops = choose(static.backend, f_syn, static.op)
     with exact_arithmetic(f_syn):
         grads = BACKWARD[static.form](ops, kernel, solve, Inputs(f_syn, y_syn, f_real), r, needs)
     d_ridge = None
@@ -301,9 +306,9 @@ def _backward(
         if through_trace:
             # lam = ridge * base, and d trace(K_ss) / dF_s = 2 scale F_s
             slope = raised * kernel.ridge * kernel.base(torch.ones_like(raised), f_syn.shape[-2])
-            slope = slope * (2.0 * kernel.slope)
+            slope = slope[..., None, None] * (2.0 * kernel.slope)
             assert grads.f_syn is not None
-            grads.f_syn.addcmul_(f_syn.to(grads.f_syn.dtype), slope[..., None, None])
+            grads.f_syn.addcmul_(f_syn.to(grads.f_syn.dtype), slope)
     d_y_real = -r if needs_y_real else None
     d_y_syn = grads.y_syn if needs_y_syn else None
     return grads.f_syn, d_y_syn, grads.f_real, d_y_real, d_ridge
