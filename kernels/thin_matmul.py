@@ -3,7 +3,8 @@
 A program computes one block of one split of the inner dimension. Where a is float16, b is split
 into two float16 terms, each column in a power of two of its own, and a block of a is read once for
 both: a narrow b is split as it is read, of a wide one a kernel before writes the terms of each
-number side by side. Splits are float32 parts that a second kernel adds in their order.
+number side by side; a b that is float16 is itself one term. Splits are float32 parts that a second
+kernel adds in their order.
 """
 
 import torch
@@ -134,7 +135,7 @@ def _product_kernel(
         total = hi + lo
         first_column = first_column // 2
         across = tl.arange(0, BLOCK_COLUMNS // 2)
-    if TERMS != "":
+    if TERMS == "as read" or TERMS == "pairs":
         total *= inverse[None, :]
     parts_ptr += (split.to(tl.int64) * n + first_row) * p + first_column
     inside = (down[:, None] < rows) & (across[None, :] < (p - first_column).to(tl.int32))
@@ -183,7 +184,9 @@ def parts_launches(
     (n, depth), p = a.shape, b.shape[1]
     kind = tiles.kind_of(a, input_precision)
     peaks, launches, terms = b, [], ""
-    if kind == "half":
+    if b.dtype == torch.float16:
+        terms = "exact"
+    elif kind == "half":
         terms = "as read" if p <= tiles.TERMS_AS_READ else "pairs"
         peaks, launch = column_peaks_launch(b)
         launches.append(launch)
@@ -246,7 +249,10 @@ def thin_matmul_launches(
 
 
 def thin_matmul(a: Tensor, b: Tensor, *, input_precision: str = "tf32x3") -> Tensor:
-    """`reference.thin_matmul` in float32, of float32 or float16 a and float32 b of any strides."""
+    """`reference.thin_matmul` in float32, of matrices of any strides.
+
+    a is float32 or float16, b float32 or, if a is, float16: itself one term.
+    """
     out, launches = thin_matmul_launches(a, b, input_precision, architecture(a))
     run(launches, a)
     return out

@@ -97,7 +97,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         return plain.matmul(a, b)
     if b.dtype == torch.float16 and a.dtype != torch.float16:
         return matmul(b.mT, a.mT).mT
-    return _kernel("thin_matmul")(a, plain.wide(b))
+    return _kernel("thin_matmul")(a, b)
 
 
 def mse(

@@ -31,7 +31,7 @@ def operands(n: int, k: int, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def check(got: Tensor, a: Tensor, b: Tensor) -> None:
     """By columns, so that no large column hides a small one that is wrong."""
     assert got.dtype == torch.float32
-    plain = reference.thin_matmul(a.float(), b)
+    plain = reference.thin_matmul(a.float(), b.float())
     exact = reference.thin_matmul(a.double(), b.double())
     norms = a.double().norm(dim=1).max() * b.double().norm(dim=0)
     for column in range(b.shape[1]):
@@ -46,11 +46,23 @@ def test_thin_matmul(kernels: Callable, shape: tuple[int, int, int], dtype: torc
     check(kernels("thin_matmul.thin_matmul", a, b), a, b)
 
 
+@pytest.mark.parametrize("layout", ["b by rows", "b by columns"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_two_matrices_of_features(
+    kernels: Callable, shape: tuple[int, int, int], layout: str
+) -> None:
+    a, b = (x.half() for x in operands(*shape, torch.float16))
+    b = b.mT.contiguous().mT if layout == "b by columns" else b
+    check(kernels("thin_matmul.thin_matmul", a, b), a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("cut", [(1, 192, 128), (2, 128, 128), (2, 128, 256)], ids=str)
 def test_splits_and_runs(kernels: Callable, cut: tuple[int, ...], dtype: torch.dtype) -> None:
     a, b = operands(66, 190, 20, dtype)
     check(kernels("thin_matmul.thin_matmul", a, b, cut=cut), a, b)
+    if dtype == torch.float16:
+        check(kernels("thin_matmul.thin_matmul", a, b.half(), cut=cut), a, b.half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

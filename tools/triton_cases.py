@@ -44,6 +44,14 @@ def _thin_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
             left, b = _matrix(8192, 1000, a.dtype, "columns"), _matrix(1000, columns, b.dtype)
             launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
             yield f"thin_matmul {kind} {columns} transposed", launches
+        if kind == "half":
+            for columns, layout in ((10, "columns"), (64, "rows"), (1024, "columns")):
+                features = _matrix(8192, columns, a.dtype, layout)
+                launches = thin_matmul.thin_matmul_launches(a, features, kind, arch)[1]
+                yield f"thin_matmul {kind} {columns} features", launches
+            features = _matrix(1024, 8192, a.dtype, "odd").mT
+            launches = thin_matmul.thin_matmul_launches(a, features, kind, arch)[1]
+            yield f"thin_matmul {kind} odd features", launches
         odd, b = _matrix(1000, 8192, a.dtype, "odd"), _matrix(8192, 512, b.dtype, "columns")
         for label, left in (("rows", a), ("odd", odd)):
             launches = thin_matmul.thin_matmul_launches(left, b, kind, arch)[1]
