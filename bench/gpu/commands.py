@@ -137,8 +137,27 @@ def outcomes(code: int | None, words: str) -> dict[str, Any]:
     return row | {"collected": sum(map(int, collected)), "wrong": list(wrong)}
 
 
+def sanitizer(setting: Setting) -> Command:
+    """Our kernels under compute-sanitizer; in a dry run the calls alone."""
+    device = "cuda" if setting.gpu else "cpu"
+
+    def rows(code: int | None, words: str) -> Rows:
+        refused = re.search(r"^refused: (.+)$", words, re.MULTILINE)
+        ended = dict(re.findall(r"^tool (\w+): exit code (-?\d+)$", words, re.MULTILINE))
+        row: dict[str, Any] = {"tools": {name: int(one) for name, one in ended.items()}}
+        row["calls"] = [int(one) for one in re.findall(r"^(\d+) calls$", words, re.MULTILINE)]
+        if refused:
+            return {"sanitizer": row | {"refused": refused[1]}}
+        wrong = [f"{name}: exit code {one}" for name, one in ended.items() if one != "0"]
+        return {"sanitizer": row | {"wrong": wrong}}
+
+    arguments = [sys.executable, "-m", "bench.gpu.sanitized", device]
+    return Command(arguments, setting.env, setting.out, rows)
+
+
 COMMANDS: Mapping[str, Callable[[Setting], Command]] = {
     "build": build,
     "selftest": selftest,
     "tests": tests,
+    "sanitizer": sanitizer,
 }

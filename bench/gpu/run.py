@@ -36,6 +36,7 @@ STAGES = (
     Stage("krr", 110, "the KRR loss with its gradients against the released formulation"),
     Stage("step", 40, "where an outer step's time goes"),
     Stage("steps", 60, "outer steps on images"),
+    Stage("sanitizer", 90, "our kernels under compute-sanitizer"),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 GRACE = 20.0
