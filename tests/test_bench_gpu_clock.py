@@ -160,3 +160,14 @@ def test_a_device_that_is_lost_ends_the_process(tmp_path: Path, monkeypatch) -> 
     assert notes.Notes(tmp_path / "rows.json", KEY).trying == ["the kernel"]
     assert kept.blame("left out: it") == "the kernel"
     assert one.tried(lambda: 3, "the kernel") == (None, "left out: it")
+
+
+def test_a_released_formulation_that_fails_is_wrong(tmp_path: Path, monkeypatch) -> None:
+    def broken(*tensors: torch.Tensor, eye: torch.Tensor | None = None) -> torch.Tensor:
+        raise ArithmeticError("it never worked")
+
+    monkeypatch.setattr(krr, "released_mse", broken)
+    made = notes.Notes(tmp_path / "rows.json", KEY)
+    run = stage.Run(tmp_path, "cpu", True, None, made, clock.Clock("cpu", made, quick=True))
+    row = krr.compare(run, krr.TOY[0])
+    assert len(row["wrong"]) == 2 and all("it never worked" in one for one in row["wrong"])

@@ -111,6 +111,7 @@ def system(run: Run, n: int, columns: int, dtype: torch.dtype) -> dict[str, Any]
             row[name] = one._asdict() | {"tflops": counted[name] / one.ms / 1e9}
         else:
             row[name] = {"failed": one}
+    row["wrong"] = [f"{name}: {one}" for name, one in taken.items() if not isinstance(one, Sample)]
     return row
 
 

@@ -128,7 +128,8 @@ def compare(run: Run, shape: Shape) -> dict[str, Any]:
     for name, call in released.items():
         if "ms" in row["released"][name]:
             row["released"][name]["peak_mb"] = run.clock.peak_mb(call)
-    row["wrong"] = [f"{name}: {one['failed']}" for name, one in row["ours"].items() if _bad(one)]
+    everybody = {**row["released"], **row["ours"]}
+    row["wrong"] = [f"{name}: {one['failed']}" for name, one in everybody.items() if _bad(one)]
     best = table.best(row)
     if shape in TO_PROFILE and best is not None:
         row["profile"] = {"of": best, "kernels": profile(run, calls[best])}
