@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from krrst_fast import library, measured, plain
 from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS, Solver
@@ -38,6 +39,8 @@ def _place_refuses(x: Tensor) -> str | None:
     """Why there are no Triton kernels where x is."""
     if not _has_triton():
         return "triton is not installed"
+    if isinstance(x, FakeTensor):
+        return "the tensors have no values"
     if x.device.type == "cpu" and _INTERPRETED:
         return None
     if x.device.type != "cuda":

@@ -66,6 +66,7 @@ def test_a_bias_of_any_size(told: dict[str, Any]) -> None:
 
 def test_it_refuses_what_it_cannot_compute(told: dict[str, Any]) -> None:
     assert told["refusals"]["triton"] is None
+    assert told["refusals"]["fake"] == "the tensors have no values"
     assert "nothing was measured" in told["refusals"]["tuned"]
     assert "CUDA extension is not loaded" in told["refusals"]["cuda"]
     assert "'triton' cannot compute this: it has no kernels for float64" in told["float64"]

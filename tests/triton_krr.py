@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from krrst_fast import backends, gram, krr_fit, krr_mse, krr_predict, library, reference
 from tests.helpers import problem
@@ -129,6 +130,8 @@ def stays_itself() -> dict[str, Any]:
     alone = krr_predict(many[1], y_syn, f_real, backend="triton", precision="fast")
     again = [call(precision="fast").item() for _ in range(2)]
     refusals = {one.name: one.refuses(f_syn) for one in backends.BACKENDS}
+    with FakeTensorMode():
+        refusals["fake"] = backends.BACKENDS[2].refuses(torch.empty(1, 1))
     try:
         call(precision="float64")
         refused = "no error"

@@ -290,7 +290,7 @@ def _primal_gram(ops: Backend, kernel: Kernel, f_syn: Tensor) -> Tensor:
     border = kernel.scale**0.5 * (kernel.bias**0.5 * f_syn.sum(-2, dtype=gram.dtype))
     bordered[..., d, :d] = border
     bordered[..., :d, d] = border
-    bordered[..., d, d] = m * kernel.bias
+    bordered[..., d, d].fill_(m * kernel.bias)
     return bordered
 
 
