@@ -2,14 +2,25 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from krrst_fast import backends, gpu, library, measured, plain, selftest_choices
-from krrst_fast.factor import SOLVERS
+from krrst_fast import (
+    backends,
+    gpu,
+    krr_mse,
+    library,
+    measured,
+    plain,
+    reference,
+    selftest_choices,
+)
+from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS
+from tests.helpers import NAMES, loss_and_gradients, problem
 
 
 def row(part: str, precision: str, size: list[int], **ms: float) -> dict[str, Any]:
@@ -22,6 +33,7 @@ ROWS = [
     row("gram", "float32", [100, 8192], torch=0.2, triton=0.1),
     row("matmul", "float32", [1024, 8192, 10], torch=0.2, triton=0.1),
     row("matmul_t", "float32", [8192, 1000, 10], torch=0.1, triton=0.2),
+    row("matmul_t", "float32", [40, 8192, 10], torch=0.2, triton=0.1),
     row("mse", "float32", [1024, 8192, 10], torch=0.2, triton=0.1),
     row("closing", "float32", [1000, 8192, 512], torch=0.2, triton=0.1),
     row("views", "float32", [1024, 1024], torch=0.2, triton=0.1),
@@ -117,6 +129,53 @@ def test_a_call_takes_part_by_part_what_won(called: list[str]) -> None:
     thin = torch.randn(1000, 10), torch.randn(8192, 10), torch.randn(1000, 10), w
     gpu.tuned_closing(*thin, 1.0)
     assert called[2:] == []
+    gpu.tuned_matmul(f[:, :40].mT, y)
+    gpu.tuned_matmul(torch.randn(8192, 40, generator=draw).mT, w)
+    assert called[2:] == ["matmul"]
+    wide = torch.randn(8192, 512, generator=draw)
+    out = gpu.tuned_closing(wide[:1000], wide, 2 * wide[:1000], wide, 3.0)
+    assert called[3:] == ["closing"] and torch.allclose(out, -3 * wide[:1000] @ wide.mT, atol=1e-2)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("precision", [None, "fast"])
+@pytest.mark.parametrize("form", ["k", "w", "primal"])
+def test_a_whole_call(
+    form: str, precision: str, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_place_refuses", lambda x: None)
+    tensors = [x.float() for x in problem(31, 17, 20, 3)]
+    tensors[2] *= 1e6  # features in float16 share a power of two
+    if many:
+        tensors = [torch.stack((x, 1e-3 * x)) for x in tensors]
+    seen = list(tensors)
+    if precision == "fast":
+        seen[0], seen[2] = reference.round_features(seen[0], seen[2])
+    options: dict[str, Any] = {"bias": 0.5, "scale": 2.0, "ridge": 0.01, "detach_ridge": False}
+
+    def loss(*tensors: torch.Tensor, **how: Any) -> torch.Tensor:
+        return krr_mse(*tensors, **options, **how).sum()
+
+    exact = loss_and_gradients(partial(loss, backend="reference"), seen)
+    mine = partial(loss, backend="tuned", precision=precision, form=form, check="flag")
+    got = loss_and_gradients(mine, tensors, torch.float32)
+    for name, a, b in zip(("loss", *NAMES), got, exact):
+        assert (a.double() - b).norm() <= 1e-4 * b.norm(), name
+
+
+def test_views_are_drawn_by_who_won(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    stand_in = torch.full((1,), 7.0)
+
+    def drawn(batch: int) -> bool:
+        index, offset = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, 2).long()
+        flip, three = torch.zeros(batch, dtype=torch.bool), [0.5] * 3
+        return torch.equal(gpu.views(images, index, offset, flip, 0, three, three), stand_in)
+
+    monkeypatch.setattr(gpu, "_kernel", lambda name: lambda *arguments: stand_in)
+    assert not drawn(1024)
+    monkeypatch.setattr(gpu, "_place_refuses", lambda x: None)
+    assert drawn(1024) and not drawn(8)
 
 
 def test_a_batch_is_torchs(called: list[str]) -> None:
@@ -136,6 +195,13 @@ def test_the_solver_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> Non
     assert gpu.tuned_solver(k, 512) == SOLVERS["torch"]
     why = gpu.solver_choice(k, 1000, 512).why
     assert "cuda 1" in why and "the CUDA extension is not loaded" in why
+
+
+def test_cuda_inverts_what_is_large_and_alone() -> None:
+    large = FLOAT64_UP_TO + 1
+    assert gpu.cuda_solver(torch.empty(large, large), 3) == SOLVERS["cuda inverse"]
+    assert gpu.cuda_solver(torch.empty(2, large, large), 3) == SOLVERS["cuda"]
+    assert gpu.cuda_solver(torch.empty(30, 30), 3) == SOLVERS["cuda"]
 
 
 def test_tuned_needs_a_gpu_and_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
