@@ -210,8 +210,13 @@ def test_tuned_needs_a_gpu_and_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_place_refuses", lambda x: None)
     assert gpu.tuned_refuses(x) is None and gpu.tuned_refuses(x.double()) is None
     assert backends.choose("tuned", x, "test").name == "tuned"
+    # As on a GPU, where the kernels for the CPU refuse: what is on request is never taken unasked.
+    monkeypatch.setattr(backends, "BACKENDS", backends.BACKENDS[1:])
+    assert backends.choose("auto", x, "test").name == "tuned"
     monkeypatch.setattr(measured, "tables", dict)
     assert gpu.tuned_refuses(x) == "nothing was measured on cpu"
+    assert backends.choose("triton", x, "test").name == "triton"
+    assert backends.choose("auto", x, "test").name == "torch"
 
 
 def test_the_selftest_prints_the_choices_and_why() -> None:
