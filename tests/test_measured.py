@@ -12,6 +12,7 @@ import torch
 from krrst_fast import (
     backends,
     gpu,
+    gram,
     krr_mse,
     library,
     measured,
@@ -176,6 +177,13 @@ def test_views_are_drawn_by_who_won(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not drawn(1024)
     monkeypatch.setattr(gpu, "_place_refuses", lambda x: None)
     assert drawn(1024) and not drawn(8)
+
+
+def test_the_gram_of_a_named_backend(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_place_refuses", lambda x: None)
+    x = torch.randn(100, 8192, generator=torch.Generator().manual_seed(0))
+    k = gram(x, scale=2.0, bias=1.0, backend="tuned")
+    assert called == ["gram"] and torch.allclose(k, 2 * x @ x.mT + 1, rtol=1e-4, atol=1e-2)
 
 
 def test_a_batch_is_torchs(called: list[str]) -> None:

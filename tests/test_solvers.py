@@ -7,6 +7,7 @@ ladder of ridges, the flags and the gradients are those of every other way.
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from krrst_fast import NonFiniteError, NotPositiveDefiniteError, backends, krr_mse, library
 from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS, Solver
+from krrst_fast.ops import forms
+from krrst_fast.selftest_choices import _Calls as Calls
 from tests.helpers import NAMES, assert_equal, features, loss_and_gradients, problem
 
 LARGE = FLOAT64_UP_TO + 8
@@ -51,6 +54,25 @@ def test_an_inverse_is_as_exact_as_substitution(solver: Solver) -> None:
     got = library.factored_solve(y, found.factor, found.inverse, solver.own)
     assert (found.inverse is not None) == solver.inverse
     assert (got - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("m", [5, LARGE])
+def test_our_own_is_asked_where_it_is_wanted(
+    solver: Solver, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = []
+
+    def solve(*arguments: Any) -> Tensor:
+        solved.append(arguments[-1])
+        return library.factored_solve(*arguments)
+
+    monkeypatch.setattr(forms, "factored_solve", solve)
+    leaves = [x.float().requires_grad_() for x in problem(m, 7, 3, 2)]
+    with Calls() as calls:
+        krr_mse(*leaves, form="k", ridge=0.1).backward()
+    assert solved == [solver.own, solver.own]
+    # Small factors are our own on the CPU anyway.
+    assert calls.names.count("krrst_fast::cholesky") == (solver.own and m == LARGE)
 
 
 @pytest.mark.parametrize("m", [5, LARGE])
