@@ -194,7 +194,7 @@ def parts_launches(
         b, launch = _terms_launch(b, peaks)
         launches.append(launch)
     width = b.shape[1]
-    tile = tiles.thin_tile(a, b, kind, arch)
+    tile = tiles.thin_tile(a, b, kind, terms, arch)
     blocks_down, blocks_across = triton.cdiv(n, tile.rows), triton.cdiv(width, tile.columns)
     inner = tiles.cut(depth, blocks_down * blocks_across, tile, arch)
     parts = b.new_empty((inner.splits, n, p), dtype=torch.float32)

@@ -115,11 +115,13 @@ def gram_tile(x: Tensor, kind: str, arch: int) -> Tile:
     return large if x.shape[-2] >= _GRAM_LARGE and aligned(x) else small
 
 
-def thin_tile(a: Tensor, b: Tensor, kind: str, arch: int) -> Tile:
+def thin_tile(a: Tensor, b: Tensor, kind: str, terms: str, arch: int) -> Tile:
     """Of a @ b; in float32 the widest block only for rows, those of a in pieces of 16 bytes."""
     tiles = THIN[kind, generation(arch)]
     wide = sum(b.shape[1] > edge for edge in _THIN_COLUMNS)
     fits = kind == "half" or (a.stride(1) == b.stride(1) == 1 and aligned(a))
+    # With Triton 3.6 tensor cores wait after each step of the widest block of this one.
+    fits = fits and terms != "exact"
     return tiles[min(wide, 2 if fits else 1)]
 
 

@@ -185,7 +185,7 @@ def _commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **codes: str) -> 
 
 def test_a_stage_that_fails_is_recorded_and_the_next_goes_on(tmp_path: Path, monkeypatch) -> None:
     codes = {
-        "broken": "print('first'); raise RuntimeError('it broke')",
+        "broken": "print('first', flush=True); raise RuntimeError('it broke')",
         "slow": "import time; time.sleep(60)",
         "good": "open('ran', 'a').write('x')",
     }
