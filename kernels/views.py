@@ -1,8 +1,9 @@
 """Random views of uint8 images: gather, crop, flip and normalise in one pass.
 
 A program reads one block of the pixels of one image, in all channels, and writes them as float32;
-what lies outside of the image is 0 before it is normalised. Divisions are rounded as PyTorch rounds
-them, so that a view has the same bits wherever it is made.
+what lies outside of the image is 0 before it is normalised; of an image that is not there, every
+pixel is NaN. Divisions are rounded as PyTorch rounds them, so that a view has the same bits
+wherever it is made.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def _views_kernel(
     out_ptr,
     mean,
     std,
+    count,
     height,
     width,
     blocks,
@@ -52,6 +54,9 @@ def _views_kernel(
     column = pixel % width
     column = tl.where(flipped, width - 1 - column, column) + left - padding
     row = pixel // width + top - padding
+    # Indices are not looked at before: that would wait for the GPU.
+    known = (image >= 0) & (image < count)
+    row = tl.where(known, row, -1)
     inside = (pixel < size) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     images_ptr += image * stride_image + row * stride_row + column * stride_column
     out_ptr += view * CHANNELS * size + pixel
@@ -60,6 +65,7 @@ def _views_kernel(
         value = tl.div_rn(value.to(tl.float32), tl.full((BLOCK,), 255.0, tl.float32))
         scale = tl.full((BLOCK,), 0.0, tl.float32) + std[channel]
         value = tl.div_rn(value - mean[channel], scale)
+        value = tl.where(known, value, float("nan"))
         tl.store(out_ptr + channel * size, value, mask=pixel < size)
 
 
@@ -86,6 +92,7 @@ def views_launches(
         "out_ptr": out,
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
+        "count": images.shape[0],
         "height": height,
         "width": width,
         "blocks": blocks,

@@ -44,6 +44,13 @@ def test_any_strides_and_integers(kernels: Callable) -> None:
     check(kernels, (images, index, offset, flip.repeat_interleave(3)[::3]), 2)
 
 
+def test_an_image_that_is_not_there_is_nan(kernels: Callable) -> None:
+    images, _, offset, flip = draw(3, 4, (3, 5, 7), 1)
+    index = torch.tensor([2, 3, -1, 0])
+    views = kernels("views.views", images, index, offset, flip, 1, MEAN[:3], STD[:3])
+    assert views[1:3].isnan().all() and views[[0, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_few(kernels: Callable, batch: int) -> None:
     check(kernels, draw(3, batch, (3, 4, 4), 1), 1)

@@ -99,7 +99,7 @@ def _check_numbers(
 
 
 def _check_ranges(count: int, index: Tensor, offset: Tensor, padding: int) -> None:
-    """On a GPU this would wait for the device; its own indexing checks there."""
+    """On a GPU this would wait: there torch's indexing asserts, and our kernel gives NaN."""
     if index.numel() == 0:
         return
     low, high = (int(value) for value in index.aminmax())
