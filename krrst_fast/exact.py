@@ -18,6 +18,11 @@ from torch import Tensor
 _LIBRARIES = ("cuda", "mkldnn")
 _FULL = ("ieee", "none")
 
+# Asked once: with torch 2.11 torch.compile cannot trace the question.
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
+
 _NOTHING = nullcontext()
 
 _lock = threading.Lock()
@@ -32,7 +37,7 @@ def exact_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
     set then, which the operators of `krrst_fast.library` do for themselves.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in _AUTOCAST and torch.is_autocast_enabled(device)
     rounding = not torch.compiler.is_compiling() and _rounding()
     if not autocast and not rounding:
         return _NOTHING

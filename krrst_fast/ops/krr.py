@@ -14,7 +14,7 @@ from krrst_fast.factor import RIDGE_FACTOR
 from krrst_fast.ops import checks
 from krrst_fast.ops.forms import BACKWARD, SOLVE, Inputs, Kernel, Needs, Solve
 from krrst_fast.ops.info import SolveInfo
-from krrst_fast.ops.once import Batched, Tensors, gradients
+from krrst_fast.ops.once import Batched, Tensors, gradients, mark_constant
 from krrst_fast.ops.options import Options, PredictOptions, read, takes
 from krrst_fast.ops.prepare import Problem, cast, prepare, rounded, unfold
 from krrst_fast.plain import wide
@@ -261,7 +261,7 @@ class _Krr(Batched):
         ctx.save_for_backward(*inputs[:5], *computed)
         ctx.static = inputs[5]
         ctx.set_materialize_grads(False)  # no zeros the size of the factor on the way back
-        ctx.mark_non_differentiable(*(x for x in computed if x is not None))
+        mark_constant(ctx, *computed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:

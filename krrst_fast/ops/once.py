@@ -14,6 +14,9 @@ from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
 
+# Before, a trace with sizes that change counts its outputs in two ways, and fails over the marks.
+_MARKS_IN_A_TRACE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 
 class Batched(torch.autograd.Function):
     """A function of one problem, or of N of them along a first dimension: `vmap` is just that.
@@ -42,6 +45,12 @@ class Batched(torch.autograd.Function):
             values = tuple(x if x is None else x.unflatten(0, (size, -1)) for x in values)
         dims = tuple(None if x is None else 0 for x in values)
         return (values[0], dims[0]) if single else (values, dims)
+
+
+def mark_constant(ctx: Any, *outputs: Tensor | None) -> None:
+    """Outputs that are there to be looked at; nothing flows back from them."""
+    if _MARKS_IN_A_TRACE or not torch.compiler.is_compiling():
+        ctx.mark_non_differentiable(*(x for x in outputs if x is not None))
 
 
 def _to_front(x: Any, dim: int | None, size: int) -> Any:

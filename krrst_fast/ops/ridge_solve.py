@@ -11,7 +11,7 @@ from krrst_fast.exact import exact_arithmetic
 from krrst_fast.factor import RIDGE_FACTOR
 from krrst_fast.ops import checks
 from krrst_fast.ops.forms import Kernel, Solve, factored, refines, solved
-from krrst_fast.ops.once import Batched, Tensors, gradients
+from krrst_fast.ops.once import Batched, Tensors, gradients, mark_constant
 from krrst_fast.ops.options import Options, SolveOptions, read, takes
 from krrst_fast.ops.prepare import fold, ready_ridge, result_dtype, unfold, working_dtype
 from krrst_fast.reference import absolute_ridge
@@ -97,8 +97,7 @@ class _RidgeSolve(Batched):
         ctx.save_for_backward(k, alpha, factor, lam, retries, inverse)
         ctx.static = static
         ctx.set_materialize_grads(False)
-        rest = (factor, lam, retries, pivot, inverse)
-        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        mark_constant(ctx, factor, lam, retries, pivot, inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Tensors:
