@@ -136,7 +136,8 @@ def krr_path(
 def _ridges(op: str, ridges: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     try:
         values = torch.as_tensor(ridges, dtype=torch.float64, device=like.device)
-    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+    # The last is what torch raises for what has no values to convert, on the meta device.
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{op}: ridges must be numbers, or a tensor of them: {error}") from None
     checks.dense(op, "ridges", values)
     if values.ndim != 1 or len(values) == 0:

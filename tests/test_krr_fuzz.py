@@ -196,10 +196,11 @@ def test_krr_predict_from_gram(call: Call) -> None:
     f_syn, y_syn, f_real = (call.tensors[name] for name in DATA[:3])
     k_syn, k_real = f_syn, f_real
     dense = [isinstance(x, Tensor) and x.layout == torch.strided for x in (f_syn, f_real)]
-    if all(dense) and f_syn.ndim > 1 and f_real.ndim > 1:
+    # torch multiplies a matrix on meta by one that is not, and gives numbers of no meaning.
+    if all(dense) and f_syn.ndim > 1 and f_real.ndim > 1 and f_syn.device == f_real.device:
         try:
             k_syn, k_real = f_syn @ f_syn.mT, f_real @ f_syn.mT
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             call = call._replace(good=False)  # of no use as features, and given as they are
     _, options = _split(call)
     op = "krr_predict_from_gram"

@@ -95,3 +95,12 @@ def test_bad_input_is_named() -> None:
         path.predict(torch.ones(2, 4))
     with pytest.raises(NonFiniteError, match="KRRPath.predict: f holds NaN"):
         path.predict(torch.full((2, 3), float("nan")))
+
+
+@pytest.mark.parametrize("ridges", ["meta", "list", "words"])
+def test_ridges_that_are_no_numbers(ridges: str) -> None:
+    f_syn, y_syn, *_ = problem(5, 7, 3, 2)
+    empty = torch.empty((), device="meta")
+    given = {"meta": empty.expand(2), "list": [empty, empty], "words": ["a", "b"]}[ridges]
+    with pytest.raises(TypeError, match="krr_path: ridges must be numbers, or a tensor of them: "):
+        krr_path(f_syn, y_syn, ridges=given)
