@@ -1,43 +1,204 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and in under nine minutes: builds for the GPU that is
-# here, checks, measures, and writes build/gpu/gpu.md. Nothing is installed and nothing is fetched.
-# Called again, it goes on where it stopped. bench/gpu.sh --help
-set -euo pipefail
+# Builds, checks and measures everything that needs a GPU, in one command and without a network.
+# docs/gpu.md, "The first ten minutes", says what it takes and gives.
+set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-python=${PYTHON:-}
-arguments=()
+usage() {
+  cat << 'EOF'
+usage: bench/gpu.sh [--out FOLDER] [--images SOURCE] [--limit SECONDS] [--again] [--dry-run] [STAGE...]
+       bench/gpu.sh [--out FOLDER] --publish
+
+Called again it goes on where it stopped. Stages, in their order; all of them if none is named:
+  build      the package for this GPU, and every Triton kernel that the other stages launch
+  ceilings   a copy, products and factors by the libraries
+  krr        the KRR loss with its gradients against the released formulation
+  step       where the time of an outer step goes
+  steps      outer steps on images
+  selftest   every operator against float64
+  tests      pytest -m gpu, in parallel
+  parts      which implementation of a part is fastest, by size
+  sanitizer  our kernels under compute-sanitizer: races, then wild reads and writes
+
+  --out FOLDER      where gpu.json and gpu.md go, rewritten after each stage (build/gpu)
+  --images SOURCE   for the steps: what krrst prepare reads, or a pack of JPEG files (digits)
+  --work FOLDER     where what is built and compiled is kept for the next call (build/gpu)
+  --limit SECONDS   for everything together (540)
+  --python PYTHON   an interpreter that has torch (.venv's, or python3)
+  --dry-run         everything, tiny, on the CPU, as a test
+  --again           measure the named stages anew
+  --publish         write docs/results/, krrst_fast/measured.json and the README's table
+EOF
+}
+
+refuse() {
+  echo "bench/gpu.sh: $1" >&2
+  exit 2
+}
+
+out='' work='' images='' limit=540 python=${PYTHON:-} dry=() again=() publish='' stages=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --python)
-      if [ $# -lt 2 ]; then
-        echo "bench/gpu.sh: --python needs an interpreter" >&2
-        exit 2
-      fi
-      python=$2
-      shift 2
-      ;;
-    --python=*)
-      python=${1#--python=}
+    --out | --work | --images | --limit | --python)
+      [ $# -ge 2 ] || refuse "$1 needs a value"
+      printf -v "${1#--}" %s "$2"
       shift
       ;;
-    *)
-      arguments+=("$1")
-      shift
-      ;;
+    --dry-run) dry=(--dry-run) ;;
+    --again) again=(--again) ;;
+    --publish) publish=1 ;;
+    --help) usage && exit 0 ;;
+    -*) refuse "no option $1; --help lists them" ;;
+    *) stages+=("$1") ;;
   esac
+  shift
 done
-
+[[ $limit =~ ^[0-9]+$ ]] || refuse "--limit takes seconds, got $limit"
+[ -z "$images" ] || [ -e "$images" ] || refuse "--images $images: there is no such file or folder"
 if [ -z "$python" ]; then
   python=python3
-  if [ -x "$root/.venv/bin/python" ]; then
-    python=$root/.venv/bin/python
+  [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+fi
+"$python" -c 'import importlib.util as u; assert u.find_spec("torch")' 2> /dev/null \
+  || refuse "$python is no Python that has torch; --python names one that has"
+work=$(realpath -m "${work:-$root/build/gpu${dry:+-dry}}")
+out=$(realpath -m "${out:-$work}")
+[ -z "$images" ] || images=$(realpath "$images")
+site=$work/site device=cuda
+[ -z "${dry:-}" ] || device=cpu
+mkdir -p "$work" "$out" 2> /dev/null || refuse "--out $out: it cannot be made"
+
+# Stages import the package that was built, and never what is called bench or tests elsewhere.
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH=$site:$root${PYTHONPATH:+:$PYTHONPATH}
+export TRITON_CACHE_DIR=$work/triton-cache OMP_WAIT_POLICY=PASSIVE
+unset TRITON_INTERPRET
+cd "$root" || exit
+cores=$(nproc)
+where=(--out "$out" --work "$work")
+
+if [ -n "$publish" ]; then
+  exec "$python" -m bench.gpu.report --out "$out" --publish
+fi
+todo=$("$python" -m bench.gpu.machine --out "$out" --kept "$work" "${dry[@]}" "${again[@]}" \
+  -- "${stages[@]}") || exit
+target=$(sed -n 2p <<< "$todo")
+read -ra todo <<< "$(sed -n 1p <<< "$todo")"
+
+todo() { [[ " ${todo[*]} " == *" $1 "* ]]; }
+
+# stage NAME SECONDS COMMAND...: a command with a time limit, its words in a log, what came of it in
+# both files. Everything stays in one process group, which a kill or Ctrl-C ends. With PART the log and what is made of it are those of a part of the stage.
+stage() {
+  local name=$1 seconds=$2 begin=$SECONDS code
+  shift 2
+  [ "$seconds" -le $((limit - SECONDS)) ] || seconds=$((limit - SECONDS))
+  if [ "$seconds" -lt 5 ]; then
+    echo "$name: not begun, the $limit seconds are over; call again to go on"
+    return
   fi
+  timeout --foreground --kill-after=5 "$seconds" "$@" > "$work/${PART:-$name}.log" 2>&1 < /dev/null
+  code=$?
+  record "$name" "$code" $((SECONDS - begin))
+}
+
+record() {
+  "$python" -m bench.gpu.record "$@" "${where[@]}" ${PART:+--part "$PART"}
+  [ "$out" -ef "$work" ] || cp "$out/gpu.json" "$work/" # for the next call, whose --out may be empty
+}
+
+measure() {
+  local seconds=$2
+  [ "$seconds" -le $((limit - SECONDS - 5)) ] || seconds=$((limit - SECONDS - 5))
+  # It ends by itself, so that no row is cut; the second limit is for what does not.
+  stage "$1" $((seconds + 5)) "$python" -m bench.gpu.measure "$1" --out "$out" --seconds "$seconds" \
+    "${@:3}"
+}
+
+build() {
+  local begin=$SECONDS code
+  # Into a folder of its own, where krrst_fast.kernels is found, as it is not in a checkout.
+  rm -rf "$site/krrst_fast"
+  KRRST_FAST_BUILD=0 "$python" "$root/setup.py" -q build_py --build-lib "$site" > "$work/build.log" 2>&1
+  KRRST_FAST_EXTENSION=0 timeout --foreground --kill-after=5 120 "$python" -m bench.gpu.compile_ahead \
+    ${dry:+--toy} --jobs "$cores" > "$work/kernels.log" 2>&1 < /dev/null &
+  local kernels=$!
+  if [ -n "${dry:-}" ]; then
+    cp "$root"/krrst_fast/*.so "$site/krrst_fast/" 2> /dev/null
+    code=0
+  else
+    KRRST_FAST_BUILD=1 KRRST_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$target MAX_JOBS=${MAX_JOBS:-$cores} \
+      timeout --foreground --kill-after=5 150 "$python" "$root/setup.py" build_ext --build-lib "$site" \
+      --build-temp "$work/objects" >> "$work/build.log" 2>&1 < /dev/null
+    code=$?
+  fi
+  wait "$kernels"
+  PART=kernels record build $? 0
+  record build "$code" $((SECONDS - begin))
+}
+
+run_tests() {
+  local files parallel=()
+  # No others are collected: some import packages that only development needs.
+  mapfile -t files < <(grep -lE 'mark\.gpu|kernels: Callable|gpu_calls' "$root"/tests/test_*.py)
+  if "$python" -c 'import xdist' 2> /dev/null; then
+    parallel=(-n $((cores < 12 ? cores : 12)) --dist worksteal)
+  fi
+  stage tests 150 "$python" -m pytest -m gpu "${parallel[@]}" -v --tb=short --color=no \
+    -p no:cacheprovider --continue-on-collection-errors --rootdir "$root" -c "$root/pyproject.toml" \
+    "${files[@]}"
+}
+
+sanitize() {
+  local tool calls
+  tool=${COMPUTE_SANITIZER:-}
+  if [ -z "$tool" ] && [ "$device" = cuda ]; then
+    tool=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  fi
+  # Without the tool: what has to be compiled is compiled, and a call that fails is seen to fail.
+  for PART in racecheck memcheck; do
+    calls=(cholesky)
+    [ "$PART" = racecheck ] || calls=(all)
+    if [ -z "$tool" ]; then
+      stage sanitizer 60 sh -c '"$@" && echo "refused: there is no compute-sanitizer here"' sh \
+        "$python" -m bench.gpu.sanitized "$device" "${calls[@]}"
+    else
+      "$python" -m bench.gpu.sanitized "$device" "${calls[@]}" > "$work/$PART-alone.log" 2>&1
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 120 "$tool" --tool "$PART" --error-exitcode 99 \
+        "$python" -m bench.gpu.sanitized "$device" "${calls[@]}"
+    fi
+  done
+  unset PART
+}
+
+if [ -n "$images" ] && todo steps; then
+  store=$work/images/$(basename "${images%.npz}")
+  "$python" -m bench.gpu.images "$images" "$store" > "$work/images.log" 2>&1 < /dev/null &
+  preparing=$!
 fi
-if ! "$python" -c 'import importlib.util as u; assert u.find_spec("torch")' 2> /dev/null; then
-  echo "bench/gpu.sh: $python is no Python that has torch; --python names one that has" >&2
-  exit 2
+if todo build; then build; fi
+if [ ${#todo[@]} -gt 0 ]; then
+  compgen -G "$site/krrst_fast/*.so" > /dev/null || export KRRST_FAST_EXTENSION=0 # or all would warn
 fi
-# Whatever is called bench in the directory this is called from is not meant.
-export PYTHONSAFEPATH=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m bench.gpu ${arguments[@]+"${arguments[@]}"}
+if todo ceilings; then measure ceilings 20; fi
+if todo krr; then measure krr 140; fi
+if todo step; then measure step 45; fi
+if todo steps; then
+  store_options=()
+  if [ -n "$images" ]; then
+    if wait "$preparing"; then
+      store_options=(--images "$store")
+    else
+      tail -n 1 "$work/images.log"
+    fi
+  fi
+  measure steps 40 "${store_options[@]}"
+fi
+if todo selftest; then
+  stage selftest 60 env ${dry:+KRRST_FAST_EXTENSION=0} "$python" -m krrst_fast.selftest \
+    --device "$device" --json "$work/selftest.json"
+fi
+if todo tests; then run_tests; fi
+if todo parts; then measure parts 120; fi
+if todo sanitizer; then sanitize; fi
+echo
+exec "$python" -m bench.gpu.report --out "$out"

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.lost_device import pytest_runtest_makereport  # noqa: F401
+
 # cuBLAS refuses to compute under torch's deterministic algorithms without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -1,4 +1,4 @@
-"""What becomes of measured rows: the table the library reads, the verdicts, what is published."""
+"""What becomes of measured rows: the page, the short table, the verdicts, what is published."""
 
 import copy
 import json
@@ -15,117 +15,179 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 page = import_module("bench.gpu.report")
 parts = import_module("bench.gpu.parts")
+results = import_module("bench.gpu.results")
 table = import_module("bench.gpu.table")
 
-GPU = {"name": "NVIDIA H900", "architecture": "sm_90", "cuda": "13.0", "driver": "600.1"}
-VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "nvcc": "13.0", "python": "3.12"}
-TIMES = {"p10": 0.9, "p90": 1.1, "calls": 20}
+MACHINE = {
+    "gpu": "NVIDIA H900",
+    "about": {"name": "NVIDIA H900", "architecture": "sm_90", "cuda": "13.0", "driver": "600.1"},
+    "versions": {"torch": "2.11.0", "triton": "3.6.0", "nvcc": "13.0", "python": "3.12"},
+    **{"sizes": "full", "sources": "new", "commit": "c" * 40},
+}
+ABOUT = {"date": "2030-05-06T07:08:09+00:00", "sources": "new"}
+TIMES = {"p10": 0.9, "p90": 1.1, "calls": 20, **ABOUT}
 
 
-def told(ms: float, error: float) -> dict:
-    return {"ms": ms, "error": error, **TIMES}
+def part(kind: str, precision: str, size: list[int], name: str, **row) -> dict:
+    label = f"{kind} {precision} {'x'.join(map(str, size))}: {name}"
+    return {label: {"part": kind, "precision": precision, "size": size, **TIMES, **row}}
 
 
-def part(kind: str, precision: str, size: list[int], **by: dict) -> dict:
-    return {"part": kind, "precision": precision, "size": size, "told": by}
+def krr(m: int, p: int, *, eager: float, graph: float | None, other: float = 6.0) -> dict:
+    """The released formulation takes 10 ms, "cuda, fast" `eager` and `graph`, a wrong way 0.1."""
 
+    def way(ms: float, error: float, **row) -> dict:
+        errors = {"loss": 1e-6, "f_syn": error, "y_syn": error / 2}
+        return {"ms": ms, **TIMES, "error": errors, "peak_mb": 100.0, **row}
 
-def krr_row(m: int, p: int, ms: float, *, error: float = 1e-3, graph: float = 1.0) -> dict:
-    """The released formulation takes 10 ms, ours `ms`, fast but wrong 0.1 ms."""
-
-    def way(time: float, wrong: float) -> dict:
-        errors = {"loss": 1e-6, "f_syn": wrong, "y_syn": wrong / 2}
-        times = {"times_released": 10.0 / time, "times_kept_eye": 8.0 / time, "peak_mb": 100.0}
-        return {"ms": time, **TIMES, "error": errors, **times}
-
-    ours = {
-        "triton, fast, raise": way(ms, 5e-3) | {"error_rounded": {"f_syn": error}},
-        "triton, fast, flag": way(2 * ms, 5e-3)
-        | {"graph": {"ms": graph, **TIMES, "same_bits": True}},
-        "torch, float32, raise": way(6.0, 1e-3),
-        "cuda, float32, raise": way(0.1, 4e-3),
-        "tuned, float32, raise": {"refused": "nothing was measured on sm_90"},
+    label = f"m {m}, p {p}: "
+    about = {"shape": {"m": m, "p": p, "d": 8192, "b": 1024}, "form": "w", "gflop": 70.0}
+    rows = {
+        "released": way(10.0, 1e-3) | about,
+        "released, identity on the device": way(8.0, 1e-3) | about,
+        "cuda, fast": way(eager, 5e-3, released_ms=10.0, error_rounded={"f_syn": 1e-3}),
+        "torch, float32": way(other, 1e-3, released_ms=10.0),
+        "triton, fast": way(0.1, 4e-2, released_ms=10.0, wrong=["error 4e-2 > 2e-3"]),
+        "cuda, float32": {"refused": "no CUDA extension", **ABOUT},
+        "torch, float32, as a graph": {"failed": "RuntimeError: not permitted", **ABOUT},
+        "cuda, fast, kernels": {
+            **{"kernel_ms": 0.5, "elapsed_ms": 2.0, "launches": 40.0, **ABOUT},
+            "largest": [{"name": "_parts|kernel", "launches": 2.0, "ms": 0.25}],
+        },
     }
-    base = {"released": way(10.0, 1e-3), "released, identity on the device": way(8.0, 1e-3)}
-    row = {"shape": {"m": m, "p": p, "d": 8192, "b": 1024}, "form": "w", "gflop": 70.0}
-    return row | {"condition": 1e5, "released": base, "ours": ours, "wrong": []}
+    if graph is not None:
+        rows["cuda, fast, as a graph"] = {"ms": graph, **TIMES, "same_bits": True}
+    return {label + name: row for name, row in rows.items()}
 
 
-def results(**stages: dict) -> dict[str, dict]:
-    """Files of stages that were measured on a GPU."""
-    key = {"sources": "s", "gpu": GPU["name"], "sizes": "full"}
-    whole = {"finished": True, "wrong": [], "date": "2030-05-06T07:08:09+00:00", "seconds": 3.0}
-    about = {"commit": "c" * 40, "gpu": GPU, "versions": VERSIONS, **whole}
-    return {
-        name: {"stage": name, "key": dict(key), **about, "rows": rows}
-        for name, rows in stages.items()
-    }
+def stage(*rows: dict, finished: bool = True) -> dict:
+    one = {name: row for some in rows for name, row in some.items()}
+    return {"seconds": 3.0, "finished": finished, "why": "", "sources": "new", "rows": one}
 
 
-MEASURED = results(
-    parts={
-        "a": part(
-            *("gram", "fast", [1000, 8192]),
-            torch=told(0.3, 1e-6),
-            triton=told(0.1, 2.9e-6),
-        ),
-        "b": part(
-            *("gram", "fast", [2000, 8192]),
-            torch=told(0.9, 1e-6),
-            triton=told(0.2, 3.1e-6),
-        ),
-        "c": part(
-            *("solve", "float64", [256, 512]),
-            torch=told(0.5, 1e-12),
-            cuda={"failed": "left out: ended by SIGSEGV"},
-        ),
-        "d": part("views", "float32", [1024, 1024], torch={"failed": "out of memory"}),
-        "e": {"failed": "out of memory"},
-    },
-    krr={
-        "m 1000, p 512": krr_row(1000, 512, 2.5),
-        "m 1000, p 10": krr_row(1000, 10, 1.0),
-        "m 5000, p 100": krr_row(5000, 100, 1.0),
-    },
-)
+STAGES = {
+    "krr": stage(
+        krr(1000, 512, eager=2.5, graph=1.9),
+        krr(1000, 10, eager=1.0, graph=2.0),
+        krr(10000, 512, eager=1.2, graph=None),
+        krr(5000, 100, eager=1.0, graph=0.5),
+    ),
+    "parts": stage(
+        part("gram", "fast", [1000, 8192], "torch", ms=0.3, error=1e-6),
+        part("gram", "fast", [1000, 8192], "triton", ms=0.1, error=2.9e-6, eager_ms=0.2),
+        part("gram", "fast", [2000, 8192], "torch", ms=0.9, error=1e-6),
+        part("gram", "fast", [2000, 8192], "triton", ms=0.2, error=3.1e-6, wrong=["error"]),
+        part("solve", "float64", [256, 512], "torch", ms=0.5, error=1e-12),
+        {"solve float64 256x512: cuda": {"failed": "its process ended by SIGSEGV", **ABOUT}},
+        {"views float32 1024x1024: torch": {"failed": "out of memory", **ABOUT}},
+        part("closing", "float32", [10, 9, 8], "triton", ms=0.5, error=1e-7),
+    ),
+    "step": stage(
+        {"krrst_fast": {"failed": "x", **ABOUT}, "released": {"parts": {"views": 1.0}, **ABOUT}},
+    ),
+    "tests": stage({"tests": {"outcomes": {"passed": 400, "failed": 1}, "wrong": ["a"], **ABOUT}}),
+}
 
 
-def folder(path: Path, stages: dict[str, dict]) -> Path:
-    for name, one in stages.items():
-        (path / f"{name}.json").write_text(json.dumps(one))
-    return path
+def folder(path: Path, stages: dict = STAGES, machine: dict = MACHINE):
+    (path / "gpu.json").write_text(json.dumps({"machine": machine, "stages": stages}))
+    return results.Results(path)
 
 
-def test_a_wrong_kernel_is_left_out_of_the_table() -> None:
-    """Twice torch's error and 1e-6 of its own are allowed: 3e-6, here."""
-    rows = MEASURED["parts"]["rows"]
-    assert table.usable(rows["a"]) == ({"torch": 0.3, "triton": 0.1}, [])
-    assert table.usable(rows["b"]) == ({"torch": 0.9}, ["triton: error 3.1e-06 > 3.0e-06"])
-    assert table.usable(rows["c"])[1] == ["cuda: left out: ended by SIGSEGV"]
-    assert table.usable(rows["d"]) == ({}, [])
-    exact = part("solve", "float64", [9, 9], torch=told(1.0, 1e-14), cuda=told(1.0, 2e-12))
-    assert table.usable(exact)[0] == {"torch": 1.0}, "the floor of float64 is its own"
+def shape(tmp_path: Path, **numbers) -> object:
+    return page.shapes(folder(tmp_path, {"krr": stage(krr(1000, 512, **numbers))}))[0]
+
+
+def test_the_graph_is_what_is_judged(tmp_path: Path) -> None:
+    """Where there is one: 5 times as fast is the goal at (1000, 512), and 2 ms of 10."""
+    found = shape(tmp_path, eager=9.0, graph=2.0)
+    assert found.verdict == ("5x", "met") and found.best.name == "cuda, fast"
+    assert shape(tmp_path, eager=1.0, graph=2.01).verdict == ("5x", "missed")
+    assert shape(tmp_path, eager=2.0, graph=None).verdict == ("5x", "met (no graph)")
+    assert shape(tmp_path, eager=2.1, graph=None).verdict == ("5x", "missed (no graph)")
+    none = page.shapes(folder(tmp_path, {"krr": stage(krr(5000, 100, eager=1.0, graph=0.1))}))[0]
+    assert none.verdict == ("-", "-")
+
+
+def test_the_best_way_is_the_fastest_that_is_right(tmp_path: Path) -> None:
+    """A wrong way is never it, nor one whose graph gives other bits than a call."""
+    assert shape(tmp_path, eager=2.0, graph=1.0, other=1.5).best.name == "cuda, fast"
+    assert shape(tmp_path, eager=2.0, graph=1.6, other=1.5).best.name == "torch, float32", (
+        "that it cannot be captured makes no call of it wrong"
+    )
+    rows = krr(1000, 512, eager=2.0, graph=1.0)
+    rows["m 1000, p 512: cuda, fast, as a graph"]["wrong"] = ["a call differs by 1.0e-1"]
+    del rows["m 1000, p 512: torch, float32, as a graph"]
+    assert page.shapes(folder(tmp_path, {"krr": stage(rows)}))[0].best.name == "torch, float32"
+
+
+def test_the_short_table_has_what_matters_in_few_characters(tmp_path: Path) -> None:
+    text = page.short(folder(tmp_path))
+    assert len(text) <= page.LONGEST
+    lines = text.splitlines()
+    assert (
+        "1000, 512: 10.0 | 2.50 | 1.90 | 5.3 (4.0) | 5x met | 1.0e-3, 5.0e-3 | cuda, fast" in lines
+    )
+    assert "10000, 512: 10.0 | 1.20 | - | 8.3 (8.3) | 10x missed (no graph)" in text
+    assert "tests: 400 passed, 1 failed" in lines
+    assert lines[-1] == f"files: {tmp_path / 'gpu.json'}, {tmp_path / 'gpu.md'}"
+    many = copy.deepcopy(STAGES)
+    for name in results.STAGES:
+        rows = {f"row {i}": {"failed": "x" * 500, **ABOUT} for i in range(50)}
+        many.setdefault(name, stage())["rows"].update(rows)
+    text = page.short(folder(tmp_path, many))
+    assert len(text) <= page.LONGEST and text.rstrip().endswith("gpu.md")
+    assert "1000, 512: 10.0 | 2.50" in text
+
+
+def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
+    found = folder(tmp_path)
+    page.write_page(found)
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.startswith("# NVIDIA H900\n")
+    lines = text.splitlines()
+    assert any("driver 600.1" in line and "commit cccccccc" in line for line in lines)
+    first = next(line for line in lines if line.startswith("| 1000 | 512 |"))
+    assert [cell.strip() for cell in first.split("|")[3:-1]] == [
+        *("10.0 (0.900-1.10)", "2.50 (0.900-1.10)", "1.90 (0.900-1.10)", "**5.3** (4.0)", "5x met"),
+        *("1.0e-3", "5.0e-3"),
+    ]
+    kernels = next(
+        line for line in lines if line.startswith("| m 1000, p 512: cuda, fast, kernels")
+    )
+    assert "| 0.500 | 2.00 | 40.0 |" in kernels, "host-bound is seen at a glance"
+    assert "| `_parts/kernel` | 2 | 0.250 |" in lines and "no CUDA extension" in text
+    gram = next(line for line in lines if line.startswith("| gram fast 1000x8192: triton |"))
+    assert "| 0.100 (0.900-1.10) |" in gram and gram.endswith("| 0.200 | - | - |"), "eager too"
+    assert "| released | - | 1.00 |" in lines
+
+
+def test_rows_of_older_code_are_named(tmp_path: Path) -> None:
+    stages = copy.deepcopy(STAGES)
+    stages["parts"]["rows"]["gram fast 1000x8192: torch"]["sources"] = "old"
+    text = "\n".join(page.page(folder(tmp_path, stages)))
+    assert "| parts | finished | 8 | 3.0 | old (1), new (7) |" in text
+    assert "Measured before the sources were new, parts: gram fast 1000x8192: torch.\n" in text
+    assert "Measured before" not in "\n".join(page.page(folder(tmp_path)))
 
 
 def test_the_table_is_what_the_library_reads(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "measured.json"
-    other = {"gpu": "another", "rows": [part("gram", "fast", [1, 1]) | {"ms": {"torch": 1.0}}]}
+    other = {"gpu": "another", "rows": []}
     path.write_text(json.dumps({"sm_80": other, "sm_90": other}))
-    found = json.loads(table.merged(path, table.dispatch(MEASURED["parts"])))
+    found = json.loads(table.merged(path, table.dispatch(folder(tmp_path))))
     assert found["sm_80"] == other, "what was measured elsewhere stays"
     own = found["sm_90"]
     assert {name: own[name] for name in ("gpu", "date", "torch", "triton", "cuda", "command")} == {
         **{"gpu": "NVIDIA H900", "date": "2030-05-06", "torch": "2.11.0", "triton": "3.6.0"},
         **{"cuda": "13.0", "command": "bench/gpu.sh"},
     }
+    about = {"part": "gram", "precision": "fast"}
     assert own["rows"] == [
-        {
-            **{"part": "gram", "precision": "fast", "size": [1000, 8192]},
-            "ms": {"torch": 0.3, "triton": 0.1},
-        },
-        {"part": "gram", "precision": "fast", "size": [2000, 8192], "ms": {"torch": 0.9}},
+        {**about, "size": [1000, 8192], "ms": {"torch": 0.3, "triton": 0.1}},
+        {**about, "size": [2000, 8192], "ms": {"torch": 0.9}},
         {"part": "solve", "precision": "float64", "size": [256, 512], "ms": {"torch": 0.5}},
-    ]
+    ], "what is wrong, and what torch has no time for, is left out"
     monkeypatch.setattr(measured, "tables", lambda: found)
     measured.choice.cache_clear()
     try:
@@ -136,77 +198,28 @@ def test_the_table_is_what_the_library_reads(tmp_path: Path, monkeypatch) -> Non
 
 
 def test_every_part_has_the_sizes_and_implementations_that_the_library_asks_for() -> None:
-    two = ("torch", "triton")
-    solvers = ("torch", "torch inverse", "cuda", "cuda inverse")
-    known = {
-        **{name: (3, two) for name in ("matmul", "matmul_t", "mse", "closing")},
-        **{"gram": (2, two), "views": (2, two), "solve": (2, solvers)},
-        "solve_many": (3, solvers),
-    }
-    assert set(parts.FULL) == set(parts.TOY) == set(known)
-    for name, (numbers, who) in known.items():
-        assert f"| {', '.join(who)} |" in measured.__doc__ and name in measured.__doc__
+    numbers = {name: 3 for name in ("matmul", "matmul_t", "mse", "closing", "solve_many")}
+    numbers |= {name: 2 for name in ("gram", "views", "solve")}
+    assert set(parts.FULL) == set(parts.TOY) == set(parts.IMPLEMENTATIONS) == set(numbers)
+    for name, implementations in parts.IMPLEMENTATIONS.items():
+        assert f"| {', '.join(implementations)} |" in measured.__doc__ and name in measured.__doc__
         for one in (parts.FULL[name], parts.TOY[name]):
-            assert {len(size) for sizes in one.sizes.values() for size in sizes} == {numbers}
+            assert {len(s) for sizes in one.sizes.values() for s in sizes} == {numbers[name]}
         for precision, (size, *_) in parts.TOY[name].sizes.items():
             work = one.make(size, precision, "cpu")
-            assert {*work.calls, *work.refused} == set(who), name
+            assert {*work.calls, *work.refused} == set(implementations), name
 
 
-def test_the_best_is_the_fastest_that_is_about_as_right() -> None:
-    assert table.best(krr_row(1000, 512, 2.5)) == "triton, fast, raise"
-    # The error on rounded features counts where features were rounded; 2.1e-3 is too much.
-    assert table.best(krr_row(1000, 512, 2.5, error=2.1e-3)) == "torch, float32, raise"
-    assert table.worst({"loss": 1e-3, "f_syn": "holds NaN"}) == float("inf")
-
-
-def test_targets_are_met_or_missed() -> None:
-    assert page.verdict(krr_row(1000, 512, 2.0)) == ("5", "met")
-    assert page.verdict(krr_row(1000, 512, 2.01)) == ("5", "missed")
-    assert page.verdict(krr_row(5000, 100, 1.0)) == ("-", "-")
-
-
-def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
-    text = page.write(folder(tmp_path, MEASURED))
-    assert text.startswith("# NVIDIA H900\n") and text == (tmp_path / "gpu.md").read_text()
-    lines = text.splitlines()
-    assert any("driver 600.1" in line and "commit cccccccc" in line for line in lines)
-    first = next(line for line in lines if line.startswith("| 1000 | 512 |"))
-    assert [cell.strip() for cell in first.split("|")[3:-1]] == [
-        *("10.0 (0.900-1.10)", "2.50 (0.900-1.10)", "triton, fast, raise", "**4.0** (3.2)", "10"),
-        *("1.0e-3", "5.0e-3", "100, 100", "5", "missed"),
-    ]
-    assert (
-        "| gram | fast | 2000x8192 | torch 0.900 (1e-06), triton 0.200 (3e-06) | torch |" in lines
-    )
-    assert "Refused: nothing was measured on sm_90" in lines
-
-
-def test_the_commit_of_a_copy_without_history_is_that_of_the_same_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stages = copy.deepcopy(MEASURED)
-    for one in stages.values():
-        one["commit"] = None
-    folder(tmp_path, stages)
-    monkeypatch.setattr(page.machine, "commit", lambda: "d" * 40)
-    monkeypatch.setattr(page.machine, "sources", lambda: "others")
-    assert "commit unknown, sources s" in page.write(tmp_path)
-    monkeypatch.setattr(page.machine, "sources", lambda: "s")
-    assert "commit dddddddd, sources s" in page.write(tmp_path)
-
-
-def published(tmp_path: Path, stages: dict[str, dict]) -> tuple[list[Path], Path]:
+def published(tmp_path: Path, stages: dict, machine: dict = MACHINE) -> tuple[list[Path], Path]:
     root = tmp_path / "root"
     (root / "krrst_fast").mkdir(parents=True)
     (root / "krrst_fast" / "measured.json").write_text("{}")
     (root / "README.md").write_text(f"before\n\n{page.BEGIN}\n\nold\n\n{page.END}\n\nafter\n")
-    (tmp_path / "out").mkdir()
-    return page.publish(folder(tmp_path / "out", stages), root), root
+    return page.publish(folder(tmp_path, stages, machine), root), root
 
 
 def test_what_was_measured_is_published(tmp_path: Path) -> None:
-    paths, root = published(tmp_path, MEASURED)
+    paths, root = published(tmp_path, STAGES)
     assert [path.relative_to(root).as_posix() for path in paths] == [
         *("README.md", "docs/results/h900.md", "krrst_fast/measured.json")
     ]
@@ -219,35 +232,36 @@ def test_what_was_measured_is_published(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "stages, machine, told",
     [
-        (lambda found: found["krr"]["key"].update(sizes="toy"), "not measured on the same"),
-        (lambda found: [x["key"].update(sizes="toy") for x in found.values()], "a dry run"),
-        (lambda found: found["krr"].update(finished=False), "nothing to publish without krr"),
-        (lambda found: found.pop("parts"), "nothing to publish without parts"),
-        (lambda found: found.clear(), "holds no results"),
+        (STAGES, {"sizes": "toy"}, "a dry run"),
+        (STAGES, {"gpu": None}, "a dry run"),
+        ({"parts": STAGES["parts"]}, {}, "no row of the KRR table is right"),
+        ({}, {}, "no row of the KRR table is right"),
     ],
 )
-def test_nothing_else_is_published(tmp_path: Path, change, told: str) -> None:
-    found = copy.deepcopy(MEASURED)
-    change(found)
+def test_nothing_else_is_published(tmp_path: Path, stages, machine: dict, told: str) -> None:
     with pytest.raises(DataError, match=told):
-        published(tmp_path, found)
+        published(tmp_path, stages, MACHINE | machine)
     root = tmp_path / "root"
     assert "old" in (root / "README.md").read_text() and not (root / "docs").exists()
     assert (root / "krrst_fast" / "measured.json").read_text() == "{}"
 
 
-def test_a_page_of_what_failed_is_still_a_page(tmp_path: Path) -> None:
-    stages = results(
-        krr={"m 1000, p 512": {"failed": "out of memory"}},
-        step={"krrst_fast": {"failed": "x"}, "released": {"parts": {"views": 1.0}}},
-        steps={"the target at every step": {"failed": "the loss is nan"}},
-        ceilings={"copy": {"failed": "x"}, "system 9 float32": {"potrf": {"failed": "y"}}},
-        parts={"a": {"failed": "z"}},
-    )
-    stages["krr"] |= {"finished": False, "wrong": ["a|b"] * 7}
-    text = page.write(folder(tmp_path, stages))
-    assert "| krr | not finished | 1 | 3.0 | a/b; a/b; a/b; a/b; a/b; and 2 more |" in text
-    assert "| the target at every step | the loss is nan |" in text
-    assert "| views | 1.00 | - |" in text
+def test_without_parts_the_choice_of_kernels_stays(tmp_path: Path) -> None:
+    paths, root = published(tmp_path, {"krr": STAGES["krr"]})
+    assert len(paths) == 2 and (root / "krrst_fast" / "measured.json").read_text() == "{}"
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def code(stages: dict, *options: str) -> int:
+        folder(tmp_path, stages)
+        return page.main(["--out", str(tmp_path), *options])
+
+    assert code(STAGES) == 1, "something is wrong"
+    assert code({"krr": stage(finished=False)}) == 1, "something is left to do"
+    right = stage(part("gram", "fast", [1, 2], "torch", ms=1.0, error=0.0))
+    assert code({"parts": right}) == 0
+    capsys.readouterr()
+    assert code({}, "--publish") == 2
+    assert capsys.readouterr().err.count("\n") == 1

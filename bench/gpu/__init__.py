@@ -1,6 +1,8 @@
-"""Everything that needs a GPU, in one command: `bench/gpu.sh`.
+"""What `bench/gpu.sh` runs on a GPU, and what becomes of it.
 
-A stage is a module with `measure(run)`, which adds rows to `run.notes`, or a command of
-`commands.py`. Each ends in one JSON file; `report.py` makes one of them all, and what is published.
-Nothing here asks for a GPU when it is imported: asv imports all of it.
+machine      which GPU, which versions; what is still to do
+measure      the rows of a stage, in processes that may fail: ceilings, krr, step, steps, parts
+record       the stages that are commands: build, selftest, tests, sanitizer
+results      the one file that all of them write
+report       the page, the short table, what is published
 """

@@ -1,30 +1,32 @@
-"""Times of calls that take turns, by the device's own clock, and what a call that fails says."""
+"""Times on one device: of calls that take turns, of a graph that is replayed, kernel by kernel."""
 
 import gc
-import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.common import peak_mb, relative_error
-from bench.gpu.notes import Notes
 
 # More than the L2 cache of any GPU: written before each call, so that no call finds its inputs
 # there. In a step they come from memory as well: convolutions ran before.
 FLUSH_BYTES = 256 << 20
+DRIFT = 0.01
+"""How far a graph may be from a call: some roundings, times the condition number."""
 _STABLE = 0.1
-_FEWEST, _MOST = 15, 200
+_FEWEST, _MOST = 7, 200
+# Before this version a capture that fails leaves torch's allocator in the middle of it
+# (pytorch/pytorch#180395).
+_RECOVERS = (2, 12)
 
 Calls = Mapping[str, Callable[[], Any]]
 
 
 class DeviceLost(Exception):
-    """The device computes nothing any more: this process is of no use."""
+    """The device computes nothing any more for this process."""
 
 
 class Sample(NamedTuple):
@@ -37,7 +39,7 @@ class Sample(NamedTuple):
 
 
 def sample(taken: Sequence[float]) -> Sample:
-    """Statistics of milliseconds."""
+    """Compute the statistics of some milliseconds."""
     points = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     ms, p10, p90 = torch.tensor(list(taken), dtype=torch.float64).quantile(points).tolist()
     return Sample(ms, p10, p90, len(taken))
@@ -48,18 +50,21 @@ class Clock:
 
     Args:
         device: "cuda", timed by events, or "cpu", by the process's clock.
-        notes: where it is noted what is being tried.
         quick: as few calls as possible: nobody will read the times.
+
+    Attributes:
+        spoilt: this process can measure nothing more, though the device can.
     """
 
-    def __init__(self, device: str, notes: Notes, *, quick: bool = False) -> None:
-        self.device, self.notes, self.quick = device, notes, quick
+    def __init__(self, device: str, *, quick: bool = False) -> None:
+        self.device, self.spoilt = device, False
         self.fewest, self.most = (2, 2) if quick else (_FEWEST, _MOST)
-        self._flush = torch.empty(FLUSH_BYTES if device == "cuda" else 0, dtype=torch.uint8)
-        self._flush = self._flush.to(device)
+        self._flush = torch.empty(
+            FLUSH_BYTES if device == "cuda" else 0, dtype=torch.uint8, device=device
+        )
 
     def wait(self) -> None:
-        """Until the device has done everything."""
+        """Wait until the device has done everything."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -70,7 +75,7 @@ class Clock:
             torch.cuda.empty_cache()
 
     def once(self, call: Callable[[], Any]) -> float:
-        """Milliseconds of one call, with a cold cache."""
+        """Time one call in milliseconds, with a cold cache."""
         if self.device != "cuda":
             begin = time.perf_counter()
             call()
@@ -83,27 +88,6 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def tried(self, call: Callable[[], Any], name: str | None = None) -> tuple[Any, str | None]:
-        """(result, None), or (None, why there is none).
-
-        Args:
-            call: what is tried.
-            name: what is left out from now on if it takes the process with it, or never ends.
-
-        Raises:
-            DeviceLost: after this call the device is of no use.
-        """
-        if name in self.notes.broken:
-            return None, self.notes.broken[name]
-        with self.notes.attempt(name) if name else nullcontext():
-            try:
-                result = call()
-                self.wait()
-                return result, None
-            except Exception as error:
-                self.require_device(error)
-                return None, reason(error)
-
     def require_device(self, error: Exception) -> None:
         """Raise DeviceLost if nothing can be computed after this error."""
         try:
@@ -111,59 +95,133 @@ class Clock:
         except Exception as lost:
             raise DeviceLost(reason(error)) from lost
 
-    def in_turn(
-        self, calls: Calls, *, seconds: float, names: Mapping[str, str] | None = None
-    ) -> dict[str, Sample | str]:
-        """Time calls in turn; a call that fails has its reason instead.
+    def in_turn(self, calls: Calls, *, seconds: float) -> dict[str, Sample]:
+        """Time calls in turn for so many seconds, once each has been called until it is stable.
 
-        Each is first called until its time is stable. Rounds are made for `seconds`, at least 15
-        unless they take three times as long, at most 200; who goes first changes.
-
-        Args:
-            calls: by name.
-            seconds: for all rounds.
-            names: what is left out if a call takes the process with it (see `tried`).
+        At least 7 rounds are made, unless they take three times as long, at most 200; which call
+        comes first changes from round to round.
         """
-        found: dict[str, Sample | str] = {}
-        for name, call in calls.items():
-            _, why = self.tried(partial(self._warm, call), (names or {}).get(name))
-            if why is not None:
-                found[name] = why
-        alive = [name for name in calls if name not in found]
-        taken: dict[str, list[float]] = {name: [] for name in alive}
+        for call in calls.values():
+            self._warm(call)
+        names, taken = list(calls), {name: [] for name in calls}
         gc.collect()
         gc.disable()
         try:
             begin = time.monotonic()
-            seconds = math.inf if self.quick else seconds
-            for turn in range(self.most if alive else 0):
+            for turn in range(self.most):
                 spent = time.monotonic() - begin
                 if turn and spent > (seconds if turn >= self.fewest else 3 * seconds):
                     break
-                first = turn % len(alive)
-                for name in alive[first:] + alive[:first]:
+                first = turn % len(names)
+                for name in names[first:] + names[:first]:
                     taken[name].append(self.once(calls[name]))
         finally:
             gc.enable()
-        return found | {name: sample(times) for name, times in taken.items()}
+        return {name: sample(times) for name, times in taken.items()}
+
+    def alone(self, call: Callable[[], Any], *, seconds: float = 0.2) -> dict[str, Any]:
+        """Time one call."""
+        return self.in_turn({"call": call}, seconds=seconds)["call"]._asdict()
 
     def _warm(self, call: Callable[[], Any]) -> None:
-        """Call until two times in a row are alike; the first compiles, and is never counted."""
+        """Call until two times in a row are alike; the first may compile, and is never counted."""
         times = [self.once(call) for _ in range(2)]
         while len(times) < min(8, self.most) and abs(times[-1] - times[-2]) > _STABLE * times[-2]:
             times.append(self.once(call))
 
     def peak_mb(self, call: Callable[[], Sequence[Tensor]]) -> float:
-        """The most memory alive in a call beyond that before it."""
+        """Measure the most memory alive in a call beyond that before it."""
         return peak_mb(call, self.device)
 
+    def graph(self, call: Callable[[], Sequence[Tensor]], *, seconds: float) -> dict[str, Any]:
+        """Capture a call in a CUDA graph; time its replay, and compare its bits with a plain call.
 
-def error_of(got: Tensor, exact: Tensor) -> float | str:
-    """|got - exact| / |exact|, or that it is not finite."""
+        A capture that fails is "failed", and the process may be spoilt by it.
+
+        Raises:
+            FloatingPointError: the graph left NaN.
+        """
+        if self.device != "cuda":
+            return {"refused": "there are no graphs on a CPU"}
+        plain = [x.clone() for x in call()]
+        try:
+            captured, result = capture(call)
+        except Exception as error:
+            self.spoilt = torch_version() < _RECOVERS
+            self.require_device(error)
+            return {"failed": reason(error)}
+        for x in result:
+            x.fill_(float("nan"))
+        captured.replay()
+        self.wait()
+        # Libraries may choose another algorithm on another stream; what is stale is NaN.
+        same = all(torch.equal(a, b) for a, b in zip(result, plain, strict=True))
+        drift = 0.0 if same else relative_error(result, plain)
+        row = {**self.alone(captured.replay, seconds=seconds), "same_bits": same}
+        return row if drift <= DRIFT else {**row, "wrong": [f"a call differs by {drift:.1e}"]}
+
+    def profile(self, call: Callable[[], Any], *, calls: int = 3, top: int = 12) -> dict[str, Any]:
+        """Sum up a call's kernels: their time beside the elapsed one, launches, the largest."""
+        call()
+        kind = torch.profiler.ProfilerActivity.CUDA if self.device == "cuda" else None
+        self.wait()
+        with torch.profiler.profile(
+            activities=[kind or torch.profiler.ProfilerActivity.CPU]
+        ) as found:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            self.wait()
+            elapsed = (time.perf_counter() - begin) * 1e3 / calls
+        return {"elapsed_ms": elapsed, **kernels(found.key_averages(), self.device, calls, top)}
+
+
+def kernels(events: Any, device: str, calls: int, top: int) -> dict[str, Any]:
+    """Sum up a profile's events, and list those with most time of their own, a call."""
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    rows = [
+        {"name": x.key[:100], "launches": x.count / calls, "ms": getattr(x, field) / calls / 1e3}
+        for x in events
+    ]
+    rows = sorted((row for row in rows if row["ms"] > 0), key=lambda row: -row["ms"])
+    total, launches = (sum(row[name] for row in rows) for name in ("ms", "launches"))
+    return {"kernel_ms": total, "launches": launches, "largest": rows[:top]}
+
+
+def capture(call: Callable[[], Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
+    """Capture a call, after three on the same stream.
+
+    Whatever raises, the capture is ended and the stream is the one that was current before.
+    """
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(before)
     try:
-        return relative_error([got], [exact])
-    except FloatingPointError as error:
-        return str(error)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+            graph.capture_begin()
+            try:
+                result = call()
+            except BaseException as error:
+                try:
+                    graph.capture_end()
+                except RuntimeError as ended:
+                    raise error from ended
+                raise
+            graph.capture_end()
+    finally:
+        torch.cuda.set_stream(before)
+    before.wait_stream(side)
+    return graph, result
+
+
+def torch_version() -> tuple[int, ...]:
+    """Major and minor version of torch."""
+    return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
 
 
 def reason(error: BaseException) -> str:

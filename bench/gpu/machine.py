@@ -1,20 +1,24 @@
-"""What was measured, on what: for the file of every stage, and to know a stage that is done."""
+"""Which machine this is; python -m bench.gpu.machine says what is still to be measured on it."""
 
+import argparse
 import hashlib
-import json
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import results
+from krrst_fast.errors import DataError, KrrstError
+
 ROOT = Path(__file__).resolve().parents[2]
-# What a time depends on.
+# What a time, or the verdict of a test, depends on.
 _SOURCES = (
     *("setup.py", "pyproject.toml", "bench/*.py", "bench/gpu/*.py", "kernels/*.py"),
-    *("krrst_fast/**/*.py", "csrc/**/*"),
+    *("krrst_fast/**/*.py", "csrc/**/*", "tests/*.py"),
 )
 
 
@@ -60,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 
 def gpu() -> dict[str, Any] | None:
-    """The GPU that torch would use, or None. Starts CUDA: not for a process that lives on."""
+    """The GPU that torch would use, or None. Starts CUDA: not for a process that forks."""
     import torch
 
     if not torch.cuda.is_available():
@@ -85,15 +89,55 @@ def driver() -> str | None:
     return told.splitlines()[0].strip() if told else None
 
 
-def other_gpu() -> dict[str, Any] | None:
-    """`gpu`, asked by a process of its own."""
-    command = [sys.executable, "-m", "bench.gpu.machine"]
+def describe(dry_run: bool) -> dict[str, Any]:
+    """This machine and the code that is here.
+
+    Raises:
+        DataError: it has no GPU, and this is no dry run.
+    """
+    about = None if dry_run else gpu()
+    if about is None and not dry_run:
+        raise DataError("bench/gpu.sh: torch sees no GPU here; --dry-run tries it all on the CPU")
+    sizes = "toy" if dry_run else "full"
+    return {
+        **{"gpu": about["name"] if about else None, "about": about, "versions": versions()},
+        **{"sizes": sizes, "sources": sources(), "commit": commit()},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the stages that are still to do, in their order, and below them the GPU's target."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kept", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("stages", nargs="*")
+    asked = parser.parse_args(argv)
+    names = asked.stages or list(results.STAGES)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        return json.loads(done.stdout.splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return None
+        for name in names:
+            if name not in results.STAGES:
+                every = ", ".join(results.STAGES)
+                raise DataError(f"bench/gpu.sh: no stage {name!r}; there are {every}")
+        here = describe(asked.dry_run)
+        asked.out.mkdir(parents=True, exist_ok=True)
+        if not (asked.out / results.FILE).exists() and (asked.kept / results.FILE).exists():
+            shutil.copy2(asked.kept / results.FILE, asked.out)
+        found = results.Results.begin(asked.out, here)
+    except (KrrstError, OSError) as error:
+        print(str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+    for name in names if asked.again else ():
+        found.forget(name)
+    built = (asked.kept / "site" / "krrst_fast").is_dir() and found.done("build")
+    todo = [name for name in results.STAGES if name in names and not found.done(name)]
+    # Whatever runs needs what the build makes; on a new machine it is not there.
+    todo = todo if built or not todo or todo[0] == "build" else ["build", *todo]
+    print(*todo)
+    print((here["about"] or {}).get("target", ""))
+    return 0
 
 
 if __name__ == "__main__":
-    print(json.dumps(gpu()))
+    sys.exit(main())

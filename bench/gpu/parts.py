@@ -4,8 +4,9 @@ The sizes are those that the shapes of `krr.py` come to, and some smaller. Every
 L2 cache. Errors are against float64, on the features as rounded for "fast".
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -14,15 +15,21 @@ import torch
 from torch import Tensor
 
 from bench.common import LATENT, relative_error
-from bench.gpu import table
-from bench.gpu.clock import Sample, reason
-from bench.gpu.stage import Run
+from bench.gpu.measure import Rows, Run, Unit
+from bench.gpu.table import FLOOR, FLOORS
 from krrst_fast import plain, reference
 from krrst_fast.backends import choose
 from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS, Solver
 from krrst_fast.library import factored_solve, ridge_factor
 
 Size = tuple[int, ...]
+_TWO = ("torch", "triton")
+IMPLEMENTATIONS = {
+    **{name: _TWO for name in ("gram", "matmul", "matmul_t", "mse", "closing", "views")},
+    **{
+        name: ("torch", "torch inverse", "cuda", "cuda inverse") for name in ("solve", "solve_many")
+    },
+}
 Call = Callable[[], Sequence[Tensor]]
 RIDGE = 1e-6
 PADDING, MEAN, STD = 4, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
@@ -45,34 +52,69 @@ class Part(NamedTuple):
     sizes: dict[str, tuple[Size, ...]]
 
 
-def measure(run: Run) -> None:
-    """A row a part, precision and size."""
-    for part, (make, sizes) in (TOY if run.toy else FULL).items():
+def units(toy: bool) -> Iterator[Unit]:
+    """A unit a part and precision."""
+    for part, (make, sizes) in (TOY if toy else FULL).items():
         for precision, those in sizes.items():
-            for size in those:
-                name = f"{part} {precision} {'x'.join(map(str, size))}"
-                run.row(name, partial(compare, run, name, part, precision, size, make))
+            yield Unit(f"{part} {precision}", partial(rows, part, precision, those, make))
 
 
-def compare(
-    run: Run, name: str, part: str, precision: str, size: Size, make: Callable[..., Work]
+def rows(
+    part: str, precision: str, sizes: Sequence[Size], make: Callable[..., Work], run: Run
+) -> Rows:
+    """A row a size and implementation: "gram fast 1000x8192: triton"."""
+    for size in sizes:
+        cached = Cached(partial(make, size, precision, run.device))
+        for name in IMPLEMENTATIONS[part]:
+            labels = (f"{part} {precision} {'x'.join(map(str, x))}: " for x in (size, sizes[0]))
+            label, first = (f"{label}{name}" for label in labels)
+            about = {"part": part, "precision": precision, "size": list(size)}
+            torchs = f"{label.partition(': ')[0]}: torch"
+            yield label, partial(measured, run, cached, name, about, torchs, first)
+
+
+class Cached:
+    """The work at one size, and its exact result, made when the first row asks."""
+
+    def __init__(self, make: Callable[[], Work]) -> None:
+        self.make = make
+
+    @functools.cached_property
+    def work(self) -> Work:
+        return self.make()
+
+    @functools.cached_property
+    def exact(self) -> list[Tensor]:
+        return [x.double() for x in self.work.exact()]
+
+
+def measured(
+    run: Run, cached: Cached, name: str, about: dict[str, Any], torchs: str, first: str
 ) -> dict[str, Any]:
-    """Time and error of each implementation."""
-    work = make(size, precision, run.device)
-    names = {one: f"{name}: {one}" for one in work.calls}
-    taken = run.clock.in_turn(work.calls, seconds=0.15, names=names)
-    exact = [x.double() for x in work.exact()]
-    told: dict[str, Any] = {one: {"refused": why} for one, why in work.refused.items()}
-    for one, times in taken.items():
-        if not isinstance(times, Sample):
-            told[one] = {"failed": times}
-            continue
-        try:
-            told[one] = times._asdict() | {"error": relative_error(work.calls[one](), exact)}
-        except FloatingPointError as error:
-            told[one] = {"failed": reason(error)}
-    row = {"part": part, "precision": precision, "size": list(size), "told": told}
-    return row | {"wrong": table.usable(row)[1]}
+    """Time and error of one implementation: of its graph, or of calls where it cannot be captured.
+
+    In a graph small parts cost what the device takes for them, not what Python takes.
+
+    Args:
+        run, cached, name, about: what is measured.
+        torchs: the row of torch at this size, whose error is the measure of the others.
+        first: the row of the first size: what could not be captured there is not tried again.
+    """
+    if (why := cached.work.refused.get(name)) is not None:
+        return {**about, "refused": why}
+    call = cached.work.calls[name]
+    row = {**about, "error": relative_error(call(), cached.exact)}
+    usual = (run.row(torchs) or {}).get("error", row["error"])
+    allowed = 2 * usual + FLOORS.get(about["precision"], FLOOR)
+    if row["error"] > allowed:
+        row["wrong"] = [f"error {row['error']:.1e} > {allowed:.1e}"]
+    row |= run.clock.alone(call, seconds=0.1)
+    if "no_graph" in (run.row(first) or {}):
+        return {**row, "no_graph": run.row(first)["no_graph"]}
+    graph = run.clock.graph(call, seconds=0.1)
+    if "ms" in graph:
+        return {**row, **graph, "eager_ms": row["ms"]}
+    return {**row, "no_graph": graph.get("failed") or graph["refused"]}
 
 
 def features(n: int, d: int, precision: str, device: str, *, by_columns: bool = False) -> Tensor:

@@ -1,316 +1,321 @@
-"""The results of all stages as one JSON file and one page of Markdown; what of it is published.
+"""The results as a page, as a short table for the terminal, and what of them is published.
 
-python -m bench.gpu report [--out FOLDER] [--publish]
+python -m bench.gpu.report --out FOLDER [--publish]
 """
 
+import argparse
+import json
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.charts import digits
-from bench.gpu import machine, table
-from bench.gpu.run import NAMES
-from bench.gpu.table import KEPT_EYE, RELEASED
-from bench.report import rewrite
-from krrst_fast.errors import DataError
-from krrst_fast.files import read_json, write_json, write_text
+from bench.gpu import table
+from bench.gpu.results import STAGES, Results, Row, write, wrong
+from bench.gpu.table import RELEASED
+from krrst_fast.errors import DataError, KrrstError
 
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- bench.gpu: from here to the end mark is written by a program -->"
 END = "<!-- bench.gpu: end -->"
-TARGETS = {(1000, 512): 5.0, (1000, 10): 6.5, (2000, 512): 4.8, (10000, 512): 10.0}
+GOALS = {(1000, 512): 5.0, (1000, 10): 6.5, (2000, 512): 4.8, (10000, 512): 10.0}
 """How many times as fast as the released formulation a shape (M, P) is to be."""
+LONGEST = 3000
+"""Characters of the short table."""
 
-Result = Mapping[str, Any]
 Lines = Iterator[str]
 
 
-def collect(out: Path) -> dict[str, Any]:
-    """All results in a folder.
+class Way(NamedTuple):
+    """A way to call `krr_mse` at one shape: the rows of its calls and of its graph."""
 
-    Raises:
-        DataError: there are none, or they were not measured on the same.
-    """
-    stages = {name: read_json(out / f"{name}.json") for name in NAMES if _there(out, name)}
-    if not stages:
-        raise DataError(f"bench/gpu.sh report: {out} holds no results")
-    keys = [{k: v for k, v in one["key"].items() if k != "images"} for one in stages.values()]
-    for name, key in zip(stages, keys):
-        if key != keys[0]:
-            other = next(iter(stages))
-            raise DataError(
-                f"bench/gpu.sh report: {out}: {name} and {other} were not measured on the same: "
-                f"{_difference(key, keys[0])}"
-            )
-    last = list(stages.values())[-1]
-    commit = last["commit"]
-    if commit is None and keys[0]["sources"] == machine.sources():
-        # Measured on a copy without its history; what is here is the same.
-        commit = machine.commit()
-    shared = {"commit": commit, "key": keys[0], "gpu": last["gpu"], "versions": last["versions"]}
-    return shared | {"date": max(one["date"] for one in stages.values()), "stages": stages}
+    name: str
+    eager: Row
+    graph: Row
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of the graph, or of a call where there is no graph."""
+        return self.graph.get("ms", self.eager["ms"])
+
+    def times(self, ms: float | None) -> float | None:
+        """How many times as fast as the released formulation so many milliseconds are."""
+        return self.eager["released_ms"] / ms if ms else None
 
 
-def _there(out: Path, name: str) -> bool:
-    return (out / f"{name}.json").is_file()
+class Shape(NamedTuple):
+    """All rows of one shape."""
+
+    about: Mapping[str, Any]
+    released: Row
+    ways: Sequence[Way]
+
+    @property
+    def best(self) -> Way | None:
+        """The fastest way that is right. One that cannot be captured is; its calls have a time."""
+        right = [w for w in self.ways if not wrong(w.eager) and "wrong" not in w.graph]
+        return min(right, key=lambda way: way.ms, default=None)
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """The goal, and whether the best way meets it: by its graph, where it has one."""
+        goal = GOALS.get((self.about["m"], self.about["p"]))
+        if goal is None or self.best is None:
+            return "-", "-"
+        times = self.best.times(self.best.ms) or 0.0
+        how = "" if "ms" in self.best.graph else " (no graph)"
+        return f"{goal:g}x", ("met" if times >= goal else "missed") + how
 
 
-def _difference(one: Result, other: Result) -> str:
-    names = [name for name in {*one, *other} if one.get(name) != other.get(name)]
-    return ", ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in sorted(names))
+def shapes(found: Results) -> list[Shape]:
+    """The KRR rows by shape."""
+    by_shape: dict[str, dict[str, Row]] = {}
+    for name, row in found.rows("krr").items():
+        label, _, what = name.partition(": ")
+        by_shape.setdefault(label, {})[what] = row
+    made = []
+    for rows in by_shape.values():
+        released = rows.get(RELEASED, {})
+        if "shape" in released:
+            ways = {name: row for name, row in rows.items() if "released_ms" in row}
+            graphs = {name: rows.get(f"{name}, as a graph", {}) for name in ways}
+            ways = [Way(name, row, graphs[name]) for name, row in ways.items()]
+            made.append(Shape(released["shape"], released, ways))
+    return made
 
 
-def write(out: Path) -> str:
-    """Write `gpu.json` and `gpu.md` into the folder; the latter's text."""
-    found = collect(out)
-    write_json(out / "gpu.json", found)
-    text = "\n".join(page(found)) + "\n"
-    write_text(out / "gpu.md", text)
-    return text
+def cells(*values: Any) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(str(x).replace('|', '/') for x in values)} |"
 
 
-def publish(out: Path, root: Path = machine.ROOT) -> list[Path]:
-    """Write docs/results/<gpu>.md, krrst_fast/measured.json and the README's table.
-
-    Raises:
-        DataError: it was a dry run, or nothing that can be published was measured, or it was other
-            code than that which is here.
-    """
-    found = collect(out)
-    if found["key"]["sizes"] != "full" or found["gpu"] is None:
-        raise DataError("bench/gpu.sh report: a dry run on the CPU is not published")
-    missing = [name for name in ("parts", "krr") if not _whole(found, name)]
-    if missing:
-        raise DataError(f"bench/gpu.sh report: nothing to publish without {', '.join(missing)}")
-    name = found["gpu"]["name"].lower().replace(" ", "-").removeprefix("nvidia-")
-    page_path, measured = root / "docs" / "results" / f"{name}.md", root / table.FILE
-    lines = [*readme_table(found), "", _under(found)]
-    rewrite(root / "README.md", lines, marks=(BEGIN, END))
-    page_path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page_path, "\n".join(page(found)) + "\n")
-    write_text(measured, table.merged(measured, table.dispatch(found["stages"]["parts"])))
-    return [root / "README.md", page_path, measured]
+def head(*names: str) -> Lines:
+    yield cells(*names)
+    yield "|---" * len(names) + "|"
 
 
-def _whole(found: Result, name: str) -> bool:
-    return name in found["stages"] and found["stages"][name]["finished"]
+def spread(row: Row) -> str:
+    """A median, with its 10th and 90th percentile."""
+    if "ms" not in row:
+        return row.get("failed") or row.get("refused") or "-"
+    if "p10" not in row:
+        return digits(row["ms"])
+    return f"{digits(row['ms'])} ({digits(row['p10'])}-{digits(row['p90'])})"
 
 
-def page(found: Result) -> Lines:
+def number(value: float | None, count: int = 3) -> str:
+    return "-" if not value else digits(value, count)
+
+
+def error(row: Row, name: str = "error") -> str:
+    """The largest error of a row."""
+    values = row.get(name)
+    return f"{max(values.values()):.1e}".replace("e-0", "e-") if values else "-"
+
+
+def line(found: Results, stage: str) -> str:
+    """A stage in a line, and a line for each of the first things that are wrong."""
+    one, complaints = found.stages[stage], list(found.complaints(stage))
+    state = "finished" if one["finished"] else "NOT FINISHED"
+    told = [f"{stage:9} {state}, {len(one['rows'])} rows, {one['seconds']:.0f} s {one['why']}"]
+    told += [f"  WRONG {x}"[:200] for x in complaints[:5]]
+    return "\n".join([*told, *([f"  and {len(complaints) - 5} more"] if complaints[5:] else [])])
+
+
+def readme_table(found: Results) -> Lines:
+    """A line a shape, in short."""
+    yield from head(
+        *("M", "P", "released formulation ms", "krrst_fast ms", "in a graph ms", "times as fast"),
+        *("goal", "error of the released", "of krrst_fast"),
+    )
+    for shape in shapes(found):
+        way = shape.best
+        if way is None:
+            row = [shape.about["m"], shape.about["p"], spread(shape.released), *"------"]
+            yield cells(*row)
+            continue
+        times = f"**{number(way.times(way.ms), 2)}** ({number(way.times(way.eager['ms']), 2)})"
+        yield cells(
+            *(shape.about["m"], shape.about["p"], spread(shape.released), spread(way.eager)),
+            *(spread(way.graph), times, " ".join(shape.verdict)),
+            *(error(shape.released), error(way.eager)),
+        )
+    yield ""
+    yield (
+        "The loss with both gradients (D = 8192, B = 1024): medians (10th-90th percentile). The "
+        "released formulation makes its identity on the CPU in every call, as it was published. "
+        "Times as fast: in a CUDA graph, and in brackets by a plain call, which takes turns with "
+        "the released one. Errors are the largest of loss and gradients against float64."
+    )
+
+
+HIDDEN = ("sources", "date", "part", "precision", "size", "shape", "largest", "calls", "choices")
+
+
+def flat(row: Row) -> dict[str, str]:
+    """The cells of a row by column; of errors the largest, of medians the spread too."""
+    told: dict[str, str] = {}
+    for name, value in row.items():
+        if name in ("p10", "p90", *HIDDEN):
+            continue
+        if name == "ms":
+            told[name] = spread(row)
+        elif name.startswith("error") and isinstance(value, dict):
+            told[name] = error(row, name)
+        elif isinstance(value, dict):
+            told |= {name: spread(value)} if "ms" in value else flat(value)
+        elif isinstance(value, list):
+            told[name] = "; ".join(map(str, value))
+        else:
+            told[name] = digits(value) if type(value) in (int, float) else str(value)
+    return told
+
+
+def grid(rows: Mapping[str, Row]) -> Lines:
+    """Rows side by side: as many columns as they have numbers, or turned, where they are few."""
+    told = {name: flat(row) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in told.values() for column in row))
+    if len(columns) > 2 * len(told):
+        told, columns = (
+            {
+                column: {name: row.get(column, "-") for name, row in told.items()}
+                for column in columns
+            },
+            list(told),
+        )
+    yield from head("", *columns)
+    for name, row in told.items():
+        yield cells(name, *(row.get(column, "-") for column in columns))
+    for name, row in rows.items():
+        if "largest" in row:
+            yield from ("", f"{name}:", "", *head("kernel", "launches", "ms"))
+            for one in row["largest"]:
+                yield cells(f"`{one['name']}`", f"{one['launches']:g}", digits(one["ms"]))
+
+
+def page(found: Results) -> Lines:
     """Everything, for people."""
-    gpu = found["gpu"]
-    yield f"# {gpu['name'] if gpu else 'Dry run on the CPU: no figure here means anything'}"
-    yield ""
-    yield _under(found)
-    yield ""
-    yield from _stages(found)
-    for title, name, lines in (
-        ("The KRR loss with its gradients", "krr", krr_tables),
-        ("Where an outer step's time goes", "step", step_table),
-        ("Outer steps on images", "steps", steps_table),
-        ("Parts", "parts", parts_table),
-        ("Ceilings", "ceilings", ceilings_table),
-    ):
-        if name in found["stages"]:
-            yield from ("", f"## {title}", "")
-            yield from lines(found)
+    yield f"# {found.machine['gpu'] or 'Dry run on the CPU: no figure here means anything'}"
+    yield from ("", under(found), "", *readme_table(found), "")
+    yield from head("stage", "state", "rows", "seconds", "measured with sources", "wrong")
+    for name, one in found.stages.items():
+        state = "finished" if one["finished"] else "not finished"
+        of = Counter(row["sources"] for row in one["rows"].values())
+        code = ", ".join(f"{digest} ({count})" for digest, count in of.items())
+        complaints = "; ".join(found.complaints(name)) or "-"
+        yield cells(name, state, len(one["rows"]), one["seconds"], code, complaints[:1000])
+    yield from ("", *older(found))
+    for name, what in STAGES.items():
+        if found.rows(name):
+            yield from (f"## {name}: {what}", "", *grid(found.rows(name)), "")
 
 
-def _under(found: Result) -> str:
-    gpu, versions, key = found["gpu"] or {}, found["versions"], found["key"]
+def older(found: Results) -> Lines:
+    """Which rows were measured with other code than the newest."""
+    now = found.machine["sources"]
+    for stage, one in found.stages.items():
+        names = [name for name, row in one["rows"].items() if row["sources"] != now]
+        if names:
+            yield f"Measured before the sources were {now}, {stage}: {'; '.join(names)}.\n"
+
+
+def under(found: Results) -> str:
+    """What everything was measured on and with."""
+    machine, about = found.machine, found.machine["about"]
+    versions = machine["versions"]
+    dates = [row["date"] for one in found.stages.values() for row in one["rows"].values()]
     words = [
-        gpu.get("name", "CPU"),
-        f"driver {gpu.get('driver')}, CUDA {gpu.get('cuda')}" if gpu else "no GPU",
+        machine["gpu"] or "CPU",
+        f"driver {about['driver']}, CUDA {about['cuda']}" if about else "no GPU",
         f"torch {versions['torch']}, triton {versions['triton']}, nvcc {versions['nvcc']}",
-        f"commit {(found['commit'] or 'unknown')[:8]}, sources {key['sources']}",
-        found["date"][:10],
+        f"commit {(machine['commit'] or 'unknown')[:8]}, sources {machine['sources']}",
+        max(dates, default="")[:10],
     ]
     return f"{', '.join(words)}: `bench/gpu.sh`."
 
 
-def _row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _head(*names: str) -> Lines:
-    yield _row(names)
-    yield "|---" * len(names) + "|"
-
-
-def _ms(one: Result | None) -> str:
-    """A median and its spread."""
-    if not one or "ms" not in one:
-        return "-"
-    return f"{digits(one['ms'])} ({digits(one['p10'])}-{digits(one['p90'])})"
-
-
-def _times(value: float | None) -> str:
-    return "-" if not value else digits(value, 2)
-
-
-def _error(one: Result | None) -> str:
-    value = table.worst((one or {}).get("error"))
-    return "-" if value is None else f"{value:.1e}".replace("e-0", "e-")
-
-
-def _stages(found: Result) -> Lines:
-    yield from _head("stage", "state", "rows", "seconds", "wrong")
-    for name, one in found["stages"].items():
-        state = "finished" if one["finished"] else "not finished"
-        wrong = "; ".join(one["wrong"][:5]) or "-"
-        wrong += f"; and {len(one['wrong']) - 5} more" if len(one["wrong"]) > 5 else ""
-        yield _row([name, state, len(one["rows"]), one["seconds"], wrong.replace("|", "/")])
-
-
-def _shapes(found: Result) -> Iterator[Result]:
-    return (row for row in found["stages"]["krr"]["rows"].values() if "shape" in row)
-
-
-def verdict(row: Result) -> tuple[str, str]:
-    """The target of a shape, and whether the best of ours meets it."""
-    shape, best = row["shape"], table.best(row)
-    target = TARGETS.get((shape["m"], shape["p"]))
-    if target is None:
-        return "-", "-"
-    times = row["ours"][best].get("times_released", 0.0) if best else 0.0
-    return f"{target:g}", "met" if times >= target else "missed"
-
-
-def readme_table(found: Result) -> Lines:
-    """A line a shape, in short."""
-    yield from _head(
-        *("M", "P", "released formulation ms", "krrst_fast ms", "times as fast", "as a graph"),
-        *("error of the released", "of krrst_fast"),
-    )
-    for row in _shapes(found):
-        best, base, shape = table.best(row), row["released"][RELEASED], row["shape"]
-        ours = row["ours"].get(best, {})
-        cells = [shape["m"], shape["p"], _ms(base), _ms(ours), _times(ours.get("times_released"))]
-        yield _row([*cells, _times(_replayed(row, best)), _error(base), _error(ours)])
-    yield from ("", _caption(found))
-
-
-def krr_table(found: Result) -> Lines:
-    """A line a shape: the best of ours against the released formulation."""
-    columns = ["M", "P", "released ms", "krrst_fast ms", "who", "times as fast", "as a graph"]
-    columns += ["error of the released", "of krrst_fast", "peak MB", "target", ""]
-    yield from _head(*columns)
-    for row in _shapes(found):
-        best, released = table.best(row), row["released"]
-        ours = row["ours"].get(best, {})
-        base, shape = released[RELEASED], row["shape"]
-        times = f"**{_times(ours.get('times_released'))}** ({_times(ours.get('times_kept_eye'))})"
-        memory = f"{ours['peak_mb']:.0f}, {base.get('peak_mb', 0):.0f}" if ours else "-"
-        cells = [shape["m"], shape["p"], _ms(base), _ms(ours), best or "nobody", times]
-        cells += [_times(_replayed(row, best)), _error(base), _error(ours), memory, *verdict(row)]
-        yield _row(cells)
-    yield from ("", _caption(found))
-
-
-def _caption(found: Result) -> str:
-    one = next(_shapes(found), None)
-    sizes = f", D = {one['shape']['d']}, B = {one['shape']['b']}" if one else ""
-    return (
-        f"The loss with both gradients{sizes}: medians (10th to 90th percentile) of calls in turn. "
-        "The released formulation makes its identity on the CPU in every call (in brackets, where "
-        "there are brackets: kept on the device). Errors are the largest relative ones of the loss "
-        "and the gradients against float64; peak memory is ours, theirs."
-    )
-
-
-def _replayed(row: Result, best: str | None) -> float | None:
-    """How many times as fast a graph is, of this way or its twin that reads nothing back."""
-    twin = (best or "").replace(", raise", ", flag")
-    graph, base = row["ours"].get(twin, {}).get("graph", {}), row["released"][RELEASED]
-    return base["ms"] / graph["ms"] if "ms" in graph and "ms" in base else None
-
-
-def krr_tables(found: Result) -> Lines:
-    """The summary, then everybody at each shape."""
-    yield from krr_table(found)
-    for row in _shapes(found):
-        shape = row["shape"]
-        about = f"form {row['form']}, {row['gflop']:.0f} GFLOP, condition {row['condition']:.0e}"
-        yield from ("", f"### M = {shape['m']}, P = {shape['p']}", "", f"{about}.", "")
-        names = ("way", "ms", "times as fast", "identity kept", "error", "rounded", "peak MB")
-        yield from _head(*names, "graph ms", "same bits")
-        for name in (RELEASED, KEPT_EYE):
-            yield _row([name, *_line(row["released"][name])])
-        for name, one in row["ours"].items():
-            if "refused" not in one:
-                yield _row([name, *_line(one)])
-        refused = {one["refused"] for one in row["ours"].values() if "refused" in one}
-        yield from (f"\nRefused: {one}" for one in sorted(refused))
-        if isinstance(row.get("profile", {}).get("kernels"), list):
-            yield from ("", f"Kernels of `{row['profile']['of']}`:", "")
-            yield from _head("kernel", "launches", "ms")
-            for one in row["profile"]["kernels"]:
-                name = one["name"].replace("|", "/")
-                yield _row([f"`{name}`", f"{one['launches']:g}", digits(one["ms"])])
-
-
-def _line(one: Result) -> list[str]:
-    graph = one.get("graph", {})
-    memory = f"{one['peak_mb']:.0f}" if "peak_mb" in one else "-"
-    return [
-        one.get("failed") or _ms(one),
-        _times(one.get("times_released")),
-        _times(one.get("times_kept_eye")),
-        _error(one),
-        _error({"error": one.get("error_rounded")}),
-        memory,
-        graph.get("failed") or _ms(graph),
-        str(graph.get("same_bits", "-")),
+def short(found: Results) -> str:
+    """What matters most, in at most so many characters: read from the end of a long output."""
+    told = [
+        under(found),
+        "M, P: released ms | ours ms | graph ms | x graph (x eager) | goal | error",
     ]
-
-
-def step_table(found: Result) -> Lines:
-    """The parts of a step side by side, and the totals."""
-    rows = found["stages"]["step"]["rows"]
-    ours, theirs = (rows.get(name, {}).get("parts", {}) for name in ("krrst_fast", "released"))
-    yield from _head("part", "released ms", "krrst_fast ms")
-    for name in ours or theirs:
-        yield _row([name, *(digits(x[name]) if name in x else "-" for x in (theirs, ours))])
-    total = rows.get("totals", {})
-    yield _row(["whole step", _ms(total.get("released")), _ms(total.get("krrst_fast"))])
-    yield f"\nTimes as fast: {_times(total.get('times_released'))}."
-
-
-def steps_table(found: Result) -> Lines:
-    """A line a distillation."""
-    names = ("", "images", "steps/s", "loss at the start", "at the end", "peak MB")
-    yield from _head(*names)
-    for name, one in found["stages"]["steps"]["rows"].items():
-        if "failed" in one:
-            yield _row([name, one["failed"], *"----"])
+    for shape in shapes(found):
+        way, label = shape.best, f"{shape.about['m']}, {shape.about['p']}"
+        if way is None:
+            told.append(f"{label}: {number(shape.released.get('ms'))} | nothing of ours is right")
             continue
-        losses = (f"{one[f'loss_at_the_{end}']:.4g}" for end in ("start", "end"))
-        speed, memory = digits(one["steps_per_second"]), f"{one['peak_mb']:.0f}"
-        yield _row([name, f"{one['images']}, {one['count']}", speed, *losses, memory])
+        times = f"{number(way.times(way.ms), 2)} ({number(way.times(way.eager['ms']), 2)})"
+        graph = number(way.graph.get("ms"))
+        told.append(
+            f"{label}: {number(shape.released.get('ms'))} | {digits(way.eager['ms'])} | {graph} | "
+            f"{times} | {' '.join(shape.verdict)} | {error(shape.released)}, {error(way.eager)}"
+            f" | {way.name}"
+        )
+    whole = found.rows("step").get("whole steps", {})
+    if "times_released" in whole:
+        ms = [number(whole[name]["ms"]) for name in ("released", "krrst_fast")]
+        told.append(f"outer step: {ms[0]} | {ms[1]} ms | x {digits(whole['times_released'], 2)}")
+    outcomes = found.rows("tests").get("tests", {}).get("outcomes", {})
+    told.append(f"tests: {', '.join(f'{n} {what}' for what, n in outcomes.items()) or '-'}")
+    told += [line(found, stage) for stage in found.stages]
+    text = "\n".join(x[:400] for x in told)
+    end = f"\nfiles: {found.path}, {found.path.with_name('gpu.md')}\n"
+    cut = "\n..."
+    fits = LONGEST - len(end)
+    return (text if len(text) <= fits else text[: fits - len(cut)] + cut) + end
 
 
-def parts_table(found: Result) -> Lines:
-    """A line a part, precision and size: milliseconds and error of each."""
-    rows = [row for row in found["stages"]["parts"]["rows"].values() if "part" in row]
-    yield from _head("part", "precision", "size", "ms (error) of each", "fastest")
-    for row in rows:
-        told = []
-        for name, one in row["told"].items():
-            if "ms" in one:
-                told.append(f"{name} {digits(one['ms'])} ({one['error']:.0e})")
-            elif "failed" in one:
-                told.append(f"{name}: {one['failed']}")
-        times = table.usable(row)[0]
-        size = "x".join(map(str, row["size"]))
-        best = min(times, key=times.__getitem__, default="-")
-        yield _row([row["part"], row["precision"], size, ", ".join(told), best])
+def write_page(found: Results) -> None:
+    """Write `gpu.md` beside the results."""
+    write(found.path.with_name("gpu.md"), "\n".join(page(found)) + "\n")
 
 
-def ceilings_table(found: Result) -> Lines:
-    """A line a measurement."""
-    yield from _head("what", "ms", "rate")
-    for name, one in found["stages"]["ceilings"]["rows"].items():
-        parts = {f"{name} {k}": v for k, v in one.items() if isinstance(v, dict)} or {name: one}
-        for what, taken in parts.items():
-            rate = taken.get("gb_per_s"), taken.get("tflops")
-            told = f"{rate[0]:.0f} GB/s" if rate[0] else f"{rate[1] or 0:.1f} TFLOP/s"
-            yield _row([what, taken.get("failed") or _ms(taken), told if "ms" in taken else "-"])
+def publish(found: Results, root: Path = ROOT) -> list[Path]:
+    """Write docs/results/<gpu>.md, krrst_fast/measured.json and the README's table.
+
+    Raises:
+        DataError: it was a dry run, or nothing that can be published was measured.
+    """
+    if found.machine["sizes"] != "full" or found.machine["gpu"] is None:
+        raise DataError("bench/gpu.sh: a dry run on the CPU is not published")
+    if not any(shape.best for shape in shapes(found)):
+        raise DataError("bench/gpu.sh: nothing to publish: no row of the KRR table is right")
+    from bench.report import rewrite  # imports torch
+
+    name = found.machine["gpu"].lower().replace(" ", "-").removeprefix("nvidia-")
+    written = [root / "README.md", root / "docs" / "results" / f"{name}.md"]
+    rewrite(written[0], [*readme_table(found), "", under(found)], marks=(BEGIN, END))
+    written[1].parent.mkdir(parents=True, exist_ok=True)
+    write(written[1], "\n".join(page(found)) + "\n")
+    tables = table.dispatch(found)
+    if any(one["rows"] for one in tables.values()):
+        written.append(root / table.FILE)
+        write(written[2], table.merged(written[2], tables))
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the short table, or publish; 1 if something is wrong or unfinished, 2 if it cannot."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--publish", action="store_true")
+    asked = parser.parse_args(argv)
+    try:
+        found = Results(asked.out)
+        if asked.publish:
+            print(*publish(found), sep="\n")
+            return 0
+        write_page(found)
+        print(short(found), end="")
+    except (KrrstError, OSError, json.JSONDecodeError) as failure:
+        print(str(failure).partition("\n")[0], file=sys.stderr)
+        return 2
+    bad = any(True for stage in found.stages for _ in found.complaints(stage))
+    return int(bad or not all(one["finished"] for one in found.stages.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

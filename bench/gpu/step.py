@@ -4,8 +4,9 @@ At the paper's settings for CIFAR-100. Parts are timed inside whole steps, witho
 them; the totals are of whole steps in turn.
 """
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import cifar, table
-from bench.gpu.clock import Sample
+from bench.gpu import images
+from bench.gpu.measure import Rows, Run, Unit
 from bench.gpu.released import RIDGE, ReleasedStep, released_mse
-from bench.gpu.stage import Run
 from krrst_fast import krr_mse
 from krrst_fast.data.augment import ViewConfig, draw_views
 from krrst_fast.distill.step import LinearDecay, outer_step
@@ -55,34 +55,58 @@ class Marks:
         return (after - before) * 1e3
 
 
-def measure(run: Run) -> None:
-    """A row for the parts of each, and one for the totals."""
-    table.install(run.out, run.notes.key)
-    scale = cifar.TOY if run.toy else cifar.FULL
-    images = cifar.noise(scale.size)
+def units(toy: bool) -> Iterator[Unit]:
+    """One unit."""
+    yield Unit("step", rows)
+
+
+def rows(run: Run) -> Rows:
+    """The parts of either's step, whole steps in turn, and the kernels of whole steps."""
+    both = Both(run)
+    yield "krrst_fast", lambda: parts(run, partial(our_step, both.ours, both.draw))
+    yield "released", lambda: parts(run, partial(released_step, both.theirs, both.draw))
+    yield "whole steps", lambda: whole_steps(run, both)
+    yield "kernels", lambda: run.clock.profile(partial(ours, both), calls=3, top=25)
+
+
+class Both:
+    """Our step and the released one, made when the first row asks."""
+
+    def __init__(self, run: Run) -> None:
+        self.scale = images.TOY if run.toy else images.FULL
+        self.device = run.device
+
     # No network is renewed while it is measured: every step is the same work.
-    made = cifar.make(scale, images, run.device, slots=1, online_steps=10**9)
-    network = cifar.make(scale, images, run.device, slots=1, online_steps=10**9).state.pool
-    theirs = ReleasedStep(
-        network.slots[0].network, made.target.model, made.state.x_syn, made.state.y_syn, 1e-4, SGD
-    )
-    draw = drawer(made, scale.b)
-    run.row("krrst_fast", lambda: _parts(run, partial(our_step, made, draw)))
-    run.row("released", lambda: _parts(run, partial(released_step, theirs, draw)))
-    run.row("totals", lambda: totals(run, made, theirs, draw))
+    def _made(self) -> images.Distillation:
+        some = images.noise(self.scale.size)
+        return images.make(self.scale, some, self.device, slots=1, online_steps=10**9)
+
+    @functools.cached_property
+    def ours(self) -> images.Distillation:
+        return self._made()
+
+    @functools.cached_property
+    def theirs(self) -> ReleasedStep:
+        made = self._made()
+        network, state = made.state.pool.slots[0].network, made.state
+        return ReleasedStep(network, made.target.model, state.x_syn, state.y_syn, 1e-4, SGD)
+
+    @functools.cached_property
+    def draw(self) -> Callable[[], dict[str, Any]]:
+        return drawer(self.ours, self.scale.b)
 
 
-def drawer(made: cifar.Distillation, batch: int) -> Callable[[], dict[str, Any]]:
+def drawer(made: images.Distillation, batch: int) -> Callable[[], dict[str, Any]]:
     """Draws a random view of a random image, `batch` times: what `views` is called with."""
-    images = made.images
+    kept = made.images
     random = torch.Generator().manual_seed(0)
 
     def draw() -> dict[str, Any]:
-        index = torch.randint(len(images.pixels), (batch,), generator=random)
-        there = [x.to(images.pixels.device) for x in (index, *draw_views(batch, VIEW, random))]
+        index = torch.randint(len(kept.pixels), (batch,), generator=random)
+        there = [x.to(kept.pixels.device) for x in (index, *draw_views(batch, VIEW, random))]
         told: dict[str, Any] = dict(zip(("index", "offset", "flip"), there))
-        told |= {"images": images.pixels, "padding": VIEW.padding}
-        return told | {"mean": images.mean, "std": images.std}
+        told |= {"images": kept.pixels, "padding": VIEW.padding}
+        return told | {"mean": kept.mean, "std": kept.std}
 
     return draw
 
@@ -90,7 +114,7 @@ def drawer(made: cifar.Distillation, batch: int) -> Callable[[], dict[str, Any]]
 VIEW = ViewConfig()
 
 
-def our_step(made: cifar.Distillation, draw: Callable[[], dict[str, Any]], mark: Marks) -> None:
+def our_step(made: images.Distillation, draw: Callable[[], dict[str, Any]], mark: Marks) -> None:
     """`outer_step` taken apart."""
     state, slot = made.state, made.state.pool.slots[0]
     x_real = views(**draw())
@@ -144,7 +168,7 @@ def _backward(loss: Tensor, leaf: Tensor, f_syn: Tensor, mark: Marks) -> None:
     mark("network backward")
 
 
-def _parts(run: Run, step: Callable[[Marks], None]) -> dict[str, Any]:
+def parts(run: Run, step: Callable[[Marks], None]) -> dict[str, Any]:
     """Medians of the parts over some steps, after two that warm up."""
     taken = []
     for _ in range(2 + (1 if run.toy else REPEATS)):
@@ -155,24 +179,17 @@ def _parts(run: Run, step: Callable[[Marks], None]) -> dict[str, Any]:
     return {"parts": {name: median(one[name] for one in kept) for name in kept[0]}}
 
 
-def totals(
-    run: Run, made: cifar.Distillation, theirs: ReleasedStep, draw: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+def ours(both: Both) -> None:
+    """Make one step as a distillation makes it."""
+    outer_step(both.ours.state, both.ours.source, RATE, ridge=RIDGE, ridge_of="trace")
+
+
+def whole_steps(run: Run, both: Both) -> dict[str, Any]:
     """Whole steps in turn: `outer_step` itself, and the released formulation."""
-
-    def ours() -> None:
-        outer_step(made.state, made.source, RATE, ridge=RIDGE, ridge_of="trace")
-
-    def released() -> None:
-        released_step(theirs, draw, Marks(run.device))
-
-    calls = {"krrst_fast": ours, "released": released}
-    taken = run.clock.in_turn(calls, seconds=6.0)
-    row: dict[str, Any] = {
-        name: one._asdict() if isinstance(one, Sample) else {"failed": one}
-        for name, one in taken.items()
+    calls = {
+        "krrst_fast": partial(ours, both),
+        "released": lambda: released_step(both.theirs, both.draw, Marks(run.device)),
     }
-    row["wrong"] = [f"{name}: {row[name]['failed']}" for name in calls if "failed" in row[name]]
-    if not row["wrong"]:
-        row["times_released"] = row["released"]["ms"] / row["krrst_fast"]["ms"]
-    return row
+    taken = run.clock.in_turn(calls, seconds=5.0)
+    row = {name: one._asdict() for name, one in taken.items()}
+    return row | {"times_released": taken["released"].ms / taken["krrst_fast"].ms}

@@ -1,13 +1,14 @@
 """Outer steps on images, by the code that a distillation runs: how fast, and does the loss fall."""
 
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu import cifar, table
+from bench.gpu import images
+from bench.gpu.measure import Rows, Run, Unit
 from bench.gpu.released import RIDGE
-from bench.gpu.stage import Run
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill.cache import LARGEST, TargetCache, views_per_image
 from krrst_fast.distill.loop import warm_up
@@ -26,29 +27,33 @@ class Length(NamedTuple):
     online_steps: int = 50
 
 
-FULL = Length(300, 20, 10)
+FULL = Length(100, 10, 10)
 TOY = Length(6, 2, 2, 3)
 SLOTS = 10
 LR = 1e-3
 
 
-def measure(run: Run) -> None:
+def units(toy: bool) -> Iterator[Unit]:
+    """One unit."""
+    yield Unit("steps", rows)
+
+
+def rows(run: Run) -> Rows:
     """A row with the target at every step, and one with its outputs looked up where they fit."""
-    table.install(run.out, run.notes.key)
-    scale = cifar.TOY if run.toy else cifar.FULL
-    images = cifar.read_images(run.images, scale.size)
+    scale = images.TOY if run.toy else images.FULL
+    some = images.read(run.images, scale.size)
     if run.toy:
-        images = images._replace(pixels=images.pixels[:20])
-    run.row("the target at every step", lambda: distil(run, scale, images, cached=False))
-    rows = len(images.pixels) * views_per_image(ViewConfig())
-    if 4 * rows * scale.p <= LARGEST:
-        run.row("the target looked up", lambda: distil(run, scale, images, cached=True))
+        some = some._replace(pixels=some.pixels[:20])
+    about = f"{some.name}, the target"
+    yield f"{about} at every step", lambda: distil(run, scale, some, cached=False)
+    if 4 * len(some.pixels) * views_per_image(ViewConfig()) * scale.p <= LARGEST:
+        yield f"{about} looked up", lambda: distil(run, scale, some, cached=True)
 
 
-def distil(run: Run, scale: cifar.Scale, images: cifar.Images, *, cached: bool) -> dict[str, Any]:
+def distil(run: Run, scale: images.Scale, some: images.Images, *, cached: bool) -> dict[str, Any]:
     """Some steps of one distillation."""
     length = TOY if run.toy else FULL
-    made = cifar.make(*(scale, images, run.device), slots=SLOTS, online_steps=length.online_steps)
+    made = images.make(*(scale, some, run.device), slots=SLOTS, online_steps=length.online_steps)
     if run.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     source, fill = made.source, 0.0
@@ -57,7 +62,7 @@ def distil(run: Run, scale: cifar.Scale, images: cifar.Images, *, cached: bool) 
         cache = TargetCache(made.target, made.images.pixels, source.view)
         run.clock.wait()
         fill = time.perf_counter() - begin
-        source = cifar.source(scale, made.images, made.target, cache)
+        source = images.source(scale, made.images, made.target, cache)
     begin = time.perf_counter()
     warm_up(made.state)
     run.clock.wait()
@@ -65,8 +70,8 @@ def distil(run: Run, scale: cifar.Scale, images: cifar.Images, *, cached: bool) 
     losses, seconds = advance(run, made, source, length)
     start, end = losses[: length.averaged].mean(), losses[-length.averaged :].mean()
     row: dict[str, Any] = {
-        "images": images.name,
-        "count": len(images.pixels),
+        "images": some.name,
+        "count": len(some.pixels),
         "steps": length.steps,
         "steps_per_second": (length.steps - length.untimed) / seconds,
         "ms": seconds / (length.steps - length.untimed) * 1e3,
@@ -82,7 +87,7 @@ def distil(run: Run, scale: cifar.Scale, images: cifar.Images, *, cached: bool) 
 
 
 def advance(
-    run: Run, made: cifar.Distillation, source: Source, length: Length
+    run: Run, made: images.Distillation, source: Source, length: Length
 ) -> tuple[torch.Tensor, float]:
     """The loss of each step, and the seconds that those which are timed took."""
     rate = LinearDecay(start=LR, final=LR * 1e-3, steps=length.steps)
