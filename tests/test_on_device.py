@@ -176,7 +176,8 @@ def refused(source: str) -> list[str]:
     """The calls of a file that no test on a GPU may make, with their lines."""
     called = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     names = [(getattr(x.func, "attr", getattr(x.func, "id", "")), x.lineno) for x in called]
-    return [f"{name}, line {line}" for name, line in names if name in REFUSED]
+    wrong = sorted((line, name) for name, line in names if name in REFUSED)
+    return [f"{name}, line {line}" for line, name in wrong]
 
 
 def test_no_test_on_a_gpu_calls_what_raises_there() -> None:
@@ -193,7 +194,7 @@ def test_the_tests_are_ours_whatever_is_installed(tmp_path: Path) -> None:
     """Another distribution has installed a package that is called `tests` too."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('not ours')")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     script = Path(sys.executable).with_name("pytest")
     pytests = [str(script)] if script.exists() else [sys.executable, "-m", "pytest"]
     for command in (
