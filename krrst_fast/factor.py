@@ -80,7 +80,6 @@ def factor_dtype(k: Tensor) -> torch.dtype:
 def factor_one(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
     """`ridge_factor` of one gram [M, M], which raises when the last ridge fails."""
     ridge = lam.clone()
-    _require_ridge(lam, k.shape[-1])
     factor = None
     for attempt in range(retries + 1):
         if k.shape[0] > FLOAT64_UP_TO and not solver.own:
@@ -88,14 +87,24 @@ def factor_one(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
             tried = _Try(factor, pivot, _inverse(factor, solver.inverse))
         else:
             tried = _cholesky(k, ridge, solver)
-        if tried.pivot.item() == 0:
+        value, failed = _read(lam, tried.pivot)
+        if attempt == 0:
+            _require_ridge(lam, value, value, k.shape[-1])
+        if failed == 0:
             if attempt:
                 _log.warning("ridge_factor: ridge raised %d times to %.3g", attempt, ridge.item())
             count = torch.full((), attempt, device=k.device)
             return Factor(tried.factor, ridge, count, tried.pivot, tried.inverse)
         if attempt < retries:
             ridge = ridge * RIDGE_FACTOR
-    raise _failure(k, lam, ridge, retries, int(tried.pivot.item()), factor_dtype(k))
+    raise _failure(k, lam, ridge, retries, int(failed), factor_dtype(k))
+
+
+def _read(*numbers: Tensor) -> list[float]:
+    """The values of tensors []: from a GPU in one copy, as each would wait for all that runs."""
+    if numbers[0].is_cpu:
+        return [x.item() for x in numbers]
+    return torch.stack([x.double() for x in numbers]).tolist()
 
 
 def _in_place(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,16 +114,25 @@ def _in_place(k: Tensor, ridge: Tensor, factor: Tensor | None) -> tuple[Tensor, 
     factor.diagonal().add_(ridge)
     pivot = torch.empty((), dtype=torch.int32, device=k.device)
     torch.linalg.cholesky_ex(factor, out=(factor, pivot))
-    # NaN passes the test of a pivot in some builds of LAPACK
-    finite = math.isfinite(factor.diagonal().sum().item())
-    return factor, pivot if finite else pivot.clamp(min=1)
+    return factor, _failed(factor, pivot)
+
+
+def _failed(factor: Tensor, pivot: Tensor) -> Tensor:
+    """The pivots [N?] that failed: NaN passes the test of a pivot in some builds of LAPACK."""
+    finite = factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return torch.where(finite, pivot, pivot.clamp(min=1))
 
 
 def factor_many(k: Tensor, lam: Tensor, retries: int, solver: Solver) -> Factor:
     """`ridge_factor` of N grams [N, M, M]: only those that fail are tried again."""
-    _require_ridge(lam, k.shape[-1])
     ridge, count = lam.clone(), torch.zeros_like(lam, dtype=torch.int64)
     factor, pivot, inverse = _cholesky(k, ridge, solver)
+    if len(k) == 0:
+        return Factor(factor, ridge, count, pivot, inverse)
+    least, total, failures = _read(lam.min(), lam.sum(), pivot.count_nonzero())
+    _require_ridge(lam, least, total, k.shape[-1])
+    if failures == 0:
+        return Factor(factor, ridge, count, pivot, inverse)
     for attempt in range(1, retries + 1):
         failed = pivot.nonzero().squeeze(1)
         if len(failed) == 0:
@@ -172,9 +190,7 @@ def _cholesky(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
     system = k.to(factor_dtype(k), copy=True)
     system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
     factor, pivot = torch.linalg.cholesky_ex(system)
-    finite = factor.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
-    pivot = torch.where(finite, pivot, pivot.clamp(min=1))
-    return _Try(factor, pivot, _inverse(factor, solver.inverse))
+    return _Try(factor, _failed(factor, pivot), _inverse(factor, solver.inverse))
 
 
 def _own(k: Tensor, ridge: Tensor, solver: Solver) -> _Try:
@@ -220,11 +236,9 @@ def _failure(
     )
 
 
-def _require_ridge(lam: Tensor, rows: int) -> None:
-    if lam.numel() == 0:
-        return
-    value = lam.min().item() if lam.ndim else lam.item()
-    if not math.isfinite(value if lam.ndim == 0 else lam.sum().item()):
+def _require_ridge(lam: Tensor, value: float, total: float, rows: int) -> None:
+    """Raise what is wrong with a ridge [N?], of which the least and the sum were read."""
+    if not math.isfinite(total):
         raise NonFiniteError(f"ridge_factor: the ridge is {value}: it, or the trace, is not finite")
     if value < 0:
         raise NotPositiveDefiniteError(

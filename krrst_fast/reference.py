@@ -197,16 +197,24 @@ def views(
     images uint8 [N, C, H, W], index [B], offset [B, 2] (dy, dx), flip [B]; pad puts `padding` zero
     pixels on every side, crop takes H x W from (dy, dx) on. Returns float32 [B, C, H, W].
     """
-    _, channels, height, width = images.shape
+    _, _, height, width = images.shape
     padded = torch.nn.functional.pad(images[index], [padding] * 4)  # [B, C, H + 2p, W + 2p]
     rows = offset[:, 0, None] + torch.arange(height, device=images.device)  # [B, H]
     columns = torch.arange(width, device=images.device).expand(len(index), width)
     columns = offset[:, 1, None] + torch.where(flip[:, None], columns.flip(1), columns)  # [B, W]
     batch = torch.arange(len(index), device=images.device)[:, None, None]
     crop = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None]]  # [B, H, W, C]
-    pixels = crop.permute(0, 3, 1, 2).contiguous().float() / 255
-    centre, scale = (pixels.new_tensor(v).view(channels, 1, 1) for v in (mean, std))
+    pixels = crop.permute(0, 3, 1, 2).contiguous().float()
+    # By a number CUDA would multiply with its reciprocal, and half of the levels lose a bit.
+    pixels = pixels / pixels.new_full((), 255)
+    centre, scale = (_by_channel(v, pixels) for v in (mean, std))
     return (pixels - centre) / scale
+
+
+def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """[C, 1, 1], filled in where `like` is: a list would be copied to a GPU, and the copy waits."""
+    filled = [like.new_full((1, 1), value) for value in values]
+    return torch.stack(filled) if filled else like.new_empty(0, 1, 1)
 
 
 def ridged_gram(

@@ -11,16 +11,18 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from krrst_fast import environment, library, reference
+from krrst_fast import environment, files, library, reference
 from krrst_fast.selftest_checks import FLOAT32, FLOAT64, Precision, Result, checks, run
 from krrst_fast.selftest_choices import choices
 
@@ -172,25 +174,54 @@ def every_operator() -> Iterator[Result]:
 
 def _in_a_child(isa: str) -> Iterator[Result]:
     command = [sys.executable, "-m", "krrst_fast.selftest", "--operators"]
-    env = {**os.environ, "KRRST_FAST_ISA": isa}
-    start = time.perf_counter()
+    start, some = time.perf_counter(), False
     try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=CHILD_SECONDS, check=True
-        )
-        rows = json.loads(done.stdout)
-        yield from (Result(**row) for row in rows)
+        for text in _printed(command, {**os.environ, "KRRST_FAST_ISA": isa}):
+            yield Result(**json.loads(text))
+            some = True
+        if some:
+            return
+        problem = "it printed nothing"
     except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        yield Result(
-            check="operators",
-            backend=f"cpp {isa}",
-            precision="",
-            error=math.nan,
-            allowed=math.nan,
-            seconds=time.perf_counter() - start,
-            problem=said[-1] if said else type(error).__name__,
-        )
+        problem = said[-1] if said else type(error).__name__
+    seconds = time.perf_counter() - start
+    yield Result("operators", f"cpp {isa}", "", math.nan, math.nan, seconds, problem)
+
+
+def _printed(command: Sequence[str], env: dict[str, str]) -> Iterator[str]:
+    """The lines of a process as it prints them, so that one that is killed has told what it knew.
+
+    Raises:
+        subprocess.SubprocessError: it took too long, or its exit code is not 0.
+    """
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(CHILD_SECONDS, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            yield from process.stdout
+            code = process.wait()
+        finally:  # here too if nobody asks for the next line
+            timer.cancel()
+            if process.poll() is None:
+                process.kill()
+        if late.is_set():
+            raise subprocess.TimeoutExpired(command, CHILD_SECONDS)
+        if code:
+            errors.seek(0)
+            raise subprocess.CalledProcessError(code, command, stderr=errors.read())
 
 
 def line(result: Result) -> str:
@@ -211,15 +242,47 @@ def _as_json(result: Result) -> dict[str, Any]:
     return row | {name: row[name] if math.isfinite(row[name]) else None for name in numbers}
 
 
+@dataclass
+class _Told:
+    """What is known by now, which is written after each check: a run that is killed keeps it."""
+
+    file: Path | None
+    machine: dict[str, str]
+    choices: list[str]
+    start: float
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        return sum(not result.ok for result in self.results)
+
+    def write(self, finished: bool) -> None:
+        """Put it in the place of what was written before, if there is a file to write."""
+        if self.file is None:
+            return
+        told = {
+            "machine": self.machine,
+            "choices": self.choices,
+            "checks": [_as_json(result) for result in self.results],
+            "failed": self.failed,
+            "seconds": time.perf_counter() - self.start,
+            "finished": finished,
+        }
+        files.write_json(self.file, told)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything, print it, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m krrst_fast.selftest", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the same as JSON")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write the same as JSON, row by row"
+    )
     parser.add_argument("--operators", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.operators:
-        print(json.dumps([asdict(result) for result in operators(chosen_isa())]))
+        for result in operators(chosen_isa()):
+            print(json.dumps(asdict(result)), flush=True)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: {_gpus()}")
@@ -229,18 +292,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:17} {value}")
     chosen = choices(args.device)
     print("", *chosen, "", sep="\n")
-    results = []
+    told = _Told(args.json, about, chosen, start)
+    told.write(finished=False)
     for source in (checks(args.device), every_operator() if args.device == "cpu" else ()):
         for result in source:
-            results.append(result)
+            told.results.append(result)
             print(line(result), flush=True)
-    failed = sum(not result.ok for result in results)
-    seconds = time.perf_counter() - start
-    print(f"\n{len(results)} checks on {args.device}, {failed} FAILED, {seconds:.1f} s")
-    if args.json:
-        rows = [_as_json(result) for result in results]
-        told = {"machine": about, "choices": chosen, "checks": rows, "failed": failed}
-        args.json.write_text(json.dumps({**told, "seconds": seconds}, indent=1), encoding="utf-8")
+            told.write(finished=False)
+    told.write(finished=True)
+    count, failed, seconds = len(told.results), told.failed, time.perf_counter() - start
+    print(f"\n{count} checks on {args.device}, {failed} FAILED, {seconds:.1f} s")
     return 1 if failed else 0
 
 

@@ -248,7 +248,8 @@ def predicted(
     out_real: Tensor | None = None,
 ) -> Tensor:
     """out_real + K_rs (K_ss + ridge diag(1 / weights))^-1 (Y_s - out_syn), written down again."""
-    ridges = f_syn.new_ones(f_syn.shape[:-1]) * torch.as_tensor(ridge, dtype=f_syn.dtype)[..., None]
+    one = f_syn.new_ones(f_syn.shape[:-1])
+    ridges = one * (ridge[..., None] if isinstance(ridge, Tensor) else ridge)
     if weights is not None:
         ridges = ridges / weights
     k_ss = SCALE * (f_syn @ f_syn.mT) + BIAS + ridges.diag_embed()
@@ -332,13 +333,11 @@ def _solves(device: str) -> Iterator[Result]:
 
 @torch.no_grad()
 def left_out(f_syn: Tensor, y_syn: Tensor, ridge: float) -> Tensor:
-    """What the fit without row i leaves of y_i, by M fits."""
-    residuals = []
-    for i in range(len(f_syn)):
-        kept = torch.arange(len(f_syn), device=f_syn.device) != i
-        prediction = predicted(f_syn[kept], y_syn[kept], f_syn[i : i + 1], ridge=ridge)
-        residuals.append(y_syn[i : i + 1] - prediction)
-    return torch.cat(residuals)
+    """What the fit without row i leaves of y_i, by M fits side by side."""
+    rows = torch.arange(len(f_syn), device=f_syn.device)
+    others = rows[:-1] + (rows[:-1] >= rows[:, None])  # [M, M - 1]
+    prediction = predicted(f_syn[others], y_syn[others], f_syn[:, None], ridge=ridge)
+    return y_syn - prediction.squeeze(-2)
 
 
 @torch.no_grad()

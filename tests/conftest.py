@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.lost_device import pytest_runtest_makereport  # noqa: F401
+from tests.on_device import let_it_wait
 
 # cuBLAS refuses to compute under torch's deterministic algorithms without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -21,6 +22,13 @@ def _nan_poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _waits_are_allowed() -> Iterator[None]:
+    """A test that ends while waits raise would fail all others of its process."""
+    yield
+    let_it_wait()
 
 
 @pytest.fixture(scope="session")

@@ -26,22 +26,33 @@ SHAPES = [  # M, D, B, P: ones, primes, M > D, D > M, more targets than images
 
 def features(n: int, d: int, condition: float, generator: torch.Generator) -> Tensor:
     """Float64 [n, d] whose gram of rows (or of columns, if fewer) has this condition number."""
-    rank = min(n, d)
-    left = torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64, generator=generator))[0]
-    right = torch.linalg.qr(torch.randn(d, rank, dtype=torch.float64, generator=generator))[0]
-    singular = torch.logspace(0, -math.log10(condition) / 2, rank, dtype=torch.float64)
+    rank, on = min(n, d), {"dtype": torch.float64, "device": generator.device}
+    left = torch.linalg.qr(torch.randn(n, rank, generator=generator, **on))[0]
+    right = torch.linalg.qr(torch.randn(d, rank, generator=generator, **on))[0]
+    singular = torch.logspace(0, -math.log10(condition) / 2, rank, **on)
     return 3 * (left * singular) @ right.mT
 
 
 def problem(
-    m: int, d: int, b: int, p: int, *, condition: float | str = 1e2, seed: int = 0
+    m: int,
+    d: int,
+    b: int,
+    p: int,
+    *,
+    condition: float | str = 1e2,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> list[Tensor]:
-    """F_s, Y_s, F_r, Y_r in float64, exact in float32; "duplicates" repeats half of F_s."""
-    generator = torch.Generator().manual_seed(seed)
+    """F_s, Y_s, F_r, Y_r in float64, exact in float32; "duplicates" repeats half of F_s.
+
+    They are drawn where they are to be: a second of a CPU for what takes a GPU some milliseconds.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
     f_syn = features(m, d, 1e2 if condition == "duplicates" else float(condition), generator)
     if condition == "duplicates":
         f_syn[(m + 1) // 2 :] = f_syn[: m // 2].clone()
-    y_syn, y_real = (torch.randn(n, p, dtype=torch.float64, generator=generator) for n in (m, b))
+    on = {"dtype": torch.float64, "device": generator.device}
+    y_syn, y_real = (torch.randn(n, p, generator=generator, **on) for n in (m, b))
     return [x.float().double() for x in (f_syn, y_syn, features(b, d, 1e2, generator), y_real)]
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_everything_is_right_on_this_machine(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
     checks = lines(done.stdout)
     assert len(checks) == len(told["checks"]) > 40
-    assert told["failed"] == 0 and told["seconds"] < 60
+    assert told["failed"] == 0 and told["seconds"] < 60 and told["finished"]
     assert all(row["ok"] and row["error"] <= row["allowed"] < 0.1 for row in told["checks"])
     for printed, row in zip(checks, told["checks"]):
         assert printed["check"] == row["check"]
@@ -138,6 +139,46 @@ def test_a_wrong_gradient_alone_fails(
     assert selftest.main([]) == 1
     failed = {r["check"] for r in lines(capsys.readouterr().out) if r["verdict"] == "FAILED"}
     assert failed == {"krr_predict"}
+
+
+def rows_when_killed(file: Path, process: subprocess.Popen, count: int) -> list[dict[str, Any]]:
+    """Kill a self-test once it has written so many rows; what its file then has."""
+    deadline = time.monotonic() + 120
+    while not file.exists() or len(json.loads(file.read_text(encoding="utf-8"))["checks"]) < count:
+        assert process.poll() is None and time.monotonic() < deadline, "it wrote no row"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert not told["finished"] and told["machine"] and told["choices"] and told["seconds"] > 0
+    return told["checks"]
+
+
+def test_one_that_is_killed_keeps_what_it_found(tmp_path: Path) -> None:
+    file = tmp_path / "told.json"
+    command = [sys.executable, "-m", "krrst_fast.selftest", "--json", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        rows = rows_when_killed(file, process, 2)
+    assert [row["check"] for row in rows[:2]] == ["gram", "gram"]
+    assert all(row["ok"] and row["error"] <= row["allowed"] for row in rows)
+
+
+def test_an_instruction_set_that_dies_keeps_its_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = selftest_checks.Result("operator gram", "cpp avx2", "float32", 1e-7, 1e-6, 0.1)
+    child = tmp_path / "python"
+    row = json.dumps(dataclasses.asdict(found))
+    child.write_text(f"#!/bin/sh\necho '{row}'\necho a word >&2\nexit 3\n", encoding="utf-8")
+    child.chmod(0o755)
+    monkeypatch.setattr(selftest.sys, "executable", str(child))
+    kept, dead = selftest._in_a_child("avx2")
+    assert kept == found and not dead.ok and dead.problem == "a word"
+    child.write_text(f"#!/bin/sh\necho '{row}'\nexec sleep 60\n", encoding="utf-8")
+    monkeypatch.setattr(selftest, "CHILD_SECONDS", 0.5)
+    kept, dead = selftest._in_a_child("avx2")
+    assert kept == found and "timed out after 0.5 seconds" in dead.problem
+    assert dead.seconds < 30
 
 
 def test_an_instruction_set_that_dies_is_a_failed_line(monkeypatch: pytest.MonkeyPatch) -> None:

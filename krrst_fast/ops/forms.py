@@ -143,6 +143,16 @@ def _add_product(ops: Backend, out: Tensor, a: Tensor, b: Tensor, alpha: float) 
     return (out.addmm_ if out.ndim == 2 else out.baddbmm_)(a, b, alpha=alpha)
 
 
+def _by_rows(x: Tensor, scale: float | Tensor) -> Tensor:
+    """scale x, in place if x is stored by rows, as whoever goes on from a gradient reads it.
+
+    A product with features in float16 may come by columns (`gpu.matmul`).
+    """
+    if x.ndim != 2 or torch.compiler.is_compiling() or x.is_contiguous():
+        return scaled(x, scale)
+    return torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
 def _columns(ops: Backend, f: Tensor, y: Tensor) -> Tensor:
     """F^T y [D, P]; of many problems stored as y^T F, so that all that read it go along rows."""
     return ops.matmul(f.mT, y) if f.ndim == 2 else ops.matmul(y.mT, f).mT
@@ -208,7 +218,7 @@ def backward_k(
     assert k_sr is not None
     d_f_syn = d_f_real = beta = d_lam = None
     if needs.f_real:
-        d_f_real = scaled(ops.matmul(ops.matmul(r, alpha.mT), f_syn), kernel.slope)
+        d_f_real = _by_rows(ops.matmul(ops.matmul(r, alpha.mT), f_syn), kernel.slope)
     if needs.adjoint:
         adjoint = ops.matmul(k_sr, r)  # [M, P]
         if kernel.bias:
@@ -221,7 +231,7 @@ def backward_k(
         symmetric = outer + outer.mT
         del outer
         d_f_syn = ops.matmul(ops.matmul(alpha, r.mT), f_real)
-        d_f_syn = scaled(_add_product(ops, d_f_syn, symmetric, f_syn, -1.0), kernel.slope)
+        d_f_syn = _by_rows(_add_product(ops, d_f_syn, symmetric, f_syn, -1.0), kernel.slope)
     return Gradients(d_f_syn, beta, d_f_real, d_lam)
 
 
