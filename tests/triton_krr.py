@@ -41,6 +41,19 @@ def learnt(op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
     return op(*tensors[:-1], ridge=tensors[-1], **KERNEL, **options)
 
 
+def regression(
+    op: Callable[..., Any], form: str, tensors: list[Tensor], backend: str, **options: Any
+) -> list[Tensor]:
+    """The value and all gradients by one backend."""
+    options |= {"form": form, "backend": backend, "detach_ridge": False}
+    return results(partial(learnt, op, **options), tensors)
+
+
+def only_gram(tensors: list[Tensor], backend: str) -> list[Tensor]:
+    """The gram of what is first."""
+    return [gram(tensors[0], scale=2.0, bias=0.5, backend=backend)]
+
+
 def allowed(how: Callable[..., Any], tensors: list[Tensor], precision: str | None) -> list[float]:
     """Twice the largest error of plain PyTorch over problems beside this one, for each result.
 
@@ -73,21 +86,14 @@ def calls() -> Iterator[tuple[str, list[float], list[float]]]:
                 tensors = single[pick] if isinstance(pick, slice) else [single[i] for i in pick]
                 # A prediction differs from the loss in its readout alone.
                 for form in ("k", "w", "primal") if op is krr_mse else ("w",):
-
-                    def how(given: list[Tensor], backend: str, **more: Any) -> list[Tensor]:
-                        options = {"form": form, "backend": backend, "detach_ridge": False, **more}
-                        return results(partial(learnt, op, **options), given)
-
+                    how = partial(regression, op, form)
                     exact = how([x.double() for x in seen(tensors, precision)], "reference")
                     got = wrong(how(tensors, "triton", precision=precision), exact)
                     name = f"{op.__name__} {shape} {form} {precision}"
                     yield name, got, allowed(how, tensors, precision)
-
-        def how(given: list[Tensor], backend: str) -> list[Tensor]:
-            return [gram(given[0], scale=2.0, bias=0.5, backend=backend)]
-
-        got = wrong(how(single, "triton"), how([x.double() for x in single], "reference"))
-        yield f"gram {shape}", got, allowed(how, single, None)
+        exact = only_gram([x.double() for x in single], "reference")
+        got = wrong(only_gram(single, "triton"), exact)
+        yield f"gram {shape}", got, allowed(only_gram, single, None)
 
 
 def mapped() -> dict[str, float]:
