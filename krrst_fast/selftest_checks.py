@@ -1,9 +1,9 @@
 """The checks of `krrst_fast.selftest`: every public operator, forward and backward.
 
 What is compared is the relative error (Frobenius norms) of each output and each gradient against
-the formula in float64. Allowed is eight times the largest error of the formula in the operator's own
-precision, on this problem and on some beside it, plus a few roundings of the result. (A draw is
-luck: tests compare quantiles of many, and allow twice.) An error of 1e-3 is a hundred times that.
+the formula in float64. Allowed is eight times the largest error that the formula has in the
+operator's own precision, on this problem and some beside it, plus a few roundings of the result. (A
+draw is luck: tests compare quantiles of many, and allow twice.) 1e-3 is a hundred times that.
 """
 
 import math
