@@ -1,8 +1,8 @@
 """The checks of `krrst_fast.selftest`: every public operator, forward and backward.
 
 What is compared is the relative error (Frobenius norms) of each output and each gradient against
-the formula in float64. Allowed is eight times the largest error that the formula has on the same
-problem in the operator's own precision, plus a few roundings of the result. (A single draw is luck:
+the formula in float64. Allowed is eight times the largest error that the formula has in the
+operator's own precision, on this problem and some beside it, plus a few roundings. (A draw is luck:
 the tests compare quantiles of many, and allow twice.) An error of 1e-3 is a hundred times that.
 """
 
@@ -35,8 +35,7 @@ SHAPES = ((1, 1, 1, 1), (7, 13, 5, 3), (49, 33, 17, 2), (65, 129, 40, 17))
 # The primal form is as exact as the others where M >= D, and chosen only there.
 TALL = ((1, 1, 1, 1), (49, 33, 17, 2), (129, 65, 40, 17))
 BATCH = (2, 3)
-# What float64 may lose at the condition numbers of these problems, which are below 100.
-FLOOR = 1e-12
+FLOOR = 1e-12  # what float64 may lose at condition numbers below 100, as these are
 RIDGES = (0.05, 0.5, 5.0)
 SCALE, BIAS = 2.0, 0.5
 
@@ -140,7 +139,7 @@ def compare(
     `got` and `formula` take the tensors of a problem by name. Gradients are those of the sum of all
     outputs, each entry with a weight drawn at random.
     """
-    pairs = []
+    pairs, floor = [], 16 * torch.finfo(precision.plain).eps + FLOOR
     for problem in problems:
         seen = precision.seen(problem)
         exact = _evaluate(formula, seen, torch.float64)
@@ -148,14 +147,24 @@ def compare(
         values = _evaluate(got, problem, precision.dtype)
         if len(values) != len(exact):
             raise AssertionError(f"{len(values)} outputs and gradients, expected {len(exact)}")
-        usual = max(_relative(a, b) for a, b in zip(plain, exact))
+        usual = max(map(_relative, plain, exact))
+        for seed in range(2 if precision.plain == torch.float32 else 0):
+            beside = precision.seen(_neighbour(problem, seed))
+            pair = (_evaluate(formula, beside, to) for to in (torch.float32, torch.float64))
+            usual = max(usual, *map(_relative, *pair))
         for a, b in zip(values, exact):
             if a.shape != b.shape:
                 raise AssertionError(f"shape {tuple(a.shape)}, expected {tuple(b.shape)}")
-            allowed = 8 * usual + 4 * torch.finfo(a.dtype).eps + FLOOR
+            allowed = 8 * usual + 4 * torch.finfo(a.dtype).eps + floor
             pairs.append((_relative(a, b), allowed))
     # NaN is worse than any number.
     return max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
+
+
+def _neighbour(problem: Problem, seed: int) -> Problem:
+    """The same with its numbers moved by one in a thousand: as hard, and rounded anew."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    return {name: x * (1 + 1e-3 * draw(x.shape).to(x)) for name, x in problem.items()}
 
 
 def _relative(x: Tensor, exact: Tensor) -> float:
@@ -170,7 +179,7 @@ def _evaluate(function: Function, problem: Problem, dtype: torch.dtype) -> list[
     total = outputs[0].new_zeros(())
     generator = torch.Generator().manual_seed(1)
     for out in outputs:
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        weight = torch.randn(out.shape, generator=generator)  # exact in every dtype of an output
         total = total + (out * weight.to(out)).sum()
     grads: tuple[Tensor, ...] = ()
     if total.requires_grad:

@@ -1,4 +1,9 @@
-"""Problems with a stated condition number, and the formula the fast code must equal."""
+"""Problems with a stated condition number, the formula the fast code must equal, and rounding.
+
+The error of one draw is luck, and another processor draws again: its sums have another order. So
+no test compares the error of one draw with the error of another. A sum is held to what roundings
+add up to (`rounding_of_sums`), and what is solved to quantiles over draws (`more_than_twice`).
+"""
 
 import math
 from collections.abc import Callable
@@ -85,3 +90,49 @@ def assert_equal(got: Tensor, exact: Tensor, tolerance: float, what: str = "") -
         error = (got - exact).abs().max().item()
         allowed = tolerance * max(1.0, exact.abs().max().item())
         assert error <= allowed, f"{what}: error {error:.3e} > allowed {allowed:.3e}"
+
+
+def rounding_of_sums(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the entries of a @ b may lose when K products are added in `dtype`, in any order.
+
+    A partial sum is as large as the whole one, or as a random walk of the products, and is rounded
+    by half an `eps` at most. Such errors are a random walk too: twice sqrt(K) of them are five
+    standard deviations where products are added one by one, and more in any other order. Four more
+    are for what is done with the sum.
+    """
+    a, b = a.double(), b.double()
+    size = (a @ b).abs() + (a.square() @ b.square()).sqrt()
+    return torch.finfo(dtype).eps * (2 + a.shape[-1] ** 0.5) * size
+
+
+def assert_within(got: Tensor, exact: Tensor, allowed: Tensor | float, what: str = "") -> None:
+    """|got - exact| <= allowed in every entry, and what is not finite is so in both."""
+    assert got.shape == exact.shape, f"{what}: {tuple(got.shape)} is not {tuple(exact.shape)}"
+    assert got.isfinite().all() or not exact.isfinite().all(), f"{what}: not finite"
+    over = (got.double() - exact).abs() - allowed
+    worst = over.argmax() if over.numel() else None
+    if worst is not None and not (over <= 0).all():
+        error = (got.double() - exact).abs().flatten()[worst]
+        raise AssertionError(f"{what}: entry {worst}: error {error:.3e}, {over.max():.1e} too much")
+
+
+def more_than_twice(mine: Tensor, plain: Tensor, floor: float) -> list[str]:
+    """Where a quantile of errors [draws, results] is above twice that of `plain`, and `floor`."""
+    found = []
+    for quantile in (0.5, 0.9):
+        ours, theirs = mine.quantile(quantile, dim=0), plain.quantile(quantile, dim=0)
+        for number, (a, b) in enumerate(zip(ours.tolist(), theirs.tolist())):
+            if not a <= 2 * (b + floor):
+                found.append(f"result {number}, quantile {quantile}: {a:.2e} > 2 * {b:.2e}")
+    return found
+
+
+def neighbour(tensors: list[Tensor], seed: int) -> list[Tensor]:
+    """The same problem with its numbers moved by one in a thousand: as hard, and rounded anew."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(x: Tensor) -> Tensor:
+        steps = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return (x * (1 + 1e-3 * steps)).float().to(x.dtype)
+
+    return [moved(x) for x in tensors]

