@@ -85,7 +85,7 @@ def _add_product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["peaks", "blocks_across", "run_depth"])
 def _closing_kernel(
     alpha_ptr,
     v_ptr,
