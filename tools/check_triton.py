@@ -103,23 +103,22 @@ def variants(only: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
 
 
 def specialised(launch: Any) -> dict[str, Any]:
-    """What the launcher would compile for these arguments: types, constants, alignments."""
-    from triton._C.libtriton import native_specialize_impl
-    from triton.backends.nvidia.compiler import CUDABackend
+    """What the launcher would compile for these arguments, asked of the launcher itself.
 
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            kind, aligned = "constexpr", value
-        else:
-            kind, aligned = native_specialize_impl(CUDABackend, value, False, True, True)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(position,)] = aligned
-        elif aligned == "D":
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+    Types, constants and alignments; of what a kernel does not specialise the type alone.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    # Which GPU it is has no part in it.
+    backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, special, options = binder(**launch.arguments)
+    # Else newer versions say that they will choose otherwise one day.
+    packed = kernel._pack_args(backend, {"enable_fp_fusion": True}, bound, special, options)
+    return dict(zip(("signature", "constexprs", "attrs"), packed[1:]))
 
 
 def compiled(name: str) -> Result:
@@ -153,7 +152,7 @@ def faults(binary: Binary, launch: Any, special: dict[str, Any], arch: int) -> I
         yield f"each {INSTRUCTION[arch]} waits for the one before"
     # Where 4 bytes at least can be copied at a time.
     pointers = [i for i, kind in enumerate(special["signature"].values()) if kind[0] == "*"]
-    aligned = all((i,) in special["attrs"] for i in pointers)
+    aligned = all(special["attrs"].get((i,)) for i in pointers)
     if bound.tensor_cores and aligned and not binary.copies:
         yield "no asynchronous copies: it waits for what it loads"
 
