@@ -55,7 +55,8 @@ def _terms_kernel(
     tl.store(terms_ptr + row[:, None] * width + column[None, :], both, mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks_down", "blocks_across", "run_depth"])
+# Not blocks_across: mostly it is 1, and where it is not known to be, sm_80 is short of registers.
+@triton.jit(do_not_specialize=["blocks_down", "run_depth"])
 def _product_kernel(
     a_ptr,
     b_ptr,

@@ -140,7 +140,23 @@ def test_the_gate_compiles_what_is_launched(
 
 def test_registers_and_waits(gate: ModuleType) -> None:
     launch = SimpleNamespace(kernel=SimpleNamespace(__name__="_sum_kernel"), arguments={})
-    special = {"signature": {"x_ptr": "*fp32"}, "attrs": {}}
-    binary = gate.Binary(65, 0, 0, 0, 0, serial=True)
+    special = {"signature": {"x_ptr": "*fp32"}, "constexprs": {}, "attrs": {}}
+    binary = gate.Binary(65, 0, 0, 0, 0, 0, serial=True)
     told = ["65 registers > 64", "each wgmma.mma_async waits for the one before"]
     assert list(gate.faults(binary, launch, special, 90)) == told
+
+
+@pytest.mark.parametrize("row, faults", [(4096, 1), (10, 0)])
+def test_copies_are_wide_where_rows_are_aligned(gate: ModuleType, row: int, faults: int) -> None:
+    """What an integer that is not specialised, and is part of an address, would cost."""
+    launch = SimpleNamespace(kernel=SimpleNamespace(__name__="_parts_kernel"), arguments={})
+    special = {
+        "signature": {"x_ptr": "*fp32", "stride_x_row": "i32", "stride_x_column": "constexpr"},
+        "constexprs": {(2,): 1},
+        "attrs": {(0,): [["tt.divisibility", 16]]} | ({(1,): [["d", 16]]} if row % 16 == 0 else {}),
+    }
+    binary = gate.Binary(200, 0, 0, 32, 48, 48, serial=False)
+    told = list(gate.faults(binary, launch, special, 90))
+    assert told == ["48 copies of fewer than 16 bytes: an address lost its alignment"] * faults
+    wide = binary._replace(narrow=0)
+    assert list(gate.faults(wide, launch, special, 90)) == []

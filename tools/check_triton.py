@@ -56,13 +56,19 @@ INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
 class Binary(NamedTuple):
-    """What a kernel takes, and of its PTX the tensor-core instructions and asynchronous copies."""
+    """What a kernel takes, and of its PTX the tensor-core instructions and asynchronous copies.
+
+    Attributes:
+        narrow: those of the copies that take fewer than 16 bytes.
+        serial: each tensor-core instruction waits for the one before.
+    """
 
     registers: int
     stack: int
     shared: int
     tensor_cores: int
     copies: int
+    narrow: int
     serial: bool
 
 
@@ -155,6 +161,12 @@ def faults(binary: Binary, launch: Any, special: dict[str, Any], arch: int) -> I
     aligned = all(special["attrs"].get((i,)) for i in pointers)
     if bound.tensor_cores and aligned and not binary.copies:
         yield "no asynchronous copies: it waits for what it loads"
+    # Where each row starts at a multiple of 16 bytes, too.
+    kinds = special["signature"].items()
+    strides = [i for i, (name, _) in enumerate(kinds) if name.startswith("stride_")]
+    whole = all(special["constexprs"].get((i,)) == 1 or special["attrs"].get((i,)) for i in strides)
+    if bound.tensor_cores and aligned and whole and binary.narrow:
+        yield f"{binary.narrow} copies of fewer than 16 bytes: an address lost its alignment"
 
 
 def build(launch: Any, special: dict[str, Any], arch: int) -> Binary:
@@ -186,6 +198,7 @@ def build(launch: Any, special: dict[str, Any], arch: int) -> Binary:
         binary.metadata.shared,
         ptx.count(f"{INSTRUCTION[arch]}."),
         ptx.count("cp.async.c"),
+        len(re.findall(r"cp\.async\.c[^;]*?\], \[[^]]*\], (?!0x10\b)", ptx)),
         "serialized" in log,
     )
 
