@@ -85,7 +85,8 @@ def _add_product(
     return total
 
 
-@triton.jit
+# Not run_depth: steps start at its multiples, and where 16 divides them loads are 16 bytes wide.
+@triton.jit(do_not_specialize=["peaks", "blocks_across"])
 def _closing_kernel(
     alpha_ptr,
     v_ptr,

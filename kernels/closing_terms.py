@@ -52,7 +52,7 @@ def _write_terms(
     tl.store(terms_ptr + tl.cast(all_rows, tl.int64) * width, lo, mask=row[:, None] < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "all_rows", "peaks", "blocks"])
 def _closing_terms_kernel(
     first_ptr,
     second_ptr,
@@ -87,7 +87,7 @@ def _closing_terms_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "peaks", "blocks_across", "run_steps"])
 def _closing_product_kernel(
     terms_ptr,
     peaks_ptr,

@@ -1,4 +1,10 @@
-"""What every kernel is launched by and made of: launches as values, and small device functions."""
+"""What every kernel is launched by and made of: launches as values, and small device functions.
+
+Triton compiles a kernel anew for each kind of an integer it is given: 1, a multiple of 16, another.
+That is of use where it is part of an address, or of a mask along a row: only then 16 bytes can be
+read or written at a time. Kernels name the others in `do_not_specialize`, mostly counts of blocks;
+else each new size would need many new binaries. tools/check_triton.py finds what that costs.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -25,7 +25,7 @@ from krrst_fast.kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks", "splits", "run_depth"])
 def _parts_kernel(
     x_ptr,
     parts_ptr,
@@ -104,7 +104,7 @@ def _parts_kernel(
         tl.store(diagonal_ptr + part.to(tl.int64) * n_blocks + block_row, tl.sum(on_diagonal))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "splits", "diagonals", "stride_scale", "stride_ridge"])
 def _finish_kernel(
     parts_ptr,
     diagonal_ptr,

@@ -48,7 +48,7 @@ def _largest(
     return tl.max(largest, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _column_peaks_kernel(
     x_ptr,
     peaks_ptr,
@@ -72,7 +72,7 @@ def _column_peaks_kernel(
     tl.store(peaks_ptr + block.to(tl.int64) * columns + c, largest, mask=c < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "d", "blocks"])
 def _peaks_kernel(
     alpha_ptr,
     v_ptr,

@@ -14,7 +14,7 @@ from krrst_fast.kernels.common import Launch, architecture, number, per_problem,
 from krrst_fast.kernels.thin_matmul import parts_launches
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "blocks_across", "splits"])
 def _residual_kernel(
     parts_ptr,
     y_ptr,
@@ -55,7 +55,7 @@ def _residual_kernel(
     tl.store(squares_ptr + pid, tl.sum(residual * residual))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sums"])
 def _mean_kernel(sums_ptr, mean_ptr, sums, count, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

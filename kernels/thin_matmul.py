@@ -55,7 +55,8 @@ def _terms_kernel(
     tl.store(terms_ptr + row[:, None] * width + column[None, :], both, mask=inside)
 
 
-@triton.jit
+# Not blocks_across: mostly it is 1, and where it is not known to be, sm_80 is short of registers.
+@triton.jit(do_not_specialize=["blocks_down", "run_depth"])
 def _product_kernel(
     a_ptr,
     b_ptr,
@@ -142,7 +143,7 @@ def _product_kernel(
     tl.store(parts_ptr + (down[:, None] * p + across[None, :]), total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sum_kernel(parts_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

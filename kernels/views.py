@@ -17,7 +17,20 @@ from krrst_fast.kernels import tiles
 from krrst_fast.kernels.common import Launch, run
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "blocks",
+        "padding",
+        "stride_image",
+        "stride_channel",
+        "stride_row",
+        "stride_index",
+        "stride_offset_view",
+        "stride_offset_axis",
+        "stride_flip",
+    ]
+)
 def _views_kernel(
     images_ptr,
     index_ptr,

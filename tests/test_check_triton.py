@@ -103,9 +103,60 @@ def test_a_configuration_that_no_case_reaches(
         gate.main()
 
 
+@triton.jit(do_not_specialize=["count", "one"], do_not_specialize_on_alignment=["row"])
+def _scaled_kernel(x_ptr, scale, count, one, size, row, unit, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + here * unit + row, mask=here < size + count + one, other=0.0)
+    tl.store(x_ptr + here * unit + row, x * scale)
+
+
+def test_the_gate_compiles_what_is_launched(
+    gate: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher is asked in a launch, up to where it would compile."""
+    told: list[dict[str, Any]] = []
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda **said: told.append(said["compile"]) or True
+    )
+    x = torch.empty(64, device="meta")
+    sizes: dict[str, Any] = {"count": 32, "one": 1, "size": 48, "row": 16, "unit": 1}
+    arguments = {"x_ptr": x, "scale": 2.0, **sizes, "BLOCK": 16}
+    found = gate.specialised(Launch(_scaled_kernel, 1, arguments, Tile(1, 16, 1, 4, 1)))
+    _scaled_kernel[(1,)](**arguments, enable_fp_fusion=True)
+    assert found["signature"] == told[0]["signature"]
+    assert found["constexprs"] == told[0]["constants"]
+    assert found["attrs"] == told[0]["configs"][0]
+    # What the launcher is known to make of it: count, one, size, row and unit.
+    assert list(found["signature"].values())[2:7] == ["i32"] * 4 + ["constexpr"]
+    assert [i for i in range(8) if found["attrs"].get((i,))] == [0, 4]
+
+
 def test_registers_and_waits(gate: ModuleType) -> None:
     launch = SimpleNamespace(kernel=SimpleNamespace(__name__="_sum_kernel"), arguments={})
-    special = {"signature": {"x_ptr": "*fp32"}, "attrs": {}}
-    binary = gate.Binary(65, 0, 0, 0, 0, serial=True)
+    special = {"signature": {"x_ptr": "*fp32"}, "constexprs": {}, "attrs": {}}
+    binary = gate.Binary(65, 0, 0, 0, 0, 0, serial=True)
     told = ["65 registers > 64", "each wgmma.mma_async waits for the one before"]
     assert list(gate.faults(binary, launch, special, 90)) == told
+
+
+@pytest.mark.parametrize("row, faults", [(4096, 1), (10, 0)])
+def test_copies_are_wide_where_rows_are_aligned(gate: ModuleType, row: int, faults: int) -> None:
+    """What an integer that is not specialised, and is part of an address, would cost."""
+    launch = SimpleNamespace(kernel=SimpleNamespace(__name__="_parts_kernel"), arguments={})
+    special = {
+        "signature": {"x_ptr": "*fp32", "stride_x_row": "i32", "stride_x_column": "constexpr"},
+        "constexprs": {(2,): 1},
+        "attrs": {(0,): [["tt.divisibility", 16]]} | ({(1,): [["d", 16]]} if row % 16 == 0 else {}),
+    }
+    binary = gate.Binary(200, 0, 0, 32, 48, 48, serial=False)
+    told = list(gate.faults(binary, launch, special, 90))
+    assert told == ["48 copies of fewer than 16 bytes: an address lost its alignment"] * faults
+    wide = binary._replace(narrow=0)
+    assert list(gate.faults(wide, launch, special, 90)) == []

@@ -56,13 +56,19 @@ INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
 class Binary(NamedTuple):
-    """What a kernel takes, and of its PTX the tensor-core instructions and asynchronous copies."""
+    """What a kernel takes, and of its PTX the tensor-core instructions and asynchronous copies.
+
+    Attributes:
+        narrow: those of the copies that take fewer than 16 bytes.
+        serial: each tensor-core instruction waits for the one before.
+    """
 
     registers: int
     stack: int
     shared: int
     tensor_cores: int
     copies: int
+    narrow: int
     serial: bool
 
 
@@ -103,23 +109,22 @@ def variants(only: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
 
 
 def specialised(launch: Any) -> dict[str, Any]:
-    """What the launcher would compile for these arguments: types, constants, alignments."""
-    from triton._C.libtriton import native_specialize_impl
-    from triton.backends.nvidia.compiler import CUDABackend
+    """What the launcher would compile for these arguments, asked of the launcher itself.
 
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            kind, aligned = "constexpr", value
-        else:
-            kind, aligned = native_specialize_impl(CUDABackend, value, False, True, True)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(position,)] = aligned
-        elif aligned == "D":
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+    Types, constants and alignments; of what a kernel does not specialise the type alone.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    # Which GPU it is has no part in it.
+    backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, special, options = binder(**launch.arguments)
+    # Else newer versions say that they will choose otherwise one day.
+    packed = kernel._pack_args(backend, {"enable_fp_fusion": True}, bound, special, options)
+    return dict(zip(("signature", "constexprs", "attrs"), packed[1:]))
 
 
 def compiled(name: str) -> Result:
@@ -153,9 +158,15 @@ def faults(binary: Binary, launch: Any, special: dict[str, Any], arch: int) -> I
         yield f"each {INSTRUCTION[arch]} waits for the one before"
     # Where 4 bytes at least can be copied at a time.
     pointers = [i for i, kind in enumerate(special["signature"].values()) if kind[0] == "*"]
-    aligned = all((i,) in special["attrs"] for i in pointers)
+    aligned = all(special["attrs"].get((i,)) for i in pointers)
     if bound.tensor_cores and aligned and not binary.copies:
         yield "no asynchronous copies: it waits for what it loads"
+    # Where each row starts at a multiple of 16 bytes, too.
+    kinds = special["signature"].items()
+    strides = [i for i, (name, _) in enumerate(kinds) if name.startswith("stride_")]
+    whole = all(special["constexprs"].get((i,)) == 1 or special["attrs"].get((i,)) for i in strides)
+    if bound.tensor_cores and aligned and whole and binary.narrow:
+        yield f"{binary.narrow} copies of fewer than 16 bytes: an address lost its alignment"
 
 
 def build(launch: Any, special: dict[str, Any], arch: int) -> Binary:
@@ -187,6 +198,7 @@ def build(launch: Any, special: dict[str, Any], arch: int) -> Binary:
         binary.metadata.shared,
         ptx.count(f"{INSTRUCTION[arch]}."),
         ptx.count("cp.async.c"),
+        len(re.findall(r"cp\.async\.c[^;]*?\], \[[^]]*\], (?!0x10\b)", ptx)),
         "serialized" in log,
     )
 
