@@ -73,7 +73,7 @@ export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH=$site:$root${PYTHONPATH:+:
 export TRITON_CACHE_DIR=$work/triton-cache OMP_WAIT_POLICY=PASSIVE
 unset TRITON_INTERPRET
 cd "$root" || exit
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc)
 where=(--out "$out" --work "$work")
 
 if [ -n "$publish" ]; then
@@ -84,10 +84,13 @@ todo=$("$python" -m bench.gpu.machine --out "$out" --kept "$work" "${dry[@]}" "$
 target=$(sed -n 2p <<< "$todo")
 read -ra todo <<< "$(sed -n 1p <<< "$todo")"
 
+# What runs is ended with this script, and all that it started with it.
+trap 'kill $(jobs -p) 2> /dev/null; exit 143' INT TERM
+
 todo() { [[ " ${todo[*]} " == *" $1 "* ]]; }
 
 # stage NAME SECONDS COMMAND...: a command with a time limit, its words in a log, what came of it in
-# both files. Everything stays in one process group, which a kill or Ctrl-C ends. With PART the log and what is made of it are those of a part of the stage.
+# both files. With PART the log and what is made of it are those of a part of the stage.
 stage() {
   local name=$1 seconds=$2 begin=$SECONDS code
   shift 2
@@ -96,7 +99,9 @@ stage() {
     echo "$name: not begun, the $limit seconds are over; call again to go on"
     return
   fi
-  timeout --foreground --kill-after=5 "$seconds" "$@" > "$work/${PART:-$name}.log" 2>&1 < /dev/null
+  # shellcheck disable=SC2086
+  timeout ${group:-} --kill-after=5 "$seconds" "$@" > "$work/${PART:-$name}.log" 2>&1 < /dev/null &
+  wait $!
   code=$?
   record "$name" "$code" $((SECONDS - begin))
 }
@@ -109,8 +114,9 @@ record() {
 measure() {
   local seconds=$2
   [ "$seconds" -le $((limit - SECONDS - 5)) ] || seconds=$((limit - SECONDS - 5))
-  # It ends by itself, so that no row is cut; the second limit is for what does not.
-  stage "$1" $((seconds + 5)) "$python" -m bench.gpu.measure "$1" --out "$out" --seconds "$seconds" \
+  # It ends by itself, so that no row is cut; the second limit is for what does not. It stays in
+  # this script's process group: killed with it, it writes no more.
+  group=--foreground stage "$1" $((seconds + 5)) "$python" -m bench.gpu.measure "$1" --out "$out" --seconds "$seconds" \
     "${@:3}"
 }
 
@@ -119,16 +125,17 @@ build() {
   # Into a folder of its own, where krrst_fast.kernels is found, as it is not in a checkout.
   rm -rf "$site/krrst_fast"
   KRRST_FAST_BUILD=0 "$python" "$root/setup.py" -q build_py --build-lib "$site" > "$work/build.log" 2>&1
-  KRRST_FAST_EXTENSION=0 timeout --foreground --kill-after=5 120 "$python" -m bench.gpu.compile_ahead \
-    ${dry:+--toy} --jobs "$cores" > "$work/kernels.log" 2>&1 < /dev/null &
+  KRRST_FAST_EXTENSION=0 timeout --kill-after=5 120 "$python" -m bench.gpu.compile_ahead \
+    ${dry:+--toy --most 3} --jobs "$cores" > "$work/kernels.log" 2>&1 < /dev/null &
   local kernels=$!
   if [ -n "${dry:-}" ]; then
     cp "$root"/krrst_fast/*.so "$site/krrst_fast/" 2> /dev/null
     code=0
   else
     KRRST_FAST_BUILD=1 KRRST_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$target MAX_JOBS=${MAX_JOBS:-$cores} \
-      timeout --foreground --kill-after=5 150 "$python" "$root/setup.py" build_ext --build-lib "$site" \
-      --build-temp "$work/objects" >> "$work/build.log" 2>&1 < /dev/null
+      timeout --kill-after=5 150 "$python" "$root/setup.py" build_ext --build-lib "$site" \
+      --build-temp "$work/objects" >> "$work/build.log" 2>&1 < /dev/null &
+    wait $!
     code=$?
   fi
   wait "$kernels"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,12 @@ def dry(tmp_path_factory: pytest.TempPathFactory):
     return folder, seen, rows, script(*options, cwd=folder)
 
 
+@pytest.fixture
+def built(dry, tmp_path: Path) -> Path:
+    """A copy of what was built and measured: the folder that is kept between calls."""
+    return shutil.copytree(dry[0] / "work", tmp_path / "work")
+
+
 def test_after_each_stage_both_files_are_there(dry) -> None:
     """A limit that cuts the command then loses nothing that was measured."""
     _, seen, _, _ = dry
@@ -137,7 +144,7 @@ def test_a_dry_run_measures_what_is_here_and_says_why_not_the_rest(dry) -> None:
     assert rows["step"]["kernels"]["largest"] and rows["step"]["whole steps"]["times_released"] > 0
     for row in rows["steps"].values():
         assert row["loss_at_the_end"] < row["loss_at_the_start"]
-    assert "kernels" in rows["build"]["kernels"]["said"]
+    assert rows["build"]["kernels"]["said"].startswith("3 compiled, 0 there before, 0 failed")
 
 
 def test_a_run_leaves_the_checkout_alone(dry) -> None:
@@ -165,13 +172,47 @@ def test_a_dry_run_is_not_published(dry) -> None:
     assert (ROOT / "README.md").read_bytes() == readme
 
 
-def test_when_the_time_is_over_nothing_more_begins(tmp_path: Path) -> None:
-    done = script(*("--dry-run", "--out", tmp_path, "--work", tmp_path, "--limit", 3, "ceilings"))
+def test_when_the_time_is_over_nothing_more_begins(built: Path) -> None:
+    done = script(*("--dry-run", "--work", built, "--limit", 3, "--again", "ceilings"))
     assert "ceilings: not begun, the 3 seconds are over; call again to go on" in done.stdout
-    assert "ceilings" not in stages(tmp_path)
+    assert "ceilings" not in stages(built) and stages(built)["krr"]["finished"]
 
 
-def test_races_come_first_and_every_tensor_has_an_allocation_of_its_own(tmp_path: Path) -> None:
+def test_what_runs_is_ended_with_the_script(built: Path) -> None:
+    """Else it would go on to write into the files of the next call."""
+    with subprocess.Popen(
+        command("--dry-run", "--work", built, "--again", "krr"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+    ) as child:
+        end = time.monotonic() + 120
+        while len(stages(built).get("krr", {}).get("rows", "x" * 18)) not in range(1, 18):
+            assert time.monotonic() < end and child.poll() is None
+            time.sleep(0.05)
+        child.terminate()
+        assert child.wait(timeout=30) == 143
+    end = time.monotonic() + 10
+    while left := running(str(built)):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def running(word: str) -> list[str]:
+    """The command lines of the processes that have a word in theirs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if word in line:
+            found.append(line)
+    return found
+
+
+def test_races_come_first_and_every_tensor_has_an_allocation_of_its_own(
+    built: Path, tmp_path: Path
+) -> None:
     """memcheck sees nothing between tensors that torch cuts from one piece of memory."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
@@ -179,8 +220,7 @@ def test_races_come_first_and_every_tensor_has_an_allocation_of_its_own(tmp_path
         'echo "========= ERROR SUMMARY: 0 errors"\n'
     )
     tool.chmod(0o755)
-    out = tmp_path / "out"
-    options = ("--dry-run", "--out", out, "--work", tmp_path / "work", "sanitizer")
+    options = ("--dry-run", "--work", built, "--again", "sanitizer")
     done = script(*options, COMPUTE_SANITIZER=str(tool))
     assert done.returncode == 0, done.stdout
     calls = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
@@ -188,10 +228,10 @@ def test_races_come_first_and_every_tensor_has_an_allocation_of_its_own(tmp_path
         ["1", "--tool", "racecheck"],
         ["1", "--tool", "memcheck"],
     ]
-    rows = stages(out)["sanitizer"]["rows"]
+    rows = stages(built)["sanitizer"]["rows"]
     assert [row["said"] for row in rows.values()] == ["0 errors", "0 errors"]
     for name in ("racecheck", "memcheck"):
-        assert "calls" in (tmp_path / "work" / f"{name}-alone.log").read_text()
+        assert "calls" in (built / f"{name}-alone.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_a_stage_that_measures_has_its_rows_already(kept) -> None:
     code, stage = recorded(kept, "parts", 0, 7)
     assert code == 0 and stage["finished"] and stage["seconds"] == 127
     code, stage = recorded(kept, "parts", 1, 7)
-    assert code == 1 and stage["rows"]["parts"]["failed"] == "exit code 1"
+    assert code == 1 and stage["rows"]["the stage"]["failed"] == "exit code 1"
     assert recorded(kept, "parts", 0, 7)[0] == 0, "what it failed by is gone once it works"
 
 

@@ -50,6 +50,14 @@ def test_a_specialisation_is_found_once() -> None:
     assert found(product(64, 16), product(64, 17)) == ["product of call 0", "product of call 1"]
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_every_job_is_done_by_as_many_processes_as_there_are(at_once: int) -> None:
+    todo = [compile_ahead.Job(str(i), lambda: True) for i in range(3)]
+    done = list(compile_ahead.compiled(todo, 90, at_once))
+    assert sorted(one.name for one in done) == ["0", "1", "2"]
+    assert all(one.cached and not one.failed for one in done)
+
+
 def test_calls_that_fail_are_told_and_the_others_made() -> None:
     missed: list[str] = []
     calls = [("bad", lambda: 1 / 0), ("good", product(64, 16))]

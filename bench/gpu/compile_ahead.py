@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import connection, get_context
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -255,7 +255,8 @@ def compiled(todo: Iterable[Job], arch: int, at_once: int) -> Iterator[Done]:
                 child.start()
                 theirs.close()
                 running[child.sentinel] = job, child, ours
-        for sentinel in connection.wait(list(running)):
+        # Waiting for none would never end.
+        for sentinel in connection.wait(list(running)) if running else ():
             job, child, pipe = running.pop(sentinel)
             child.join()
             try:
@@ -273,11 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--arch", type=int, default=90, help="compute capability, as 90 for 9.0")
     parser.add_argument("--toy", action="store_true", help="the toy sizes of a dry run alone")
+    parser.add_argument("--most", type=int, metavar="N", help="compile no more than so many")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     start, missed, done = time.monotonic(), [], []
     todo = chain(driver_jobs(), jobs(calls(arguments.toy, missed), arguments.arch, missed))
+    todo = islice(todo, arguments.most)
     # Nothing here is to wake the GPU: a process that has cannot be forked.
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
         for one in compiled(todo, arguments.arch, arguments.jobs):

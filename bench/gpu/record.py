@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         why = log.splitlines()[-1:] if asked.code else []
     else:
         why = []
-        kept.drop(stage, stage)
+        kept.drop(stage, "the stage")
         if asked.code not in (0, *CUT):
-            kept.add(stage, stage, {"failed": f"exit code {asked.code}"})
+            kept.add(stage, "the stage", {"failed": f"exit code {asked.code}"})
     finished = asked.code not in CUT and not any(x.get("cut") for x in kept.rows(stage).values())
     kept.end(stage, finished=finished, seconds=asked.seconds, why=" ".join(why)[:300])
     report.write_page(kept)
