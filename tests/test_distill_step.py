@@ -214,13 +214,13 @@ def test_ten_golden_losses():
     """What a refactor of the step, the pool, the draws or the models must leave as it is.
 
     On one machine a faithful refactor gives the same bits. Another processor's BLAS adds in
-    another order, about 1e-16 a sum, and ten steps of training amplify that; 1e-9 leaves room for
-    it, and a changed formula, order of updates or stream of random numbers shows in the second
-    digit or earlier.
+    another order, and torch draws normal numbers of float32, which a network begins with, by other
+    instructions: they differ in the last bit, and losses by 1e-7. A changed formula, order of
+    updates or stream of random numbers shows in the second digit or earlier.
     """
     losses = torch.tensor(_golden_losses(), dtype=torch.float64)
     golden = torch.tensor(json.loads(GOLDEN.read_text())["losses"], dtype=torch.float64)
-    torch.testing.assert_close(losses, golden, rtol=1e-9, atol=0)
+    torch.testing.assert_close(losses, golden, rtol=2e-6, atol=0)
 
 
 def _live() -> tuple[int, int]:
