@@ -20,11 +20,12 @@ Called again it goes on where it stopped. Stages, in their order; all of them if
   parts      which implementation of a part is fastest, by size
   sanitizer  our kernels under compute-sanitizer: races, then wild reads and writes
 
-  --out FOLDER      where gpu.json and gpu.md go, rewritten after each stage (build/gpu)
-  --images SOURCE   for the steps: what krrst prepare reads, or a pack of JPEG files (digits)
-  --work FOLDER     where what is built and compiled is kept for the next call (build/gpu)
-  --limit SECONDS   for everything together (540)
-  --python PYTHON   an interpreter that has torch (.venv's, or python3)
+  --out FOLDER      the results: gpu.json and gpu.md, rewritten after each stage; default: build/gpu
+  --images SOURCE   for the stage steps: what krrst prepare reads, or one npz of JPEG files that lie
+                    end to end; default: scikit-learn's digits
+  --work FOLDER     what is built and compiled, kept for the next call; default: build/gpu
+  --limit SECONDS   for everything together; default: 540
+  --python PYTHON   an interpreter that has torch; default: that of .venv, or python3
   --dry-run         everything, tiny, on the CPU, as a test
   --again           measure the named stages anew
   --publish         write docs/results/, krrst_fast/measured.json and the README's table
@@ -37,6 +38,7 @@ refuse() {
 }
 
 out='' work='' images='' limit=540 python=${PYTHON:-} dry=() again=() publish='' stages=()
+PART='' group=''
 while [ $# -gt 0 ]; do
   case $1 in
     --out | --work | --images | --limit | --python)
@@ -74,6 +76,7 @@ export TRITON_CACHE_DIR=$work/triton-cache OMP_WAIT_POLICY=PASSIVE
 unset TRITON_INTERPRET
 cd "$root" || exit
 cores=$(env -u OMP_NUM_THREADS nproc)
+cores=$((cores < 32 ? cores : 32))
 where=(--out "$out" --work "$work")
 
 if [ -n "$publish" ]; then
@@ -94,13 +97,15 @@ todo() { [[ " ${todo[*]} " == *" $1 "* ]]; }
 stage() {
   local name=$1 seconds=$2 begin=$SECONDS code
   shift 2
+  rm -f "$work/${PART:-$name}.log"
   [ "$seconds" -le $((limit - SECONDS)) ] || seconds=$((limit - SECONDS))
-  if [ "$seconds" -lt 5 ]; then
+  if [ "$seconds" -lt 10 ]; then
     echo "$name: not begun, the $limit seconds are over; call again to go on"
+    record "$name" 75 0
     return
   fi
   # shellcheck disable=SC2086
-  timeout ${group:-} --kill-after=5 "$seconds" "$@" > "$work/${PART:-$name}.log" 2>&1 < /dev/null &
+  timeout $group --kill-after=5 "$seconds" "$@" > "$work/${PART:-$name}.log" 2>&1 < /dev/null &
   wait $!
   code=$?
   record "$name" "$code" $((SECONDS - begin))
@@ -113,10 +118,10 @@ record() {
 
 measure() {
   local seconds=$2
-  [ "$seconds" -le $((limit - SECONDS - 5)) ] || seconds=$((limit - SECONDS - 5))
+  [ "$seconds" -le $((limit - SECONDS - 15)) ] || seconds=$((limit - SECONDS - 15))
   # It ends by itself, so that no row is cut; the second limit is for what does not. It stays in
   # this script's process group: killed with it, it writes no more.
-  group=--foreground stage "$1" $((seconds + 5)) "$python" -m bench.gpu.measure "$1" --out "$out" --seconds "$seconds" \
+  group=--foreground stage "$1" $((seconds + 15)) "$python" -m bench.gpu.measure "$1" --out "$out" --seconds "$seconds" \
     "${@:3}"
 }
 
@@ -124,7 +129,11 @@ build() {
   local begin=$SECONDS code
   # Into a folder of its own, where krrst_fast.kernels is found, as it is not in a checkout.
   rm -rf "$site/krrst_fast"
-  KRRST_FAST_BUILD=0 "$python" "$root/setup.py" -q build_py --build-lib "$site" > "$work/build.log" 2>&1
+  if ! KRRST_FAST_BUILD=0 timeout 60 "$python" setup.py -q build_py --build-lib "$site" \
+    > "$work/build.log" 2>&1; then
+    record build 1 $((SECONDS - begin))
+    return
+  fi
   KRRST_FAST_EXTENSION=0 timeout --kill-after=5 120 "$python" -m bench.gpu.compile_ahead \
     ${dry:+--toy --most 3} --jobs "$cores" > "$work/kernels.log" 2>&1 < /dev/null &
   local kernels=$!
@@ -133,7 +142,7 @@ build() {
     code=0
   else
     KRRST_FAST_BUILD=1 KRRST_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$target MAX_JOBS=${MAX_JOBS:-$cores} \
-      timeout --kill-after=5 150 "$python" "$root/setup.py" build_ext --build-lib "$site" \
+      timeout --kill-after=5 150 "$python" setup.py build_ext --build-lib "$site" \
       --build-temp "$work/objects" >> "$work/build.log" 2>&1 < /dev/null &
     wait $!
     code=$?
@@ -150,36 +159,36 @@ run_tests() {
   if "$python" -c 'import xdist' 2> /dev/null; then
     parallel=(-n $((cores < 12 ? cores : 12)) --dist worksteal)
   fi
-  stage tests 150 "$python" -m pytest -m gpu "${parallel[@]}" -v --tb=short --color=no \
+  # A process each for the processors: not as many threads in each again.
+  stage tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest -m gpu "${parallel[@]}" -v --tb=short --color=no \
     -p no:cacheprovider --continue-on-collection-errors --rootdir "$root" -c "$root/pyproject.toml" \
     "${files[@]}"
 }
 
 sanitize() {
-  local tool calls
+  local tool calls options
   tool=${COMPUTE_SANITIZER:-}
   if [ -z "$tool" ] && [ "$device" = cuda ]; then
     tool=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   fi
-  # Without the tool: what has to be compiled is compiled, and a call that fails is seen to fail.
   for PART in racecheck memcheck; do
-    calls=(cholesky)
-    [ "$PART" = racecheck ] || calls=(all)
-    if [ -z "$tool" ]; then
-      stage sanitizer 60 sh -c '"$@" && echo "refused: there is no compute-sanitizer here"' sh \
-        "$python" -m bench.gpu.sanitized "$device" "${calls[@]}"
-    else
-      "$python" -m bench.gpu.sanitized "$device" "${calls[@]}" > "$work/$PART-alone.log" 2>&1
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 120 "$tool" --tool "$PART" --error-exitcode 99 \
-        "$python" -m bench.gpu.sanitized "$device" "${calls[@]}"
+    calls=("$python" -m bench.gpu.sanitized "$device" cholesky)
+    # torch asks the driver for what it may lack, which would be told as an error each time.
+    [ "$PART" = racecheck ] || calls=("${calls[@]/cholesky/all}") options=(--report-api-errors no)
+    if [ -n "$tool" ]; then
+      calls=("$tool" --tool "$PART" ${options[@]+"${options[@]}"} --error-exitcode 99 "${calls[@]}")
+    else # a call that fails is seen to fail
+      calls=(sh -c '"$@" && echo "refused: there is no compute-sanitizer here"' sh "${calls[@]}")
     fi
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 120 "${calls[@]}"
   done
-  unset PART
+  PART=''
 }
 
 if [ -n "$images" ] && todo steps; then
   store=$work/images/$(basename "${images%.npz}")
-  "$python" -m bench.gpu.images "$images" "$store" > "$work/images.log" 2>&1 < /dev/null &
+  # What is built meanwhile is not there yet.
+  PYTHONPATH=$root "$python" -m bench.gpu.images "$images" "$store" > "$work/images.log" 2>&1 < /dev/null &
   preparing=$!
 fi
 if todo build; then build; fi
@@ -201,6 +210,7 @@ if todo steps; then
   measure steps 40 "${store_options[@]}"
 fi
 if todo selftest; then
+  rm -f "$work/selftest.json"
   stage selftest 60 env ${dry:+KRRST_FAST_EXTENSION=0} "$python" -m krrst_fast.selftest \
     --device "$device" --json "$work/selftest.json"
 fi

@@ -150,15 +150,21 @@ def test_a_graph_that_writes_nothing_is_seen(device, timer) -> None:
 
 def test_kernels_are_summed_and_those_that_take_most_come_first() -> None:
     def event(name: str, count: int, us: float) -> SimpleNamespace:
-        return SimpleNamespace(key=name, count=count, self_device_time_total=us)
+        kind = torch.autograd.DeviceType.CPU if name == "aten::mm" else gpu
+        about = {"device_type": kind, "is_user_annotation": name == "step"}
+        return SimpleNamespace(key=name, count=count, self_device_time_total=us, **about)
 
+    gpu = torch.autograd.DeviceType.CUDA
     events = [event("a", 5, 50.0), event("b", 10, 5000.0), event("c", 5, 0.0), event("d", 5, 5.0)]
+    # What is not a kernel is given the time of the kernels in it once more.
+    events += [event("aten::mm", 5, 5000.0), event("step", 5, 5000.0)]
     found = clock.kernels(events, "cuda", calls=5, top=2)
     assert found["largest"] == [
         {"name": "b", "launches": 2.0, "ms": 1.0},
         {"name": "a", "launches": 1.0, "ms": 0.01},
     ]
     assert found["launches"] == 4.0 and found["kernel_ms"] == pytest.approx(1.011)
+    assert clock.kernels([], "cuda", 5, 2) == {"failed": "the profiler saw no kernel"}
 
 
 def test_calls_take_turns_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

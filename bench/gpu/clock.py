@@ -179,11 +179,16 @@ class Clock:
 def kernels(events: Any, device: str, calls: int, top: int) -> dict[str, Any]:
     """Sum up a profile's events, and list those with most time of their own, a call."""
     field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    # Beside the kernels there are events of the CPU, which are given the time of theirs.
+    gpu = torch.autograd.DeviceType.CUDA
     rows = [
         {"name": x.key[:100], "launches": x.count / calls, "ms": getattr(x, field) / calls / 1e3}
         for x in events
+        if device != "cuda" or (x.device_type == gpu and not x.is_user_annotation)
     ]
     rows = sorted((row for row in rows if row["ms"] > 0), key=lambda row: -row["ms"])
+    if not rows:
+        return {"failed": "the profiler saw no kernel"}
     total, launches = (sum(row[name] for row in rows) for name in ("ms", "launches"))
     return {"kernel_ms": total, "launches": launches, "largest": rows[:top]}
 
@@ -201,8 +206,6 @@ def capture(call: Callable[[], Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]
                 call()
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            gc.collect()
-            torch.cuda.empty_cache()
             graph.capture_begin()
             try:
                 result = call()

@@ -1,6 +1,6 @@
 """Compiles ahead what the later stages launch, with all cores and without a GPU.
 
-The stages' own calls are made on a GPU that is only played (`played.py`). Each specialisation that
+The stages' own calls are made on a simulated GPU (`played.py`). Each specialisation that
 they launch is compiled by Triton's launcher itself, so that the stages find it in TRITON_CACHE_DIR.
 Exits 1 if one does not compile; the others are compiled all the same.
 
@@ -220,7 +220,7 @@ def _line(error: BaseException) -> str:
 def _child(job: Job, pipe: connection.Connection, arch: int) -> None:
     from triton import knobs
 
-    # It parted from one that only looks for what to compile.
+    # The parent process only looks for what to compile: here it is compiled.
     with mock.patch.object(knobs.runtime, "jit_cache_hook", None), played_driver(arch):
         try:
             cached, failed = job.compile(), ""

@@ -61,7 +61,7 @@ class Alternative(NamedTuple):
 
 
 def alternatives(shape: Shape, device: str) -> list[Alternative]:
-    """The ways, what matters most first: torch's solver may refuse a capture, and spoils it."""
+    """The ways, torch's last: a capture that its solver refuses costs the process."""
     ways = [Alternative("cuda", "fast"), Alternative("cuda"), Alternative("triton", "fast")]
     return [*ways, *([Alternative("cpp")] if device == "cpu" else []), Alternative("torch")]
 
@@ -97,8 +97,8 @@ def rows(shape: Shape, run: Run) -> Rows:
 
 
 def _lacks(row: dict[str, Any] | None) -> bool:
-    """Whether there is no such way here, or it has failed."""
-    return row is None or "ms" not in row
+    """Whether there is no such way here, or it has failed or is wrong."""
+    return row is None or "ms" not in row or "wrong" in row
 
 
 class Compared:
@@ -147,10 +147,14 @@ class Compared:
         return (2 if self.shape.p >= MANY else 4) * max(found.values()) + table.FLOOR
 
     def baseline(self, name: str) -> dict[str, Any]:
-        """Measure the released formulation."""
+        """Measure the released formulation. That memory does not suffice for it is a result."""
         call = self.released[name]
-        row = self.run.clock.alone(call, seconds=SECONDS) | {"error": errors(call(), self.exact)}
-        return {**row, "peak_mb": self.run.clock.peak_mb(call), **self._about()}
+        try:
+            row = self.run.clock.alone(call, seconds=SECONDS)
+        except torch.OutOfMemoryError:
+            return {"refused": "out of memory"}
+        row |= {"error": errors(call(), self.exact), "peak_mb": self.run.clock.peak_mb(call)}
+        return row | self._about()
 
     def _about(self) -> dict[str, Any]:
         chosen = plan(**self.shape._asdict())

@@ -17,7 +17,7 @@ from krrst_fast.errors import DataError, KrrstError
 ROOT = Path(__file__).resolve().parents[2]
 # What a time, or the verdict of a test, depends on.
 _SOURCES = (
-    *("setup.py", "pyproject.toml", "bench/*.py", "bench/gpu/*.py", "kernels/*.py"),
+    *("setup.py", "pyproject.toml", "bench/*.py", "bench/gpu.sh", "bench/gpu/*.py", "kernels/*.py"),
     *("krrst_fast/**/*.py", "csrc/**/*", "tests/*.py"),
 )
 

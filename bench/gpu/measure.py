@@ -3,7 +3,7 @@
 Rows come in units, each made by a child of this process: what takes its process with it, or spoils
 it, costs the row that was tried, and the next child goes on behind it. A row that the time limit
 cut is not blamed: the next call makes it. This process imports torch once, for all children, and
-must never start CUDA or a thread: a child that is forked then could use neither.
+must never start CUDA or compute anything: a child that is forked then could do neither.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from krrst_fast.errors import KrrstError
 
 DONE, GO_ON = 0, 75
 """Exit codes of a child: all rows are made; the process is spoilt, another one goes on."""
-SILENCE = 60.0
+SILENCE = 45.0
 """Seconds that one row may take."""
 
 Rows = Iterable[tuple[str, Callable[[], dict[str, Any]]]]

@@ -53,24 +53,25 @@ class Part(NamedTuple):
 
 
 def units(toy: bool) -> Iterator[Unit]:
-    """A unit a part and precision."""
+    """A unit a part."""
     for part, (make, sizes) in (TOY if toy else FULL).items():
-        for precision, those in sizes.items():
-            yield Unit(f"{part} {precision}", partial(rows, part, precision, those, make))
+        yield Unit(part, partial(rows, part, sizes, make))
 
 
 def rows(
-    part: str, precision: str, sizes: Sequence[Size], make: Callable[..., Work], run: Run
+    part: str, sizes: dict[str, tuple[Size, ...]], make: Callable[..., Work], run: Run
 ) -> Rows:
-    """A row a size and implementation: "gram fast 1000x8192: triton"."""
-    for size in sizes:
+    """A row a precision, size and implementation: "gram fast 1000x8192: triton"."""
+    for precision, size in ((x, size) for x in sizes for size in sizes[x]):
         cached = Cached(partial(make, size, precision, run.device))
+        about = {"part": part, "precision": precision, "size": list(size)}
+
+        def label(size: Size, name: str, precision: str = precision) -> str:
+            return f"{part} {precision} {'x'.join(map(str, size))}: {name}"
+
         for name in IMPLEMENTATIONS[part]:
-            labels = (f"{part} {precision} {'x'.join(map(str, x))}: " for x in (size, sizes[0]))
-            label, first = (f"{label}{name}" for label in labels)
-            about = {"part": part, "precision": precision, "size": list(size)}
-            torchs = f"{label.partition(': ')[0]}: torch"
-            yield label, partial(measured, run, cached, name, about, torchs, first)
+            others = label(size, "torch"), label(sizes[precision][0], name)
+            yield label(size, name), partial(measured, run, cached, name, about, *others)
 
 
 class Cached:
@@ -89,7 +90,7 @@ class Cached:
 
 
 def measured(
-    run: Run, cached: Cached, name: str, about: dict[str, Any], torchs: str, first: str
+    run: Run, cached: Cached, name: str, about: dict[str, Any], of_torch: str, of_first: str
 ) -> dict[str, Any]:
     """Time and error of one implementation: of its graph, or of calls where it cannot be captured.
 
@@ -97,20 +98,23 @@ def measured(
 
     Args:
         run, cached, name, about: what is measured.
-        torchs: the row of torch at this size, whose error is the measure of the others.
-        first: the row of the first size: what could not be captured there is not tried again.
+        of_torch: the row of torch at this size, whose error is the measure of the others.
+        of_first: the row of the first size: what could not be captured there is not tried again.
     """
     if (why := cached.work.refused.get(name)) is not None:
         return {**about, "refused": why}
     call = cached.work.calls[name]
-    row = {**about, "error": relative_error(call(), cached.exact)}
-    usual = (run.row(torchs) or {}).get("error", row["error"])
+    try:
+        row = {**about, "error": relative_error(call(), cached.exact)}
+    except torch.OutOfMemoryError:
+        return {**about, "refused": "out of memory"}
+    usual = (run.row(of_torch) or {}).get("error", row["error"])
     allowed = 2 * usual + FLOORS.get(about["precision"], FLOOR)
     if row["error"] > allowed:
         row["wrong"] = [f"error {row['error']:.1e} > {allowed:.1e}"]
-    row |= run.clock.alone(call, seconds=0.1)
-    if "no_graph" in (run.row(first) or {}):
-        return {**row, "no_graph": run.row(first)["no_graph"]}
+    row |= run.clock.alone(call, seconds=0.05)
+    if "no_graph" in (run.row(of_first) or {}):
+        return {**row, "no_graph": run.row(of_first)["no_graph"]}
     graph = run.clock.graph(call, seconds=0.1)
     if "ms" in graph:
         return {**row, **graph, "eager_ms": row["ms"]}
@@ -244,6 +248,18 @@ _MSE = _both((1024, 8192, 512), (1024, 8192, 100), (1024, 8192, 10), (256, 2048,
 _MSE["float32"] += ((1024, 1000, 512),)
 
 FULL = {
+    "solve": Part(
+        solve,
+        {
+            "float32": (
+                *((1000, 512), (1000, 100), (1000, 10), (2000, 512), (5000, 100), (8193, 512)),
+            ),
+            "float64": (
+                *((100, 64), (256, 512), (500, 10), (500, 512), (1000, 512), (1000, 10)),
+                *((2000, 512),),
+            ),
+        },
+    ),
     "gram": Part(
         gram,
         _both(
@@ -273,18 +289,6 @@ FULL = {
                 *((1000, 8192, 512), (1000, 8192, 100), (1000, 8192, 10), (2000, 8192, 512)),
                 *((5000, 8192, 100), (10000, 8192, 512), (100, 2048, 64)),
             )
-        },
-    ),
-    "solve": Part(
-        solve,
-        {
-            "float32": (
-                *((1000, 512), (1000, 100), (1000, 10), (2000, 512), (5000, 100), (8193, 512)),
-            ),
-            "float64": (
-                *((100, 64), (256, 512), (500, 10), (500, 512), (1000, 512), (1000, 10)),
-                *((2000, 512),),
-            ),
         },
     ),
     "solve_many": Part(solve, {"float64": ((4096, 25, 5), (256, 25, 5), (64, 100, 64))}),

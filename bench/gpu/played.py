@@ -1,4 +1,4 @@
-"""What the stages launch, told by their own calls: on tensors without values, on a GPU only played.
+"""What the stages launch, found by making their own calls on a simulated GPU, without values.
 
 A stage whose calls are missing here finds its kernels not compiled ahead: slower, not wrong.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.gpu import krr, parts
+from bench.gpu import krr, parts, sanitized
 from krrst_fast import gpu, krr_mse, library, measured, selftest_checks
 from krrst_fast.data.augment import ViewConfig, draw_views
 
@@ -141,4 +141,11 @@ def of_tests(toy: bool) -> Iterator[tuple[str, Call]]:
         yield f"test of a batch {backend}", partial(tests.results, loss, many)
 
 
-GROUPS = (of_krr, of_parts, of_step, of_selftest, of_tests)
+def of_sanitized(toy: bool) -> Iterator[tuple[str, Call]]:
+    """The calls that compute-sanitizer watches: nothing is to be compiled under it."""
+    for call in () if toy else sanitized.krr("meta"):
+        if call.args[0]["backend"] in TRITON_BACKENDS:
+            yield "sanitized", call
+
+
+GROUPS = (of_sanitized, of_krr, of_parts, of_step, of_selftest, of_tests)

@@ -81,7 +81,13 @@ def shapes(found: Results) -> list[Shape]:
         if "shape" in released:
             ways = {name: row for name, row in rows.items() if "released_ms" in row}
             graphs = {name: rows.get(f"{name}, as a graph", {}) for name in ways}
-            ways = [Way(name, row, graphs[name]) for name, row in ways.items()]
+            # A graph of other code than the call says nothing of this way.
+            same = {
+                name for name, row in ways.items() if graphs[name].get("sources") == row["sources"]
+            }
+            ways = [
+                Way(name, row, graphs[name] if name in same else {}) for name, row in ways.items()
+            ]
             made.append(Shape(released["shape"], released, ways))
     return made
 
@@ -260,7 +266,9 @@ def short(found: Results) -> str:
         told.append(f"outer step: {ms[0]} | {ms[1]} ms | x {digits(whole['times_released'], 2)}")
     outcomes = found.rows("tests").get("tests", {}).get("outcomes", {})
     told.append(f"tests: {', '.join(f'{n} {what}' for what, n in outcomes.items()) or '-'}")
-    told += [line(found, stage) for stage in found.stages]
+    lines = [line(found, stage).splitlines() for stage in found.stages]
+    told += [first for first, *_ in lines]
+    told += [f"{stage}:{x}" for stage, (_, *rest) in zip(found.stages, lines) for x in rest]
     text = "\n".join(x[:400] for x in told)
     end = f"\nfiles: {found.path}, {found.path.with_name('gpu.md')}\n"
     cut = "\n..."

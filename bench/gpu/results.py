@@ -5,6 +5,7 @@ A row carries a digest of the code it was measured with, so that repaired code t
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,22 +70,15 @@ class Results:
     def begin(cls, out: Path, machine: Mapping[str, Any]) -> "Results":
         """Those in a folder, for this machine and the code that is here.
 
-        Raises:
-            DataError: they are of another GPU, other versions or other sizes.
+        What was measured on another GPU, with another torch or triton, or in other sizes is not
+        mixed with them: it is put aside as `gpu-before.json`.
         """
+        if (out / FILE).exists() and about(cls(out).machine) != about(machine):
+            (out / FILE).replace(out / "gpu-before.json")
+            print(f"{out / FILE}: of another machine, now gpu-before.json", file=sys.stderr)
         if not (out / FILE).exists():
             write(out / FILE, json.dumps({"machine": machine, "stages": {}}))
         found = cls(out)
-        mine, theirs = (
-            {name: one.get(name) for name in ("gpu", "versions", "sizes")}
-            for one in (machine, found.machine)
-        )
-        for name, value in mine.items():
-            if theirs[name] != value:
-                raise DataError(
-                    f"bench/gpu.sh: {found.path} was measured with {name} {theirs[name]}, here it "
-                    f"is {value}; name another folder by --out"
-                )
         found.all["machine"] = found.machine = dict(machine)
         found.save()
         return found
@@ -99,7 +93,8 @@ class Results:
 
     def begin_stage(self, stage: str) -> dict[str, Any]:
         """Make the place of a stage, if it has none yet."""
-        return self.stages.setdefault(stage, {"seconds": 0.0, "finished": False, "rows": {}})
+        empty = {"seconds": 0.0, "finished": False, "why": "", "rows": {}}
+        return self.stages.setdefault(stage, {**empty, "sources": self.machine["sources"]})
 
     def add(self, stage: str, name: str, row: Mapping[str, Any]) -> None:
         """Keep a row, on disk."""
@@ -125,17 +120,24 @@ class Results:
         self.save()
 
     def settled(self, stage: str, name: str) -> bool:
-        """Whether a row need not be measured: it is there, and right, or failed with this code."""
+        """Whether a row need not be measured: it is there, and right, or failed with this code.
+
+        What was refused is asked again: it may have been built meanwhile.
+        """
         row = self.rows(stage).get(name)
-        return row is not None and (not wrong(row) or row["sources"] == self.machine["sources"])
+        if row is None or "refused" in row:
+            return False
+        return not wrong(row) or row["sources"] == self.machine["sources"]
 
     def done(self, stage: str) -> bool:
         """Whether a stage need not be run."""
         one = self.stages.get(stage)
         if one is None or not one["finished"]:
             return False
-        same = one["sources"] == self.machine["sources"]
-        return same or (stage not in CHECKS and not any(wrong(x) for x in one["rows"].values()))
+        bad = any(wrong(row) or "refused" in row for row in one["rows"].values())
+        if one["sources"] == self.machine["sources"]:
+            return stage != "build" or not bad
+        return stage not in CHECKS and not bad
 
     def complaints(self, stage: str) -> Iterator[str]:
         """What is wrong in a stage, a line each."""
@@ -143,8 +145,12 @@ class Results:
             yield from (f"{name}: {one}" for one in wrong(row))
 
 
+def about(machine: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What rows must have in common to be compared."""
+    versions = machine["versions"]
+    return machine["gpu"], machine["sizes"], versions["torch"], versions["triton"]
+
+
 def wrong(row: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a row. That memory did not suffice is a result."""
-    failed = row.get("failed")
-    found = [failed] if failed and failed != "out of memory" else []
-    return [*found, *row.get("wrong", ())]
+    """What is wrong with a row."""
+    return [*([row["failed"]] if "failed" in row else []), *row.get("wrong", ())]

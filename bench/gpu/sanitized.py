@@ -9,7 +9,7 @@ its own: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from krrst_fast import krr_mse
 from krrst_fast.backends import BACKENDS
 
-Call = Callable[[], Any]
+Call = partial[Any]
 
 
 def cholesky(device: str) -> Iterator[Call]:

@@ -19,20 +19,23 @@ def dispatch(found: Results) -> dict[str, Any]:
 
     A size has a row if torch has a time there; what is wrong has none.
     """
-    rows: dict[tuple, dict[str, Any]] = {}
-    last = ""
+    by_size: dict[tuple, dict[str, Any]] = {}
     for name, row in found.rows("parts").items():
-        if "ms" not in row or wrong(row):
-            continue
-        key = row["part"], row["precision"], tuple(row["size"])
-        about = {"part": key[0], "precision": key[1], "size": list(key[2]), "ms": {}}
-        rows.setdefault(key, about)["ms"][name.partition(": ")[2]] = row["ms"]
-        last = max(last, row["date"])
+        if "ms" in row and not wrong(row):
+            key = row["part"], row["precision"], tuple(row["size"])
+            by_size.setdefault(key, {})[name.partition(": ")[2]] = row
+    rows = []
+    for (part, precision, size), some in by_size.items():
+        # A graph leaves out what Python takes: where one has none, calls are compared with calls.
+        which = "eager_ms" if any("no_graph" in row for row in some.values()) else "ms"
+        ms = {name: row.get(which, row["ms"]) for name, row in some.items()}
+        rows.append({"part": part, "precision": precision, "size": list(size), "ms": ms})
+    dates = [row["date"] for some in by_size.values() for row in some.values()]
     machine = found.machine
     gpu = machine["about"] or {"name": "none", "architecture": "cpu"}
-    about = {"gpu": gpu["name"], "date": last[:10], "command": "bench/gpu.sh"}
+    about = {"gpu": gpu["name"], "date": max(dates, default="")[:10], "command": "bench/gpu.sh"}
     about |= {name: machine["versions"][name] for name in ("torch", "triton")}
-    kept = [row for row in rows.values() if "torch" in row["ms"]]
+    kept = [row for row in rows if "torch" in row["ms"]]
     return {gpu["architecture"]: {**about, "cuda": gpu.get("cuda"), "rows": kept}}
 
 
