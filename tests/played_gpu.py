@@ -6,6 +6,7 @@ tensor, divide by a number as CUDA does, and raise what CUDA raises under determ
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -135,6 +136,8 @@ class Gpu(TorchDispatchMode):
             return args[0]
         written = [x for x, a in zip(args, func._schema.arguments) if _is_written(a)]
         written += [kwargs[a.name] for a in func._schema.arguments if _is_written(a, kwargs)]
+        if not func._schema.returns:
+            return None  # those that write to lists of tensors
         if written:
             return written[0] if len(written) == 1 else tuple(written)
         return tree_map(_wrapped, value)
@@ -207,6 +210,22 @@ def _reciprocal(x: Tensor, divisor: Any) -> Any:
     return (1.0 / torch.as_tensor(divisor, dtype=wide)).item()
 
 
+class Event:
+    """A moment: what is played has been done as soon as it was asked for."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end.at - self.at) * 1e3
+
+
 def _moved(on: Gpu, to: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Tensor.to, which is to know where a played tensor is."""
 
@@ -218,6 +237,9 @@ def _moved(on: Gpu, to: Callable[..., Tensor]) -> Callable[..., Tensor]:
             device, kwargs["dtype"] = other.device, other.dtype
         elif rest and (rest[0] is None or isinstance(rest[0], str | int | torch.device)):
             device = rest.pop(0)
+        # As modules call it: a dtype that may be None, and whether the copy may be asynchronous.
+        rest = [value for value in rest if value is not None and not isinstance(value, bool)]
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         device = x.device if device is None else torch.device(device)
         if isinstance(x, Played) == (device.type == "cuda"):
             kept = {k: v for k, v in kwargs.items() if k != "non_blocking"}
@@ -266,6 +288,9 @@ def played_gpu() -> Iterator[Gpu]:
         "get_device_name": lambda *_: "played GPU",
         "get_device_capability": lambda *_: (7, 0),
         "synchronize": lambda *_: None,
+        "reset_peak_memory_stats": lambda *_: None,
+        "max_memory_allocated": lambda *_: 0,
+        "Event": Event,
     }
     with ExitStack() as stack:
         for name, value in cuda.items():
@@ -282,5 +307,10 @@ def played_gpu() -> Iterator[Gpu]:
             stack.enter_context(mock.patch.object(torch.Tensor, name, method))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(gpu, "_capability", lambda _: (7, 0)))
+        # Or a module that is moved would keep its parameters and take their numbers alone.
+        overwrite = torch.__future__.set_overwrite_module_params_on_conversion
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        overwrite(True)
+        stack.callback(overwrite, before)
         stack.enter_context(on)
         yield on
