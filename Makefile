@@ -1,6 +1,7 @@
-# make test   all tests                      make lint   style, types, C++ format
+# make test   the tests: some minutes        make test-slow   the slow ones, which CI runs too
+# make lint   style, types, C++ format
 # make demo   the whole chain on digits      make clean  everything that make made
-# make bench  all of asv and its page: hours make bench-quick  that every benchmark runs
+# make bench  all of asv: hours              make bench-quick  that every benchmark runs
 # make sanitize  the tests of the C++ code, on a build with sanitizers
 # make check-triton  that every Triton kernel compiles for GPUs, with both versions of triton
 #
@@ -22,12 +23,18 @@ TRITON_OF_CUDA := triton==3.6.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: test demo lint sanitize check-triton clean install bench bench-quick
+.PHONY: test test-slow demo lint sanitize check-triton clean install bench bench-quick
 
 install: .venv/.built
 
+# Two processes with one thread each: threads of one process wait for each other.
 test: install
-	$(BIN)/pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" -n 2 --dist worksteal --durations=10
+
+# Then the tests of the C++ operators again, with two threads.
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow -n 2 --dist worksteal --durations=10
+	$(BIN)/pytest -q $(addprefix tests/,test_library.py test_batched_ops.py test_gram.py test_krr_batched.py)
 
 demo: install
 	rm -rf demo
@@ -40,7 +47,6 @@ demo: install
 bench: install
 	$(BIN)/asv machine --yes
 	$(BIN)/asv run -E existing --set-commit-hash "$$(git rev-parse HEAD)"
-	$(BIN)/python -m bench.report --out .asv/report.html --readme README.md
 
 # A small shape of every suite, and every measurement of one; asv keeps what it knows of the machine
 # in HOME.
@@ -51,7 +57,7 @@ bench-quick: install
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && export HOME=$$home \
 		&& $(BIN)/asv machine --yes > $$home/log && echo "asv run --quick" \
 		&& { $(BIN)/asv run --quick --dry-run -E existing --show-stderr \
-			--bench "track_error\(\w+\($(SMALLEST)" --bench track_threads \
+			--bench "track_error\(\w+\($(SMALLEST)" \
 			--bench "RidgeSolve\.\w+\(Shape\(m=30.*'torch', 'float32'" > $$home/log 2>&1 \
 		|| { tail -n 60 $$home/log; exit 1; }; } \
 		&& awk '/time_call|track_/ { n++ } END { print n + 0, "benchmarks ran" }' $$home/log

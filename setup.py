@@ -131,7 +131,7 @@ def build_command(cpp_extension):
 
 
 def extensions():
-    """The modules this machine can build, and the build command they need."""
+    """Return the modules that this machine can build, and their build command."""
     if BUILD == "0":
         return [], {}
     if not shutil.which(os.environ.get("CXX", "c++").split()[0]):

@@ -1,14 +1,15 @@
-"""Benchmarks, run by asv; the rows with a floor also by `python -m bench.ratios`.
+"""Benchmarks for asv; `python -m bench.ratios` makes the README's table.
 
     asv machine --yes
     asv check -E existing
     asv run -E existing --quick --dry-run --bench Gram
-    asv run -E existing --set-commit-hash $(git rev-parse HEAD) && python -m bench.report
+    asv run -E existing --set-commit-hash $(git rev-parse HEAD)
     asv continuous main HEAD --bench track_ratio
+    python -m bench.ratios --readme README.md
 
-With more runnable threads than cores, whoever waits for a thread at a barrier burns the time it
-needs: `OMP_WAIT_POLICY=passive` in front lets both sides sleep there. Say so beside the figures.
+With more runnable threads than cores, threads that spin at a barrier slow down all others. Set
+`OMP_WAIT_POLICY=passive` then, and state it beside the figures.
 
-On shared processors only a ratio to the reference, taken in one process with the calls of both in
-turn, is worth comparing between days: `track_ratio_to_reference`, our time by the reference's.
+On shared processors compare ratios between days, not times: `track_ratio_to_reference` is the time
+of krrst_fast divided by that of the reference, interleaved in one process.
 """

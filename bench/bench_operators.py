@@ -1,6 +1,6 @@
-"""The compiled operators that the closed forms are made of, each against what it stands for."""
+"""The operators that the closed forms are made of, the gram and views, each with its reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 
 from bench import flops
-from bench.common import features
-from bench.suite import Case, Comparison, Setting
-from krrst_fast import reference
-from krrst_fast.seeding import generator
+from bench.common import features, targets
+from bench.suite import EVERYWHERE, PLAIN, Case, Comparison, Setting, compared
+from krrst_fast import gram, reference, views
+from krrst_fast.runs.seeding import generator
 
-HERE = ("cpp", "torch-cuda")
-"""On a GPU the operators are the reference, until somebody writes them: the ratio is 1."""
+COMPILED = ("cpp", "torch-cuda")
+"""On a GPU the compiled operators fall back to the reference: the ratio is 1."""
+MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
+PADDING = 4
+
+
+class GramShape(NamedTuple):
+    """Rows and columns of the features, transposed (the D x D gram of the primal form) or not."""
+
+    n: int
+    d: int
+    transposed: bool = False
 
 
 class Thin(NamedTuple):
@@ -43,19 +53,61 @@ class System(NamedTuple):
     p: int
 
 
-def first(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor]:
-    """The result, or the first of them: the other is a pivot, which cannot be a little wrong."""
-    result = function(*tensors)
-    return (result if isinstance(result, Tensor) else result[0],)
+class Images(NamedTuple):
+    """B images, of `size` by `size` pixels."""
+
+    b: int
+    size: int
 
 
-def operator_case(name: str, tensors: Sequence[Tensor], count: float) -> Case:
-    """An operator of the library against the function of its name in the reference."""
-    operator, plain = getattr(torch.ops.krrst_fast, name), getattr(reference, name)
-    return Case(
-        ours=partial(first, operator, *tensors),
-        reference=partial(first, plain, *tensors),
-        exact=lambda: first(plain, *(x.double() for x in tensors)),
+class Gram(Comparison):
+    """K = X X^T + 1."""
+
+    against = "the full product"
+    params = (
+        (
+            GramShape(1000, 8192),
+            GramShape(2000, 8192),
+            GramShape(5000, 512, transposed=True),
+            GramShape(256, 2049),
+            GramShape(10, 25088),
+        ),
+        EVERYWHERE,
+        (*PLAIN, "fast"),
+    )
+    gradient = False
+
+    def case(self, shape: GramShape, how: Setting) -> Case:
+        (x,) = features(shape.n, columns=shape.d)
+        x = (x.mT if shape.transposed else x).requires_grad_(self.gradient)
+        rows, columns = x.shape
+        return compared(
+            how.place(x),
+            ours=partial(gram, scale=1.0, bias=1.0, **how.keywords),
+            plain=partial(reference.gram, scale=1.0, bias=1.0),
+            flops=flops.gram(rows, columns) + self.gradient * flops.product(rows, rows, columns),
+        )
+
+
+class GramGradient(Gram):
+    """Forward and backward pass of |K|^2 / 2."""
+
+    against = "the full product and autograd"
+    gradient = True
+
+
+def operator_case(name: str, tensors: list[Tensor], count: float) -> Case:
+    """Compare an operator with the function of its name in `reference`."""
+
+    def first(function: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        # A second result is a pivot, which has no relative error.
+        result = function(*tensors)
+        return result if isinstance(result, Tensor) else result[0]
+
+    return compared(
+        tensors,
+        ours=partial(first, getattr(torch.ops.krrst_fast, name)),
+        plain=partial(first, getattr(reference, name)),
         flops=count,
     )
 
@@ -71,15 +123,13 @@ class ThinMatmul(Comparison):
             Thin(8192, 1000, 100, True),
             Thin(1024, 8192, 2, False),
         ),
-        HERE,
-        ("float32", "float64"),
+        COMPILED,
+        PLAIN,
     )
 
     def case(self, shape: Thin, how: Setting) -> Case:
         rows, columns = (shape.k, shape.i) if shape.transposed else (shape.i, shape.k)
-        (f,) = features(rows, columns=columns)
-        b = torch.randn(shape.k, shape.j, generator=generator(0, "columns"))
-        f, b = how.place([f, b])
+        f, b = how.place(*features(rows, columns=columns), targets(shape.k, shape.j))
         a = f.mT if shape.transposed else f
         return operator_case("thin_matmul", [a, b], flops.product(*shape[:3]))
 
@@ -90,51 +140,74 @@ class BatchedMatmul(Comparison):
     against = "torch.matmul"
     params = (
         (Batch(4096, 25, 640, 5), Batch(4096, 75, 640, 5), Batch(4096, 640, 25, 5)),
-        HERE,
-        ("float32", "float64"),
+        COMPILED,
+        PLAIN,
     )
 
     def case(self, shape: Batch, how: Setting) -> Case:
-        draw = generator(0, "batch")
-        a = torch.randn(shape.n, shape.i, shape.k, generator=draw)
-        b = torch.randn(shape.n, shape.k, shape.j, generator=draw)
-        return operator_case(
-            "batched_matmul", how.place([a, b]), shape.n * flops.product(*shape[1:])
-        )
-
-
-def systems(shape: System) -> tuple[Tensor, Tensor, Tensor]:
-    """Grams [N, M, M], ridges [N] and right-hand sides [N, M, P]."""
-    draw = generator(0, "systems")
-    f = torch.randn(shape.n, shape.m, 2 * shape.m, generator=draw)
-    y = torch.randn(shape.n, shape.m, shape.p, generator=draw)
-    return f @ f.mT, torch.full((shape.n,), 0.1), y
-
-
-SYSTEMS = (System(4096, 25, 5), System(4096, 5, 5), System(256, 100, 10))
+        n, i, k, j = shape
+        tensors = how.place(targets(n, i, k), targets(n, k, j, seed=1))
+        return operator_case("batched_matmul", tensors, n * flops.product(i, k, j))
 
 
 class BatchedCholesky(Comparison):
     """Thousands of small factors, in float64 inside."""
 
     against = "torch.linalg.cholesky_ex in float64"
-    params = (SYSTEMS, HERE, ("float32",))
+    params = ((System(4096, 25, 5), System(4096, 5, 5), System(256, 100, 10)), COMPILED, PLAIN[:1])
+
+    def systems(self, shape: System, how: Setting) -> list[Tensor]:
+        """Draw grams [N, M, M], ridges [N] and right-hand sides [N, M, P]."""
+        n, m, p = shape
+        f = targets(n, m, 2 * m)
+        return how.place(f @ f.mT, torch.full((n,), 0.1), targets(n, m, p, seed=1))
 
     def case(self, shape: System, how: Setting) -> Case:
-        k, ridge, _ = systems(shape)
-        count = shape.n * shape.m**3 / 3
-        return operator_case("batched_cholesky", how.place([k, ridge]), count)
+        k, ridge, _ = self.systems(shape, how)
+        return operator_case("batched_cholesky", [k, ridge], shape.n * shape.m**3 / 3)
 
 
-class BatchedCholeskySolve(Comparison):
+class BatchedCholeskySolve(BatchedCholesky):
     """Thousands of small solves with such factors."""
 
     against = "torch.cholesky_solve in float64"
-    params = (SYSTEMS, HERE, ("float32",))
 
     def case(self, shape: System, how: Setting) -> Case:
-        k, ridge, y = systems(shape)
-        k, ridge, y = how.place([k, ridge, y])
+        k, ridge, y = self.systems(shape, how)
         factor, _ = reference.batched_cholesky(k, ridge)
         count = shape.n * 2 * shape.m**2 * shape.p
         return operator_case("batched_cholesky_solve", [y, factor], count)
+
+
+class Views(Comparison):
+    """Crop, flip and normalise packed uint8 images in one pass."""
+
+    against = "padding, indexing and arithmetic"
+    params = ((Images(1024, 32), Images(1024, 64), Images(256, 8)), ("cpp",), PLAIN[:1])
+
+    def case(self, shape: Images, how: Setting) -> Case:
+        draw = partial(torch.randint, generator=generator(0, "views"))
+        count = max(2048, shape.b)
+        tensors = [
+            draw(256, (count, 3, shape.size, shape.size), dtype=torch.uint8),
+            draw(count, (shape.b,)),
+            draw(2 * PADDING + 1, (shape.b, 2)),
+            draw(2, (shape.b,)).bool(),
+        ]
+        options = {"padding": PADDING, "mean": MEAN, "std": STD}
+
+        def exact() -> list[Tensor]:
+            # The bytes as the reference crops them, normalised in float64.
+            pixels = reference.views(*tensors, PADDING, (0.0,) * 3, (1.0,) * 3)
+            pixels = (pixels.double() * 255).round() / 255
+            mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+            return [(pixels - mean) / std]
+
+        case = compared(
+            tensors,
+            ours=partial(views, **options),
+            plain=partial(reference.views, **options),
+            # A subtraction and a multiplication for each value; memory is the limit.
+            flops=2 * shape.b * 3 * shape.size**2,
+        )
+        return case._replace(exact=exact)

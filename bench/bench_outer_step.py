@@ -1,6 +1,7 @@
-"""The outer step of a distillation, with the library's KRR loss and with the reference's."""
+"""The outer step of a distillation, with the KRR loss of krrst_fast and of the reference."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -10,15 +11,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops
+from bench.common import solving
 from bench.suite import EVERYWHERE, Case, Comparison, Setting
-from krrst_fast import krr_mse
+from krrst_fast import Solver, krr_mse
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import step
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Source
 from krrst_fast.models import ModelConfig
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 IMAGES = 1024
 RATE = step.LinearDecay(start=1e-4, final=1e-7, steps=160_000)
@@ -35,15 +37,9 @@ class Shape(NamedTuple):
     widths: tuple[int, ...]
 
 
-SHAPES = (
-    Shape("digits", 30, 64, 256, 16, (32, 64, 128)),
-    Shape("cifar", 100, 512, 256, 32, (32, 64, 128)),
-)
-
-
-def reference_mse(*tensors: Tensor, return_info: bool, **options: Any) -> tuple[Tensor, None]:
-    """`krr_mse` by the reference, which has no info to return."""
-    return krr_mse(*tensors, **options, backend="reference"), None
+def reference_mse(*tensors: Tensor, return_info: bool, solver: Solver, **options: Any) -> Any:
+    """Compute `krr_mse` by the reference, which has no info to return."""
+    return krr_mse(*tensors, **options, **solving("reference")), None
 
 
 class Run:
@@ -66,7 +62,7 @@ class Run:
             dtype=dtype,
         )
         pool = Pool(
-            # No network is renewed while it is measured: every step is the same work.
+            # No network is renewed during the measurement: every step is the same work.
             PoolConfig(size=2, online_steps=10**9, lr=0.01, model=ModelConfig(widths=shape.widths)),
             image_size=shape.size,
             num_outputs=shape.p,
@@ -77,8 +73,8 @@ class Run:
         y_syn = torch.randn((shape.m, shape.p), generator=draw).to(device, dtype)
         self.state = step.State(x_syn, y_syn, pool, generator(0, "steps"))
 
-    def advance(self, loss: Any) -> tuple[Tensor, Tensor]:
-        """One step; the gradients [M, 3, H, W] and [M, P] it went along."""
+    def advance(self, loss: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        """Take a step; return its gradients [M, 3, H, W] and [M, P]."""
         with mock.patch.object(step, "krr_mse", loss):
             step.outer_step(self.state, self.source, RATE, ridge=1e-6, ridge_of="trace")
         d_x, d_y = self.state.x_syn.grad, self.state.y_syn.grad
@@ -86,13 +82,13 @@ class Run:
         return d_x, d_y
 
     def next_exactly(self) -> tuple[Tensor, Tensor]:
-        """What `advance` is about to give, computed in float64 from the same state."""
+        """Compute in float64 what the next `advance` will return, without advancing."""
         exact = Run(self.shape, self.device, torch.float64)
         exact.state.load_state_dict(copy.deepcopy(self.state.state_dict()))
         return exact.advance(reference_mse)
 
     def flops(self) -> float:
-        """Those of the convolutions of the next step, which it takes, and of the KRR loss."""
+        """Take a step; count the arithmetic of its convolutions and of the KRR loss."""
         with FlopCounterMode(display=False) as counter:
             self.advance(reference_mse)
         counts = counter.get_flop_counts()["Global"]
@@ -105,12 +101,19 @@ class OuterStep(Comparison):
     """Views, features, loss, AdamW, and one SGD step of a network of the pool."""
 
     against = "the same step with the formula, by LU and autograd"
-    params = (SHAPES, EVERYWHERE, ("float32",))
+    params = (
+        (
+            Shape("digits", 30, 64, 256, 16, (32, 64, 128)),
+            Shape("cifar", 100, 512, 256, 32, (32, 64, 128)),
+        ),
+        EVERYWHERE,
+        ("float32",),
+    )
 
     def case(self, shape: Shape, how: Setting) -> Case:
         ours, plain, counted = (Run(shape, how.device, how.dtype) for _ in range(3))
         return Case(
-            ours=partial(ours.advance, partial(krr_mse, backend=how.backend)),
+            ours=partial(ours.advance, partial(krr_mse, **how.keywords)),
             reference=partial(plain.advance, reference_mse),
             exact=ours.next_exactly,
             exact_reference=plain.next_exactly,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: ratio of two calls, error of a result, memory of a call."""
+"""Interleaved times, error and memory of calls; random inputs."""
 
 import gc
 import json
@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from krrst_fast.seeding import generator
+from krrst_fast.backends import choose
+from krrst_fast.ops.solver import BackendName, Solver
+from krrst_fast.runs.seeding import generator
 
 THREADS = 2
 LATENT = 64
@@ -21,76 +23,53 @@ LATENT = 64
 Call = Callable[[], Sequence[Tensor]]
 
 
-class Timing(NamedTuple):
-    """Medians of calls that took turns.
-
-    Attributes:
-        ours: seconds.
-        reference: seconds.
-        pairs: how many calls of each.
-    """
-
-    ours: float
-    reference: float
-    pairs: int
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast ours is."""
-        return self.reference / self.ours
-
-
-def interleaved(
-    ours: Call,
-    reference: Call,
-    *,
+def medians(
+    *calls: Call,
     seconds: float,
     at_least: int = 5,
     at_most: int = 1000,
     clock: Callable[[], float] = time.perf_counter,
-) -> Timing:
-    """Time two calls in turn, so that whatever disturbs this machine disturbs both.
+) -> list[float]:
+    """Time calls interleaved, so that a disturbance of the machine affects all of them.
 
-    Each is called once before. Pairs are taken for `seconds`, at least `at_least` and at most
-    `at_most` of them; who goes first alternates.
+    Every second round is in reverse order. Garbage is not collected meanwhile.
+
+    Args:
+        *calls: Each is called once before.
+        seconds: Total duration of the rounds.
+        at_least: Smallest number of rounds.
+        at_most: Largest number of rounds.
+        clock: Returns the current time in seconds.
+
+    Returns:
+        The median time of each call in seconds.
     """
-    calls = (ours, reference)
-    taken: tuple[list[float], list[float]] = ([], [])
-    ours()
-    reference()
+    taken: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
     collects = gc.isenabled()
     gc.disable()
     try:
         end = time.monotonic() + seconds
-        pair = 0
-        while pair < at_least or (pair < at_most and time.monotonic() < end):
-            for which in (0, 1) if pair % 2 else (1, 0):
+        order, rounds = list(range(len(calls))), 0
+        while rounds < at_least or (rounds < at_most and time.monotonic() < end):
+            order.reverse()
+            for which in order:
                 start = clock()
                 calls[which]()
                 taken[which].append(clock() - start)
-            pair += 1
+            rounds += 1
     finally:
         if collects:
             gc.enable()
-    return Timing(median(taken[0]), median(taken[1]), pair)
-
-
-def median_seconds(call: Call, *, seconds: float, at_least: int = 3, at_most: int = 300) -> float:
-    """Median time of a call that was called before."""
-    taken: list[float] = []
-    end = time.monotonic() + seconds
-    while len(taken) < at_least or (len(taken) < at_most and time.monotonic() < end):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return median(taken)
+    return [median(times) for times in taken]
 
 
 def relative_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest |got - exact| / |exact| of the pairs, in the Frobenius norm.
+    """Return the largest |got - exact| / |exact| of the pairs, in the Frobenius norm.
 
     Raises:
-        FloatingPointError: a result, or what it is compared with, is not finite.
+        FloatingPointError: A tensor of either side is not finite.
     """
     errors = [
         (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)
@@ -104,7 +83,7 @@ def relative_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def waiting(call: Call, device: str) -> Call:
-    """The call, which on a GPU waits for what it started."""
+    """Make a call on a GPU wait until its work there is done."""
     if device == "cpu":
         return call
 
@@ -117,7 +96,7 @@ def waiting(call: Call, device: str) -> Call:
 
 
 def peak_mb(call: Call, device: str) -> float:
-    """The most memory (10^6 bytes) of tensors alive at once in a call, beyond that before it."""
+    """Measure the peak of memory in tensors during a call, less that before, in 10^6 bytes."""
     if device == "cpu":
         return peak_bytes(call) / 1e6
     torch.cuda.synchronize()
@@ -130,10 +109,10 @@ def peak_mb(call: Call, device: str) -> float:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes of CPU tensors that were alive at once in a call, beyond those before it.
+    """Measure the peak of memory in CPU tensors during a call, less that before, in bytes.
 
-    Whoever asks torch's allocator is counted, C++ operators too; scratch memory of a library
-    (MKL's, a packed panel) is not.
+    All allocations by torch count, those of C++ operators included; scratch memory of libraries
+    (MKL, packed panels) does not.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -151,13 +130,38 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
-def features(*rows: int, columns: int, seed: int = 0) -> list[Tensor]:
-    """Matrices that look like a network's last activations: half zeros, correlated, none negative.
+def solving(backend: BackendName = "auto", **options: Any) -> dict[str, Any]:
+    """Return the keywords that select how an operation solves its system.
 
     Args:
-        rows: of each matrix.
-        columns: of all of them; they share one random layer.
+        backend: The implementation.
+        **options: Other fields of `krrst_fast.Solver` that differ from the defaults.
+    """
+    return {"solver": Solver(backend=backend, **options)}
+
+
+def refusal(backend: str, x: Tensor) -> str | None:
+    """Return why a backend cannot compute on tensors like x, or None."""
+    try:
+        choose(backend, x, "bench")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def features(*rows: int, columns: int, seed: int = 0) -> list[Tensor]:
+    """Draw matrices like a network's last activations: half zeros, correlated, not negative.
+
+    Args:
+        *rows: Number of rows of each matrix.
+        columns: Number of columns of all of them; they share one random layer.
+        seed: Seed of the draw.
     """
     draw = generator(seed, "features")
     layer = torch.randn(LATENT, columns, generator=draw) / LATENT**0.5
     return [(torch.randn(n, LATENT, generator=draw) @ layer).relu_() for n in rows]
+
+
+def targets(*size: int, seed: int = 0) -> Tensor:
+    """Draw a tensor of normally distributed numbers."""
+    return torch.randn(size, generator=generator(seed, "targets"))

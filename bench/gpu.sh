@@ -6,29 +6,20 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
   cat << 'EOF'
-usage: bench/gpu.sh [--out FOLDER] [--images SOURCE] [--limit SECONDS] [--again] [--dry-run] [STAGE...]
+usage: bench/gpu.sh [--out FOLDER] [--images STORE] [--limit SECONDS] [--again] [--dry-run] [STAGE...]
        bench/gpu.sh [--out FOLDER] --publish
 
 Called again it goes on where it stopped. Stages, in their order; all of them if none is named:
-  build      the package for this GPU, and every Triton kernel that the other stages launch
-  ceilings   a copy, products and factors by the libraries
-  krr        the KRR loss with its gradients against the released formulation
-  step       where the time of an outer step goes
-  steps      outer steps on images
-  selftest   every operator against float64
-  tests      pytest -m gpu, in parallel
-  parts      which implementation of a part is fastest, by size
-  sanitizer  our kernels under compute-sanitizer: races, then wild reads and writes
+build, krr, step, steps, selftest, tests, parts, sanitizer. docs/gpu.md says what each gives.
 
   --out FOLDER      the results: gpu.json and gpu.md, rewritten after each stage; default: build/gpu
-  --images SOURCE   for the stage steps: what krrst prepare reads, or one npz of JPEG files that lie
-                    end to end; default: scikit-learn's digits
+  --images STORE    for the stage steps: a folder made by krrst prepare; default: scikit-learn's digits
   --work FOLDER     what is built and compiled, kept for the next call; default: build/gpu
   --limit SECONDS   for everything together; default: 540
   --python PYTHON   an interpreter that has torch; default: that of .venv, or python3
   --dry-run         everything, tiny, on the CPU, as a test
   --again           measure the named stages anew
-  --publish         write docs/results/, krrst_fast/measured.json and the README's table
+  --publish         write docs/results/, krrst_fast/backends/tuned.json and the README's table
 EOF
 }
 
@@ -56,7 +47,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $limit =~ ^[0-9]+$ ]] || refuse "--limit takes seconds, got $limit"
-[ -z "$images" ] || [ -e "$images" ] || refuse "--images $images: there is no such file or folder"
+[ -z "$images" ] || [ -e "$images/index.json" ] || refuse "--images $images: not a store of krrst prepare"
 if [ -z "$python" ]; then
   python=python3
   [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
@@ -135,7 +126,7 @@ build() {
     return
   fi
   KRRST_FAST_EXTENSION=0 timeout --kill-after=5 120 "$python" -m bench.gpu.compile_ahead \
-    ${dry:+--toy --most 3} --jobs "$cores" > "$work/kernels.log" 2>&1 < /dev/null &
+    ${dry:+--toy --most 1} --jobs "$cores" > "$work/kernels.log" 2>&1 < /dev/null &
   local kernels=$!
   if [ -n "${dry:-}" ]; then
     cp "$root"/krrst_fast/*.so "$site/krrst_fast/" 2> /dev/null
@@ -156,6 +147,7 @@ run_tests() {
   local files parallel=()
   # No others are collected: some import packages that only development needs.
   mapfile -t files < <(grep -lE 'mark\.gpu|kernels: Callable|gpu_calls' "$root"/tests/test_*.py)
+  [ -z "${dry:-}" ] || files=("$root/tests/test_gpu_krr.py") # all are skipped
   if "$python" -c 'import xdist' 2> /dev/null; then
     parallel=(-n $((cores < 12 ? cores : 12)) --dist worksteal)
   fi
@@ -185,37 +177,20 @@ sanitize() {
   PART=''
 }
 
-if [ -n "$images" ] && todo steps; then
-  store=$work/images/$(basename "${images%.npz}")
-  # What is built meanwhile is not there yet.
-  PYTHONPATH=$root "$python" -m bench.gpu.images "$images" "$store" > "$work/images.log" 2>&1 < /dev/null &
-  preparing=$!
-fi
 if todo build; then build; fi
 if [ ${#todo[@]} -gt 0 ]; then
   compgen -G "$site/krrst_fast/*.so" > /dev/null || export KRRST_FAST_EXTENSION=0 # or all would warn
 fi
-if todo ceilings; then measure ceilings 20; fi
 if todo krr; then measure krr 140; fi
 if todo step; then measure step 45; fi
-if todo steps; then
-  store_options=()
-  if [ -n "$images" ]; then
-    if wait "$preparing"; then
-      store_options=(--images "$store")
-    else
-      tail -n 1 "$work/images.log"
-    fi
-  fi
-  measure steps 40 "${store_options[@]}"
-fi
+if todo steps; then measure steps 40 ${images:+--images "$images"}; fi
 if todo selftest; then
   rm -f "$work/selftest.json"
   stage selftest 60 env ${dry:+KRRST_FAST_EXTENSION=0} "$python" -m krrst_fast.selftest \
     --device "$device" --json "$work/selftest.json"
 fi
 if todo tests; then run_tests; fi
-if todo parts; then measure parts 120; fi
+if todo parts; then measure parts 140; fi
 if todo sanitizer; then sanitize; fi
 echo
 exec "$python" -m bench.gpu.report --out "$out"

@@ -1,225 +1,193 @@
-"""The headline rows against what they replace: python -m bench.ratios [--peers] [--check]
+"""The rows of the README's table: python -m bench.ratios [--readme README.md] [--check]
 
-Times are medians of calls that took turns. `error` is the largest relative error of what is
-computed, gradients too, against the reference in float64.
+Each row times a computation and the code that it replaces, interleaved in one process, and compares
+both with float64. Times are medians, with memory that the process keeps between the calls; an error
+is the largest relative error of the result and of all gradients.
 """
 
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
 from bench import bench_few_shot, bench_fit, bench_krr, bench_peers
-from bench.common import THREADS, Timing, interleaved, relative_error
-from bench.suite import Case, Setting
-from krrst_fast.environment import describe
+from bench.common import THREADS, medians, relative_error
+from bench.markdown import cells, digits, head, rewrite, scientific
+from bench.suite import Comparison, Setting
+from krrst_fast.errors import KrrstError
+from krrst_fast.runs.environment import describe
 
-HEADER = (
-    f"{'computation':50s} {'against':30s} {'reference ms':>13s} {'ours ms':>9s} {'ratio':>7s}"
-    f" {'at least':>9s} {'pairs':>6s} {'error of reference':>19s} {'of ours':>8s}"
+BEGIN = "<!-- bench.ratios: from here to the end mark is written by a program -->"
+END = "<!-- bench.ratios: end -->"
+# glibc then keeps freed memory. Otherwise both sides return large tensors to the system, and what
+# is measured is how fast it hands out pages: in a virtual machine, 0.1 to 2 s for the same call.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+COLUMNS = (
+    *("computation", "against", "reference ms", "krrst_fast ms", "times as fast"),
+    *("error of the reference", "of krrst_fast"),
 )
-DRAWS = 3
-"""Over how many draws of the inputs the error of a peer is compared: one draw is a toss."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table before it is measured.
+class Row(NamedTuple):
+    """A computation that krrst_fast promises to be fast at.
 
     Attributes:
-        name: what is computed, at which size.
-        against: by whom else.
-        case: makes the computation; ImportError where a peer is not installed.
-        floor: how many times as fast ours has to be.
-        at_least: pairs of calls.
-        draws: more cases of other inputs, if ours may not be less accurate than the reference in
-            the median over them.
+        title: The computation.
+        suite: Suite that computes it and its reference.
+        shape: Sizes of the computation.
+        floor: Required speed, relative to the reference.
+        draws: Number of inputs. If several, the median of the errors over them may not exceed that
+            of the reference: the error of a single draw is chance.
     """
 
-    name: str
-    against: str
-    case: Callable[[], Case]
+    title: str
+    suite: type[Comparison]
+    shape: Any
     floor: float
-    at_least: int = 5
-    draws: Sequence[Callable[[], Case]] = ()
+    draws: int = 1
+
+    @property
+    def name(self) -> str:
+        """The computation and its sizes."""
+        sizes = self.shape._asdict().items()
+        return f"{self.title}: " + ", ".join(
+            f"{name.upper() if len(name) == 1 else name} {size}" for name, size in sizes
+        )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A line of the table; errors are relative to float64."""
+ROWS = (
+    *(Row("KRR loss and gradients", bench_krr.KRR, *row) for row in bench_krr.FLOORS.items()),
+    *(
+        Row("few-shot heads and gradients", suite, bench_few_shot.FIVE_SHOT, floor)
+        for suite, floor in ((bench_few_shot.FewShot, 1.2), (bench_few_shot.FewShotLoop, 8.0))
+    ),
+    *(
+        Row("one fit, many queries", suite, bench_fit.QUICK, 20.0)
+        for suite in (bench_fit.Reuse, bench_fit.ReusePredict)
+    ),
+)
+PEERS = tuple(
+    Row("fit and predict", peer, bench_peers.SHAPE, 1.0, draws=3) for peer in bench_peers.PEERS
+)
+
+
+class Measured(NamedTuple):
+    """Median seconds of a row, and its errors relative to float64."""
 
     row: Row
-    timing: Timing
-    reference_error: float
+    ours: float
+    reference: float
     error: float
+    reference_error: float
+
+    @property
+    def ratio(self) -> float:
+        """The speed of krrst_fast, relative to the reference."""
+        return self.reference / self.ours
 
     def failures(self) -> Iterator[str]:
-        """What is asked for and not reached."""
-        name = f"{self.row.name} against {self.row.against}"
-        if not self.timing.ratio >= self.row.floor:
-            yield f"{name}: {self.timing.ratio:.2f}, {self.row.floor:.1f} is needed"
-        if self.row.draws and not self.error <= self.reference_error:
+        """Yield what is required and not reached."""
+        name = f"{self.row.name} against {self.row.suite.against}"
+        if not self.ratio >= self.row.floor:
+            yield f"{name}: {self.ratio:.2f}, {self.row.floor:.1f} is needed"
+        if self.row.draws > 1 and not self.error <= self.reference_error:
             yield f"{name}: error {self.error:.2e}, {self.reference_error:.2e} is allowed"
 
     def __str__(self) -> str:
-        timing = self.timing
-        return (
-            f"{self.row.name:50s} {self.row.against:30s} {timing.reference * 1e3:13.2f}"
-            f" {timing.ours * 1e3:9.2f} {timing.ratio:7.2f} {self.row.floor:9.1f}"
-            f" {timing.pairs:6d} {self.reference_error:19.1e} {self.error:8.1e}"
+        return cells(
+            *(self.row.name, self.row.suite.against),
+            *(digits(x * 1e3) for x in (self.reference, self.ours)),
+            f"**{digits(self.ratio, 2)}**",
+            *(scientific(x) for x in (self.reference_error, self.error)),
         )
 
 
-def errors(case: Case) -> tuple[float, float]:
-    """Of the reference and of ours."""
-    exact = case.exact()
-    return relative_error(case.reference(), exact), relative_error(case.ours(), exact)
-
-
-def measure(row: Row, *, seconds: float, clock: str = "wall") -> Measured:
-    """Look at what a row computes, and time it.
+def measure(row: Row, *, seconds: float) -> Measured:
+    """Time a row on the CPU and compute its errors.
 
     Raises:
-        ImportError: what it is compared with is not installed.
+        ImportError: The reference is not installed.
     """
-    case = row.case()
-    found = [errors(case), *(errors(make()) for make in row.draws)]
-    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
-    timing = interleaved(
-        case.ours, case.reference, seconds=seconds, at_least=row.at_least, clock=clocks[clock]
+    suite, errors = row.suite(), []
+    for seed in range(row.draws):
+        suite.seed = seed
+        case = suite.case(row.shape, Setting())
+        exact = case.exact()
+        errors.append([relative_error(call(), exact) for call in (case.ours, case.reference)])
+    times = medians(case.ours, case.reference, seconds=seconds, at_least=suite.at_least)
+    return Measured(row, *times, *map(median, zip(*errors)))
+
+
+def measured(rows: Iterable[Row], *, seconds: float) -> Iterator[Measured]:
+    """Measure rows; report on stderr those of which the reference is not installed."""
+    torch.set_num_threads(THREADS)
+    for row in rows:
+        try:
+            yield measure(row, seconds=seconds)
+        except ImportError as error:
+            print(f"{row.name} against {row.suite.against}: n/a: {error}", file=sys.stderr)
+
+
+def table(
+    rows: Iterable[Row], *, seconds: float, command: str, failures: list[str]
+) -> Iterator[str]:
+    """Measure rows and yield the lines of the table; append what fails to `failures`."""
+    yield from head(*COLUMNS)
+    for found in measured(rows, seconds=seconds):
+        yield str(found)
+        failures += found.failures()
+    about, load = describe(), os.getloadavg()[0]
+    yield from (
+        "",
+        f"{about['cpu'] or 'an unnamed processor'}, {THREADS} threads, torch {about['torch']}, "
+        f"krrst_fast {about['krrst_fast']}, load {load:.1f}: `{command}`.",
     )
-    reference, ours = (median(values) for values in zip(*found))
-    return Measured(row, timing, reference, ours)
 
 
-def krr_rows(shapes: Iterable[bench_krr.Shape], how: Setting) -> Iterator[Row]:
-    """The loss of KRR-ST with its gradients."""
-    for shape in shapes:
-        yield Row(
-            name=f"krr_mse {sizes(shape)}",
-            against="LU and autograd",
-            case=partial(bench_krr.krr_case, shape, how),
-            floor=bench_krr.FLOORS.get(shape, 0.0),
-        )
-
-
-def other_rows(how: Setting) -> Iterator[Row]:
-    """Few-shot episodes in one call, and a fit that is used again."""
-    shape = bench_few_shot.FIVE_SHOT
-    for reference, floor in bench_few_shot.FLOORS.items():
-        yield Row(
-            name=f"few-shot {shape.episodes} x {sizes(shape[1:])}",
-            against=reference,
-            case=partial(bench_few_shot.few_shot_case, shape, how, reference=reference),
-            floor=floor,
-            at_least=3,
-        )
-    fit = bench_fit.QUICK
-    for reference, floor in bench_fit.FLOORS.items():
-        yield Row(
-            name=f"{fit.queries} queries of a fit {sizes(fit)}",
-            against=reference,
-            case=partial(bench_fit.reuse_case, fit, how, reference=reference),
-            floor=floor,
-            at_least=2,
-        )
-
-
-def peer_rows(shapes: Iterable[bench_peers.Shape], how: Setting) -> Iterator[Row]:
-    """Fit and predict of other libraries."""
-    for shape in shapes:
-        for peer in bench_peers.PEERS:
-            make = partial(
-                bench_peers.peer_case, shape, how, module=peer.module, predict=peer.predict
-            )
-            yield Row(
-                name=f"fit and predict {sizes(shape)}",
-                against=peer.against,
-                case=make,
-                floor=1.0,
-                draws=[partial(make, seed=seed) for seed in range(1, DRAWS)],
-            )
-
-
-def sizes(shape: Sequence[int], letters: str = "MPDB") -> str:
-    """M=1000 P=512 D=8192 B=1024."""
-    return " ".join(f"{letter}={size}" for letter, size in zip(letters, shape))
-
-
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; a shape is M,P,D or M,P,D,B."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ratios", description=__doc__)
-    parser.add_argument(
-        "shapes", nargs="*", type=_shape, help="M,P,D[,B] of the loss alone; every row if none"
-    )
-    parser.add_argument("--peers", action="store_true", help="other libraries' instead")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="exit 1 if a ratio is below its floor, or a peer is more accurate",
-    )
-    parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long to time each row")
-    parser.add_argument("--backend", choices=("auto", "cpp", "torch"), default="auto")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time, which busy neighbours disturb less; needs --threads 1",
-    )
-    options = parser.parse_args(argv)
-    if options.clock == "cpu" and options.threads != 1:
-        parser.error("--clock cpu adds up what all threads use, waiting too: give --threads 1")
-    if options.peers and options.shapes:
-        parser.error("shapes are of the loss: give them, or --peers")
-    return options
-
-
-def _shape(text: str) -> bench_krr.Shape:
-    return bench_krr.Shape(*map(int, text.split(",")))
-
-
-def chosen(options: argparse.Namespace) -> Iterator[Row]:
-    """The rows that the options ask for."""
-    how = Setting(backend=options.backend)
-    if options.peers:
-        yield from peer_rows([bench_peers.SHAPE], how)
-        return
-    yield from krr_rows(options.shapes or bench_krr.FLOORS, how)
-    if not options.shapes:
-        yield from other_rows(how)
+def _printed(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        print(line, flush=True)
+        yield line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 1 if a floor is asked for and not reached."""
-    options = arguments(argv)
-    torch.set_num_threads(options.threads)
-    machine = describe()
-    print(f"{machine['cpu']}, {options.threads} threads, {options.clock} clock")
-    print(f"torch {machine['torch']}, krrst_fast {machine['krrst_fast']}, {machine['extension']}")
-    print(f"load {os.getloadavg()[0]:.1f} before\n{HEADER}", flush=True)
+    """Print each row; return 1 if a floor is required and missed, 2 if the file has no marks."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ratios", description=__doc__)
+    parser.add_argument("--peers", action="store_true", help="only the rows of other libraries")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 1 if a ratio is below its floor, or another library more accurate",
+    )
+    parser.add_argument("--seconds", type=float, default=6.0, help="to time each row (default 6)")
+    options = parser.parse_args(argv)
     failures: list[str] = []
-    for row in chosen(options):
+    command = " ".join(["python -m bench.ratios", *(sys.argv[1:] if argv is None else argv)])
+    rows = PEERS if options.peers else (*ROWS, *PEERS)
+    lines = _printed(table(rows, seconds=options.seconds, command=command, failures=failures))
+    if options.readme is None:
+        list(lines)
+    else:
         try:
-            measured = measure(row, seconds=options.seconds, clock=options.clock)
-        except ImportError as error:
-            print(f"{row.name:50s} {row.against:30s} n/a: {error}", flush=True)
-            continue
-        print(measured, flush=True)
-        failures += measured.failures()
-    print(f"load {os.getloadavg()[0]:.1f} after")
-    if options.check and failures:
-        for failure in failures:
-            print(f"bench.ratios: {failure}", file=sys.stderr)
-        return 1
-    return 0
+            rewrite(options.readme, lines, BEGIN, END)
+        except KrrstError as error:
+            print(error, file=sys.stderr)
+            return 2
+    for failure in failures if options.check else ():
+        print(f"bench.ratios: {failure}", file=sys.stderr)
+    return int(options.check and bool(failures))
 
 
 if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in KEPT_MEMORY.items()):
+        command = [sys.executable, "-m", "bench.ratios", *sys.argv[1:]]
+        os.execve(
+            sys.executable, command, os.environ | KEPT_MEMORY
+        )  # glibc reads them at its start
     sys.exit(main())

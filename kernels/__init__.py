@@ -1,5 +1,5 @@
-"""GPU kernels in Triton, installed as `krrst_fast.kernels`; nothing here is imported without one.
+"""GPU kernels in Triton, installed as `krrst_fast.kernels` and imported only for tensors on a GPU.
 
-Each file has the functions of the same names in `krrst_fast.reference`, with their parameters;
-where there is a choice, `input_precision` says how float32 is multiplied.
+Functions have the names and parameters of their twins in `krrst_fast.reference`; `input_precision`
+selects how float32 is multiplied: "ieee", "tf32x3" or "fp16x3".
 """

@@ -1,10 +1,10 @@
 """scale (alpha v^T - beta w^T): the last product of the gradient, of four float32 matrices.
 
-A program computes one block [rows of alpha, rows of v] over the whole inner dimension: nothing is
-concatenated before, and what tensor cores add up in one run goes to a float32 sum. In "fp16x3" all
-four are split into two float16 terms, in one power of two for each matrix; of the four products of
-terms the smallest is left out. Narrow matrices are split here as they are read, wide ones before
-(see `closing_terms`): each would be split anew for each row or column of blocks.
+A program computes one block [rows of alpha, rows of v] over the whole inner dimension, without
+concatenating the matrices; tensor cores accumulate short runs, which are added in float32. In
+"fp16x3" each matrix is scaled by one power of two and split into two float16 terms; the smallest of
+the four products of terms is left out. Narrow matrices are split while they are read. Wide ones are
+split by a kernel of their own (`closing_terms`), since here every block would split them again.
 """
 
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from krrst_fast.kernels import tiles
+from krrst_fast.kernels.absmax import absmax_launch
 from krrst_fast.kernels.closing_terms import closing_terms_launches, unit_of_matrix
 from krrst_fast.kernels.common import (
     Launch,
@@ -21,14 +22,13 @@ from krrst_fast.kernels.common import (
     run,
     two_terms,
 )
-from krrst_fast.kernels.peaks import peaks_launch
 
 
 @triton.jit
-def _unit(peaks_ptr, peaks, THREE_PRODUCTS: tl.constexpr):
-    """Unit and inverse of a matrix from its peaks; 1 where none is needed."""
+def _unit(absmax_ptr, row_blocks, THREE_PRODUCTS: tl.constexpr):
+    """Return the unit of a matrix and its inverse, or 1 and 1 where terms need none."""
     if THREE_PRODUCTS:
-        return unit_of_matrix(peaks_ptr, peaks)
+        return unit_of_matrix(absmax_ptr, row_blocks)
     else:
         return 1.0, 1.0
 
@@ -39,8 +39,8 @@ def _add_product(
     sign,
     a_ptr,
     b_ptr,
-    peaks_ptr,
-    peaks,
+    absmax_ptr,
+    row_blocks,
     rows,
     columns,
     depth,
@@ -56,18 +56,18 @@ def _add_product(
     THREE_PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total + sign a b^T for one block."""
+    """Return total + sign a b^T for one block."""
     down = tl.arange(0, BLOCK_ROWS)
     across = tl.arange(0, BLOCK_COLUMNS)
     inner = tl.arange(0, BLOCK_DEPTH)
-    a_unit, a_inverse = _unit(peaks_ptr, peaks, THREE_PRODUCTS)
-    b_unit, b_inverse = _unit(peaks_ptr + peaks, peaks, THREE_PRODUCTS)
+    a_unit, a_inverse = _unit(absmax_ptr, row_blocks, THREE_PRODUCTS)
+    b_unit, b_inverse = _unit(absmax_ptr + row_blocks, row_blocks, THREE_PRODUCTS)
     for first in range(0, depth, run_depth):
         sum_of_run = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
         for k in range(first, tl.minimum(first + run_depth, depth), BLOCK_DEPTH):
             step = tl.cast(k, tl.int64)
-            there = k + inner < depth
-            a_mask, b_mask = there[None, :], there[:, None]
+            within = k + inner < depth
+            a_mask, b_mask = within[None, :], within[:, None]
             if not CLAMP:
                 a_mask = a_mask & (down[:, None] < rows)
                 b_mask = b_mask & (across[None, :] < columns)
@@ -85,20 +85,21 @@ def _add_product(
     return total
 
 
-# Not run_depth: steps start at its multiples, and where 16 divides them loads are 16 bytes wide.
-@triton.jit(do_not_specialize=["peaks", "blocks_across"])
+# run_depth stays specialised: steps start at its multiples, and loads of 16 bytes need to know
+# that 16 divides them.
+@triton.jit(do_not_specialize=["row_blocks", "blocks_across"])
 def _closing_kernel(
     alpha_ptr,
     v_ptr,
     beta_ptr,
     w_ptr,
-    peaks_ptr,
+    absmax_ptr,
     scale,
     out_ptr,
     m,
     d,
     depth,
-    peaks,
+    row_blocks,
     blocks_across,
     run_depth,
     stride_alpha_row,
@@ -127,7 +128,7 @@ def _closing_kernel(
     inner = tl.arange(0, BLOCK_DEPTH)
     row, column = down, across
     if CLAMP:
-        # As in the gram: the last row in place of those that are not there.
+        # Rows beyond the end are read as the last row, as in gram.py.
         row = tl.minimum(down, rows - 1)
         column = tl.minimum(across, columns - 1)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
@@ -136,8 +137,8 @@ def _closing_kernel(
         1.0,
         alpha_ptr + first_row * stride_alpha_row,
         v_ptr + first_column * stride_v_row,
-        peaks_ptr,
-        peaks,
+        absmax_ptr,
+        row_blocks,
         rows,
         columns,
         depth,
@@ -158,8 +159,8 @@ def _closing_kernel(
         -1.0,
         beta_ptr + first_row * stride_beta_row,
         w_ptr + first_column * stride_w_row,
-        peaks_ptr + 2 * peaks,
-        peaks,
+        absmax_ptr + 2 * row_blocks,
+        row_blocks,
         rows,
         columns,
         depth,
@@ -190,7 +191,7 @@ def closing_matmul_launches(
     input_precision: str,
     arch: int,
 ) -> tuple[Tensor, list[Launch]]:
-    """What `closing_matmul` returns, not yet computed, and the launches that compute it."""
+    """Return what `closing_matmul` returns, not yet computed, and the launches that compute it."""
     (m, depth), d = alpha.shape, v.shape[0]
     if m * d * depth == 0:
         return alpha.new_zeros((m, d)), []
@@ -198,23 +199,23 @@ def closing_matmul_launches(
     named = dict(zip(("alpha", "v", "beta", "w"), map(tiles.addressable, (alpha, v, beta, w))))
     three_products = input_precision == "fp16x3"
     scale, _ = per_problem(scale, 1)
-    peaks, launches = out, []
+    absmax, launches = out, []
     if three_products:
-        peaks, launch = peaks_launch(named)
+        absmax, launch = absmax_launch(named)
         launches.append(launch)
         if depth > tiles.TERMS_AS_READ:
-            return out, [*launches, *closing_terms_launches(named, peaks, scale, out, arch)]
+            return out, [*launches, *closing_terms_launches(named, absmax, scale, out, arch)]
     tile = tiles.closing_tile(list(named.values()), input_precision, arch)
     blocks_across = triton.cdiv(d, tile.columns)
     arguments = {
         **{f"{name}_ptr": x for name, x in named.items()},
-        "peaks_ptr": peaks,
+        "absmax_ptr": absmax,
         "scale": scale,
         "out_ptr": out,
         "m": m,
         "d": d,
         "depth": depth,
-        "peaks": peaks.shape[1],
+        "row_blocks": absmax.shape[1],
         "blocks_across": blocks_across,
         "run_depth": tiles.runs(depth, tile.depth),
         **{f"stride_{name}_row": x.stride(0) for name, x in named.items()},
@@ -240,7 +241,7 @@ def closing_matmul(
     *,
     input_precision: str = "fp16x3",
 ) -> Tensor:
-    """`reference.closing_matmul` of float32 matrices of any strides."""
+    """Compute `reference.closing_matmul` of float32 matrices of any strides."""
     arch = architecture(alpha)
     out, launches = closing_matmul_launches(alpha, v, beta, w, scale, input_precision, arch)
     run(launches, alpha)

@@ -1,9 +1,9 @@
-"""`closing_matmul` of wide matrices, whose float16 terms one kernel writes and another multiplies.
+"""`closing_matmul` of wide matrices: one kernel writes float16 terms, another multiplies them.
 
-The terms [2, rows, width] are those of alpha, beta, v and w one below the other, each matrix in the
-power of two of its own; `width` is the inner dimension with zeros up to whole steps. A program
-computes one block of the output in one loop: of each step of alpha v^T and then of beta w^T the
-three products of terms that matter.
+The terms [2, rows, width] hold alpha, beta, v and w below one another, each scaled by its own power
+of two; `width` is the inner dimension, padded with zeros to whole steps. A program computes one
+block of the output in one loop over the steps of alpha v^T and then of beta w^T, with the three
+largest of the four products of terms in each step.
 """
 
 import torch
@@ -12,58 +12,58 @@ import triton.language as tl
 from torch import Tensor
 
 from krrst_fast.kernels import tiles
+from krrst_fast.kernels.absmax import BLOCKS
 from krrst_fast.kernels.common import Launch, Tile, number, two_terms, unit_of
-from krrst_fast.kernels.peaks import BLOCKS
 
 
 @triton.jit
-def unit_of_matrix(peaks_ptr, peaks):
-    """Unit and inverse of a matrix from its peaks."""
+def unit_of_matrix(absmax_ptr, row_blocks):
+    """Return the unit of a matrix and its inverse from the maxima of its row blocks."""
     block = tl.arange(0, BLOCKS)
-    return unit_of(tl.max(tl.load(peaks_ptr + block, mask=block < peaks, other=0.0), 0))
+    return unit_of(tl.max(tl.load(absmax_ptr + block, mask=block < row_blocks, other=0.0), 0))
 
 
 @triton.jit
 def _write_terms(
     x_ptr,
-    peaks_ptr,
+    absmax_ptr,
     terms_ptr,
     block,
     rows,
     all_rows,
     depth,
     width,
-    peaks,
+    row_blocks,
     stride_x_row,
     stride_x_column,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """One block of the terms of one matrix, the second `all_rows` rows below the first."""
+    """Write one block of the terms of a matrix; lo lies `all_rows` rows below hi."""
     across = width // BLOCK_COLUMNS
     row = (block // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = (block % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    here = row[:, None] * stride_x_row + column[None, :].to(tl.int64) * stride_x_column
-    there = (row[:, None] < rows) & (column[None, :] < depth)
-    unit, _ = unit_of_matrix(peaks_ptr, peaks)
-    hi, lo = two_terms(tl.load(x_ptr + here, mask=there, other=0.0), unit)
+    offset = row[:, None] * stride_x_row + column[None, :].to(tl.int64) * stride_x_column
+    inside = (row[:, None] < rows) & (column[None, :] < depth)
+    unit, _ = unit_of_matrix(absmax_ptr, row_blocks)
+    hi, lo = two_terms(tl.load(x_ptr + offset, mask=inside, other=0.0), unit)
     terms_ptr += row[:, None] * width + column[None, :]
     tl.store(terms_ptr, hi, mask=row[:, None] < rows)
     tl.store(terms_ptr + tl.cast(all_rows, tl.int64) * width, lo, mask=row[:, None] < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "all_rows", "peaks", "blocks"])
+@triton.jit(do_not_specialize=["rows", "all_rows", "row_blocks", "blocks"])
 def _closing_terms_kernel(
     first_ptr,
     second_ptr,
-    first_peaks_ptr,
-    second_peaks_ptr,
+    first_absmax_ptr,
+    second_absmax_ptr,
     terms_ptr,
     rows,
     all_rows,
     depth,
     width,
-    peaks,
+    row_blocks,
     blocks,
     stride_first_row,
     stride_first_column,
@@ -75,28 +75,28 @@ def _closing_terms_kernel(
     pid = tl.program_id(0)
     if pid < blocks:
         _write_terms(
-            *(first_ptr, first_peaks_ptr, terms_ptr, pid, rows, all_rows, depth, width, peaks),
-            *(stride_first_row, stride_first_column, BLOCK_ROWS, BLOCK_COLUMNS),
+            *(first_ptr, first_absmax_ptr, terms_ptr, pid, rows, all_rows, depth, width),
+            *(row_blocks, stride_first_row, stride_first_column, BLOCK_ROWS, BLOCK_COLUMNS),
         )
     else:
         terms_ptr += tl.cast(rows, tl.int64) * width
         pid -= blocks
         _write_terms(
-            *(second_ptr, second_peaks_ptr, terms_ptr, pid, rows, all_rows, depth, width, peaks),
-            *(stride_second_row, stride_second_column, BLOCK_ROWS, BLOCK_COLUMNS),
+            *(second_ptr, second_absmax_ptr, terms_ptr, pid, rows, all_rows, depth, width),
+            *(row_blocks, stride_second_row, stride_second_column, BLOCK_ROWS, BLOCK_COLUMNS),
         )
 
 
-@triton.jit(do_not_specialize=["m", "peaks", "blocks_across", "run_steps"])
+@triton.jit(do_not_specialize=["m", "row_blocks", "blocks_across", "run_steps"])
 def _closing_product_kernel(
     terms_ptr,
-    peaks_ptr,
+    absmax_ptr,
     scale,
     out_ptr,
     m,
     d,
     width,
-    peaks,
+    row_blocks,
     blocks_across,
     run_steps,
     BLOCK_ROWS: tl.constexpr,
@@ -112,17 +112,17 @@ def _closing_product_kernel(
     down = tl.arange(0, BLOCK_ROWS)
     across = tl.arange(0, BLOCK_COLUMNS)
     inner = tl.arange(0, BLOCK_DEPTH)
-    # As in the gram: the last row in place of those that are not there.
+    # Rows beyond the end are read as the last row, as in gram.py.
     left = tl.minimum(down, rows - 1)[:, None] * width + inner[None, :]
     right = tl.minimum(across, columns - 1)[None, :] * width + inner[:, None]
     left_ptr = terms_ptr + first_row * width
     right_ptr = terms_ptr + (2 * tl.cast(m, tl.int64) + first_column) * width
     to_lo = (2 * tl.cast(m, tl.int64) + 2 * tl.cast(d, tl.int64)) * width
 
-    _, alpha = unit_of_matrix(peaks_ptr, peaks)
-    _, v = unit_of_matrix(peaks_ptr + peaks, peaks)
-    _, beta = unit_of_matrix(peaks_ptr + 2 * peaks, peaks)
-    _, w = unit_of_matrix(peaks_ptr + 3 * peaks, peaks)
+    _, alpha = unit_of_matrix(absmax_ptr, row_blocks)
+    _, v = unit_of_matrix(absmax_ptr + row_blocks, row_blocks)
+    _, beta = unit_of_matrix(absmax_ptr + 2 * row_blocks, row_blocks)
+    _, w = unit_of_matrix(absmax_ptr + 3 * row_blocks, row_blocks)
     steps = 3 * (width // BLOCK_DEPTH)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     sum_of_run = total
@@ -131,9 +131,9 @@ def _closing_product_kernel(
         second = step >= steps
         k = tl.where(second, step - steps, step)
         term = k % 3
-        here = tl.cast(k // 3 * BLOCK_DEPTH, tl.int64)
-        a_ptr = left_ptr + here + tl.where(second, m, 0).to(tl.int64) * width
-        b_ptr = right_ptr + here + tl.where(second, d, 0).to(tl.int64) * width
+        shift = tl.cast(k // 3 * BLOCK_DEPTH, tl.int64)
+        a_ptr = left_ptr + shift + tl.where(second, m, 0).to(tl.int64) * width
+        b_ptr = right_ptr + shift + tl.where(second, d, 0).to(tl.int64) * width
         a = tl.load(a_ptr + tl.where(term == 0, to_lo, 0) + left)
         b = tl.load(b_ptr + tl.where(term == 1, to_lo, 0) + right)
         sum_of_run = tl.dot(a, b, sum_of_run)
@@ -149,21 +149,21 @@ def _closing_product_kernel(
 
 
 def _terms_launch(
-    first: Tensor, second: Tensor, peaks: Tensor, terms: Tensor, tile: Tile
+    first: Tensor, second: Tensor, absmax: Tensor, terms: Tensor, tile: Tile
 ) -> Launch:
     (rows, depth), width = first.shape, terms.shape[-1]
     blocks = triton.cdiv(rows, tile.rows) * (width // tile.columns)
     arguments = {
         "first_ptr": first,
         "second_ptr": second,
-        "first_peaks_ptr": peaks[0],
-        "second_peaks_ptr": peaks[2],
+        "first_absmax_ptr": absmax[0],
+        "second_absmax_ptr": absmax[2],
         "terms_ptr": terms,
         "rows": rows,
         "all_rows": terms.stride(0) // width,
         "depth": depth,
         "width": width,
-        "peaks": peaks.shape[1],
+        "row_blocks": absmax.shape[1],
         "blocks": blocks,
         "stride_first_row": first.stride(0),
         "stride_first_column": first.stride(1),
@@ -177,12 +177,12 @@ def _terms_launch(
 
 def closing_terms_launches(
     named: dict[str, Tensor],
-    peaks: Tensor,
+    absmax: Tensor,
     scale: float | Tensor,
     out: Tensor,
     arch: int,
 ) -> list[Launch]:
-    """The launches that compute `out` from the matrices and their peaks."""
+    """Return the launches that compute `out` from matrices and the maxima of their row blocks."""
     tile = tiles.CLOSING["terms", tiles.generation(arch)][0]
     (m, d), depth = out.shape, named["alpha"].shape[1]
     width = triton.cdiv(depth, tiles.TERMS.columns) * tiles.TERMS.columns
@@ -190,13 +190,13 @@ def closing_terms_launches(
     blocks_across = triton.cdiv(d, tile.columns)
     arguments = {
         "terms_ptr": terms,
-        "peaks_ptr": peaks,
+        "absmax_ptr": absmax,
         "scale": scale,
         "out_ptr": out,
         "m": m,
         "d": d,
         "width": width,
-        "peaks": peaks.shape[1],
+        "row_blocks": absmax.shape[1],
         "blocks_across": blocks_across,
         "run_steps": 3 * tiles.runs(width, tile.depth) // tile.depth,
         "BLOCK_ROWS": tile.rows,
@@ -207,7 +207,7 @@ def closing_terms_launches(
     programs = triton.cdiv(m, tile.rows) * blocks_across
     below = terms[:, 2 * m :]
     return [
-        _terms_launch(named["alpha"], named["beta"], peaks, terms, tiles.TERMS),
-        _terms_launch(named["v"], named["w"], peaks[1:], below, tiles.TERMS),
+        _terms_launch(named["alpha"], named["beta"], absmax, terms, tiles.TERMS),
+        _terms_launch(named["v"], named["w"], absmax[1:], below, tiles.TERMS),
         Launch(_closing_product_kernel, programs, arguments, tile),
     ]

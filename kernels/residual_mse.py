@@ -1,7 +1,7 @@
-"""E = scale P + offset - Y and the mean of E^2, of a prediction P [B, P] or of the parts of one.
+"""E = scale F W + offset - Y and the mean of E^2, from the partial sums of the product F W.
 
-A program reads one block of the parts, which it adds in their order, and of Y; it writes that block
-of E and one sum of squares. One program adds those sums in their order: no atomics.
+A program adds the partial sums of one block in a fixed order, subtracts Y, and writes the block of
+E and its sum of squares. A last program adds the sums of squares in a fixed order, without atomics.
 """
 
 import torch
@@ -112,17 +112,6 @@ def _residual_launches(
     )
 
 
-def _of_nothing(y: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y), y.new_full((), torch.nan)
-
-
-def residual_mse_launches(prediction: Tensor, y_real: Tensor) -> tuple[Tensor, Tensor, list]:
-    """What `residual_mse` returns, not yet computed, and the launches that compute it."""
-    if y_real.numel() == 0:
-        return *_of_nothing(y_real), []
-    return _residual_launches(prediction[None], y_real, 1.0, None)
-
-
 def predicted_residual_mse_launches(
     f_real: Tensor,
     w: Tensor,
@@ -132,21 +121,14 @@ def predicted_residual_mse_launches(
     input_precision: str,
     arch: int,
 ) -> tuple[Tensor, Tensor, list[Launch]]:
-    """What `predicted_residual_mse` returns, not yet computed, and the launches for it."""
+    """Return what `predicted_residual_mse` returns, not yet computed, and the launches for it."""
     if y_real.numel() == 0:
-        return *_of_nothing(y_real), []
+        return torch.empty_like(y_real), y_real.new_full((), torch.nan), []
     parts, launches = w.new_zeros((1, *y_real.shape)), []
     if w.shape[0] > 0:
         parts, launches = parts_launches(f_real, w, input_precision, arch)
     residual, loss, more = _residual_launches(parts, y_real, scale, offset)
     return residual, loss, [*launches, *more]
-
-
-def residual_mse(prediction: Tensor, y_real: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.residual_mse` of float32 tensors of any strides."""
-    residual, loss, launches = residual_mse_launches(prediction, y_real)
-    run(launches, y_real)
-    return residual, loss
 
 
 def predicted_residual_mse(
@@ -158,7 +140,7 @@ def predicted_residual_mse(
     *,
     input_precision: str = "tf32x3",
 ) -> tuple[Tensor, Tensor]:
-    """`reference.predicted_residual_mse`; features float32 or float16, the others float32."""
+    """Compute `reference.predicted_residual_mse` of float32 or float16 features."""
     residual, loss, launches = predicted_residual_mse_launches(
         f_real, w, y_real, scale, offset, input_precision, architecture(y_real)
     )

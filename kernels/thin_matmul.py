@@ -1,10 +1,10 @@
-"""a @ b for a [N, K], the features, and b [K, P] of fewer columns: F x, and F^T x by strides.
+"""a @ b for features a [N, K] and a narrower b [K, P]; F^T x is the same product by strides.
 
-A program computes one block of one split of the inner dimension. Where a is float16, b is split
-into two float16 terms, each column in a power of two of its own, and a block of a is read once for
-both: a narrow b is split as it is read, of a wide one a kernel before writes the terms of each
-number side by side; a b that is float16 is itself one term. Splits are float32 parts that a second
-kernel adds in their order.
+A program computes one block of one split of the inner dimension (split-K). Where a is float16, b is
+split into two float16 terms, each column scaled by its own power of two, and a block of a is read
+once for both terms. A narrow b is split while it is read; for a wide b another kernel first writes
+the two terms of each number next to each other; a float16 b is itself one term. A last kernel adds
+the float32 partial sums of the splits in a fixed order.
 """
 
 import torch
@@ -13,24 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from krrst_fast.kernels import tiles
-from krrst_fast.kernels.common import PEAKS, Launch, architecture, run, two_terms, unit_of
-from krrst_fast.kernels.peaks import column_peaks_launch
+from krrst_fast.kernels.absmax import column_absmax_launch
+from krrst_fast.kernels.common import ROW_BLOCKS, Launch, architecture, run, two_terms, unit_of
 
 
 @triton.jit
-def _unit_of_columns(peaks_ptr, first_column, columns, BLOCK_COLUMNS: tl.constexpr):
-    """Unit and inverse of each of the columns of a block, from their peaks."""
+def _unit_of_columns(absmax_ptr, first_column, columns, BLOCK_COLUMNS: tl.constexpr):
+    """Return the units of the columns of a block and their inverses, from the column maxima."""
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    block = tl.arange(0, PEAKS).to(tl.int64)
-    here = peaks_ptr + block[:, None] * columns + column[None, :]
-    peaks = tl.load(here, mask=column[None, :] < columns, other=0.0)
-    return unit_of(tl.max(peaks, 0))
+    block = tl.arange(0, ROW_BLOCKS).to(tl.int64)
+    address = absmax_ptr + block[:, None] * columns + column[None, :]
+    absmax = tl.load(address, mask=column[None, :] < columns, other=0.0)
+    return unit_of(tl.max(absmax, 0))
 
 
 @triton.jit
 def _terms_kernel(
     b_ptr,
-    peaks_ptr,
+    absmax_ptr,
     terms_ptr,
     depth,
     p,
@@ -46,21 +46,22 @@ def _terms_kernel(
     row = (pid // blocks_across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     inside = (row[:, None] < depth) & (column[None, :] < p)
-    here = row[:, None] * stride_b_depth + column[None, :].to(tl.int64) * stride_b_column
-    unit, _ = _unit_of_columns(peaks_ptr, first_column, p, BLOCK_COLUMNS)
-    hi, lo = two_terms(tl.load(b_ptr + here, mask=inside, other=0.0), unit[None, :])
+    offset = row[:, None] * stride_b_depth + column[None, :].to(tl.int64) * stride_b_column
+    unit, _ = _unit_of_columns(absmax_ptr, first_column, p, BLOCK_COLUMNS)
+    hi, lo = two_terms(tl.load(b_ptr + offset, mask=inside, other=0.0), unit[None, :])
     both = tl.reshape(tl.join(hi, lo), (BLOCK_ROWS, 2 * BLOCK_COLUMNS))
     column = 2 * first_column + tl.arange(0, 2 * BLOCK_COLUMNS)
     inside = (row[:, None] < depth) & (column[None, :] < width)
     tl.store(terms_ptr + row[:, None] * width + column[None, :], both, mask=inside)
 
 
-# Not blocks_across: mostly it is 1, and where it is not known to be, sm_80 is short of registers.
+# blocks_across stays specialised: it is mostly 1, and sm_80 runs out of registers if that is not
+# known.
 @triton.jit(do_not_specialize=["blocks_down", "run_depth"])
 def _product_kernel(
     a_ptr,
     b_ptr,
-    peaks_ptr,
+    absmax_ptr,
     parts_ptr,
     n,
     p,
@@ -95,7 +96,7 @@ def _product_kernel(
     columns = (width - first_column).to(tl.int32)
     row = down
     if CLAMP:
-        # As in the gram: the last row in place of those that are not there.
+        # Rows beyond the end are read as the last row, as in gram.py.
         row = tl.minimum(down, rows - 1)
     a_offset = row[:, None] * stride_a_row + inner[None, :] * stride_a_depth
     b_offset = inner[:, None] * stride_b_depth + across[None, :] * stride_b_column
@@ -103,19 +104,19 @@ def _product_kernel(
     b_ptr += first_column * stride_b_column
     first = first_column.to(tl.int32)
     if TERMS == "as read":
-        unit, inverse = _unit_of_columns(peaks_ptr, first, p, BLOCK_COLUMNS)
+        unit, inverse = _unit_of_columns(absmax_ptr, first, p, BLOCK_COLUMNS)
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     sum_of_run = total
     last_of_run = begin + run_depth - BLOCK_DEPTH
-    # One loop, as in the gram.
+    # A single loop, as in gram.py.
     for k in range(begin, end, BLOCK_DEPTH):
         step = tl.cast(k, tl.int64)
-        there = k + inner < end
-        a_mask = there[None, :]
+        within = k + inner < end
+        a_mask = within[None, :]
         if not CLAMP:
             a_mask = a_mask & (down[:, None] < rows)
-        b_mask = there[:, None] & (across[None, :] < columns)
+        b_mask = within[:, None] & (across[None, :] < columns)
         a = tl.load(a_ptr + step * stride_a_depth + a_offset, mask=a_mask, other=0.0)
         b = tl.load(b_ptr + step * stride_b_depth + b_offset, mask=b_mask, other=0.0)
         if TERMS == "as read":
@@ -132,7 +133,7 @@ def _product_kernel(
     total += sum_of_run
     if TERMS == "pairs":
         hi, lo = tl.split(tl.reshape(total, (BLOCK_ROWS, BLOCK_COLUMNS // 2, 2)))
-        _, inverse = _unit_of_columns(peaks_ptr, first // 2, p, BLOCK_COLUMNS // 2)
+        _, inverse = _unit_of_columns(absmax_ptr, first // 2, p, BLOCK_COLUMNS // 2)
         total = hi + lo
         first_column = first_column // 2
         across = tl.arange(0, BLOCK_COLUMNS // 2)
@@ -145,25 +146,25 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _sum_kernel(parts_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
-    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in range(splits):
         start = tl.cast(split, tl.int64) * size
-        total += tl.load(parts_ptr + start + here, mask=here < size, other=0.0)
-    tl.store(out_ptr + here, total, mask=here < size)
+        total += tl.load(parts_ptr + start + offset, mask=offset < size, other=0.0)
+    tl.store(out_ptr + offset, total, mask=offset < size)
 
 
-def _terms_launch(b: Tensor, peaks: Tensor) -> tuple[Tensor, Launch]:
-    """The two terms of b [K, P] side by side, and the launch for them.
+def _terms_launch(b: Tensor, absmax: Tensor) -> tuple[Tensor, Launch]:
+    """Return the interleaved terms of b [K, P], not yet computed, and the launch for them.
 
-    [K, 2 P], or with columns of zeros up to a multiple of 16: rows that are read in large pieces.
+    The terms [K, 2 P] are padded with zero columns to a multiple of 16, for reads of 16 bytes.
     """
     (depth, p), tile = b.shape, tiles.TERMS
     width = 16 * triton.cdiv(2 * p, 16)
     terms = b.new_empty((depth, width), dtype=torch.float16)
     arguments = {
         "b_ptr": b,
-        "peaks_ptr": peaks,
+        "absmax_ptr": absmax,
         "terms_ptr": terms,
         "depth": depth,
         "p": p,
@@ -180,19 +181,19 @@ def _terms_launch(b: Tensor, peaks: Tensor) -> tuple[Tensor, Launch]:
 def parts_launches(
     a: Tensor, b: Tensor, input_precision: str, arch: int
 ) -> tuple[Tensor, list[Launch]]:
-    """Parts [splits, N, P] whose sum over the splits is a @ b, and the launches for them."""
+    """Return partial sums [splits, N, P] of a @ b, not yet computed, and the launches for them."""
     a, b = tiles.addressable(a), tiles.addressable(b)
     (n, depth), p = a.shape, b.shape[1]
     kind = tiles.kind_of(a, input_precision)
-    peaks, launches, terms = b, [], ""
+    absmax, launches, terms = b, [], ""
     if b.dtype == torch.float16:
         terms = "exact"
     elif kind == "half":
         terms = "as read" if p <= tiles.TERMS_AS_READ else "pairs"
-        peaks, launch = column_peaks_launch(b)
+        absmax, launch = column_absmax_launch(b)
         launches.append(launch)
     if terms == "pairs":
-        b, launch = _terms_launch(b, peaks)
+        b, launch = _terms_launch(b, absmax)
         launches.append(launch)
     width = b.shape[1]
     tile = tiles.thin_tile(a, b, kind, terms, arch)
@@ -202,7 +203,7 @@ def parts_launches(
     arguments = {
         "a_ptr": a,
         "b_ptr": b,
-        "peaks_ptr": peaks,
+        "absmax_ptr": absmax,
         "parts_ptr": parts,
         "n": n,
         "p": p,
@@ -230,7 +231,7 @@ def parts_launches(
 def thin_matmul_launches(
     a: Tensor, b: Tensor, input_precision: str, arch: int
 ) -> tuple[Tensor, list[Launch]]:
-    """What `thin_matmul` returns, not yet computed, and the launches that compute it."""
+    """Return what `thin_matmul` returns, not yet computed, and the launches that compute it."""
     if a.shape[0] * b.shape[1] == 0 or a.shape[1] == 0:
         return torch.zeros(a.shape[0], b.shape[1], device=a.device), []
     parts, launches = parts_launches(a, b, input_precision, arch)
@@ -250,9 +251,12 @@ def thin_matmul_launches(
 
 
 def thin_matmul(a: Tensor, b: Tensor, *, input_precision: str = "tf32x3") -> Tensor:
-    """`reference.thin_matmul` in float32, of matrices of any strides.
+    """Compute `reference.thin_matmul` in float32 for matrices of any strides.
 
-    a is float32 or float16, b float32 or, if a is, float16: itself one term.
+    Args:
+        a: Features [N, K], float32 or float16.
+        b: Matrix [K, P], float32; where a is float16 also float16.
+        input_precision: How float32 features are multiplied.
     """
     out, launches = thin_matmul_launches(a, b, input_precision, architecture(a))
     run(launches, a)

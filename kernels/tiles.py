@@ -1,7 +1,7 @@
-"""The one table of block sizes: which a kernel takes for a size, a precision and an architecture.
+"""Block sizes of all kernels by size, precision and architecture.
 
-Nothing is tuned at run time, so that the compile gate can compile every configuration there is, and
-the same call computes the same bits on every GPU of an architecture.
+Nothing is tuned at run time: tools/check_triton.py can compile every configuration, and the same
+call computes the same bits on every GPU of an architecture.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from krrst_fast.kernels.common import HOPPER, Tile
 
-# By how float32 is multiplied ("half": the features are float16) and by architecture.
+# (input precision, "half" for float16 features; architecture) -> (small, large) block.
 GRAM = {
     ("half", "hopper"): (Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
     ("half", "ampere"): (Tile(64, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4)),
@@ -24,8 +24,8 @@ GRAM = {
 }
 _GRAM_LARGE = 384
 
-# By the columns of the thin operand, those of its terms where they are side by side: up to 16, 64,
-# more.
+# Three blocks: for up to 16, up to 64 and more columns of the thin operand (with its interleaved
+# terms).
 THIN = {
     ("half", "hopper"): (
         *(Tile(64, 16, 128, 4, 4), Tile(128, 64, 64, 8, 3)),
@@ -58,41 +58,42 @@ CLOSING = {
 TABLES = {"gram": GRAM, "thin_matmul": THIN, "closing_matmul": CLOSING}
 
 BAND = 8
-"""Rows of blocks of a gram that are computed together."""
+"""Rows of blocks in a band of a Gram, see `common.banded_tile`."""
 
 FINISH = Tile(32, 32, 1, 4, 1)
-"""Block in which the parts of a gram are added and mirrored; it divides every block of GRAM."""
+"""Block in which partial sums of a Gram are added and mirrored; it divides every GRAM block."""
 
-# No block is longer than 256: further than that times this needs more than 31 bits.
+# Blocks are at most 256 long: an offset within a block of longer strides would exceed 31 bits.
 _FURTHEST = 2**31 // 512
 SUM = Tile(1, 1024, 1, 4, 1)
-"""Block of numbers in which parts are added."""
+"""Block of numbers in which partial sums are added."""
 
 VIEW = Tile(1, 1024, 1, 4, 1)
-"""Pixels of one image."""
+"""Block of pixels of one image."""
 
 TERMS = Tile(128, 64, 1, 8, 1)
 """Block of a thin operand that is split into two terms."""
 
 TERMS_AS_READ = 64
-"""Up to so many columns the terms of a thin operand are split where they are read. Of a wider one
-each row of blocks would split them anew, while the tensor cores wait."""
+"""Largest number of columns of a thin operand that is split into terms while it is read.
+
+Every row of blocks splits the operand again, which for a wider one would stall the tensor cores."""
 
 RESIDUAL = Tile(16, 64, 1, 4, 1)
 """Block of a residual."""
 
-# Of the largest GPU of a generation.
+# Number on the largest GPU of a generation.
 _MULTIPROCESSORS = {"hopper": 132, "ampere": 108}
 _SPLIT_DEPTH = 256
-# What a part costs besides its terms, in terms: to start, to be written and read again. A guess.
+# Overhead of one split (start, write, read again) in units of one term of its sum. Not measured.
 _PART = 320
-# Tensor cores truncate what they accumulate: after so many terms the sum goes to a float32 that
-# ordinary instructions add up. In tf32x3 it does after each step anyway.
+# Tensor cores truncate their accumulator: after this many terms the run is added to a float32 sum
+# by ordinary instructions. In tf32x3 this happens after each step anyway.
 _RUN = 1280
 
 
 class Depth(NamedTuple):
-    """How the inner dimension of a product is cut: into splits, and these into runs."""
+    """Division of the inner dimension of a product: splits (split-K), and the runs of a split."""
 
     splits: int
     split: int
@@ -100,39 +101,39 @@ class Depth(NamedTuple):
 
 
 def kind_of(x: Tensor, input_precision: str) -> str:
-    """The first half of the keys of the table."""
+    """Return the input precision, or "half" for float16: the first key of the tables."""
     return "half" if x.dtype == torch.float16 else input_precision
 
 
 def generation(arch: int) -> str:
-    """The second half of the keys of the table."""
+    """Return the second key of the tables."""
     return "hopper" if arch >= HOPPER else "ampere"
 
 
 def gram_tile(x: Tensor, kind: str, arch: int) -> Tile:
-    """Of x [..., N, D]; the large block for many rows that are read 16 bytes at a time."""
+    """Return the block of the Gram of x [..., N, D]: large for many rows of aligned 16 bytes."""
     small, large = GRAM[kind, generation(arch)]
     return large if x.shape[-2] >= _GRAM_LARGE and aligned(x) else small
 
 
 def thin_tile(a: Tensor, b: Tensor, kind: str, terms: str, arch: int) -> Tile:
-    """Of a @ b; in float32 the widest block only for rows, those of a in pieces of 16 bytes."""
+    """Return the block of a @ b: in float32 the widest only for aligned, row-major operands."""
     tiles = THIN[kind, generation(arch)]
     wide = sum(b.shape[1] > edge for edge in _THIN_COLUMNS)
     fits = kind == "half" or (a.stride(1) == b.stride(1) == 1 and aligned(a))
-    # With Triton 3.6 tensor cores wait after each step of the widest block of this one.
+    # With Triton 3.6 the widest block of a float16 b would wait after each tensor-core step.
     fits = fits and terms != "exact"
     return tiles[min(wide, 2 if fits else 1)]
 
 
 def closing_tile(matrices: Sequence[Tensor], kind: str, arch: int) -> Tile:
-    """The large block where rows of all matrices are read 16 bytes at a time."""
+    """Return the large block if rows of all matrices can be read 16 bytes at a time."""
     rows = all(x.stride(1) == 1 and aligned(x) for x in matrices)
     return CLOSING[kind, generation(arch)][rows]
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether each row, or else each column, of the matrices of x is in pieces of 16 bytes."""
+    """Return whether every row, or every column, of x starts at a multiple of 16 bytes."""
     strides = sorted(x.stride())
     return strides[0] <= 1 and not any(
         address % 16
@@ -141,9 +142,12 @@ def aligned(x: Tensor) -> bool:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """x, or a copy if 32 bits cannot number what lies between two entries of a block.
+    """Return x, or a contiguous copy if offsets within a block would exceed 31 bits.
 
-    Programs and steps are counted in 64 bits; only inside a block in 32.
+    Kernels compute the address of a block in 64 bits and offsets within it in 32.
+
+    Raises:
+        ValueError: A row is too long even in a contiguous copy.
     """
     if max(x.stride()[-2:]) < _FURTHEST:
         return x
@@ -155,10 +159,10 @@ def addressable(x: Tensor) -> Tensor:
 
 @functools.lru_cache(1024)
 def cut(depth: int, blocks: int, tile: Tile, arch: int) -> Depth:
-    """The splits with which `blocks` blocks of output are computed soonest, by count of terms.
+    """Return the division of the inner dimension with the smallest predicted time.
 
-    A multiprocessor holds one program with a block of 128 by 128, or two with less: what matters is
-    how often all of them start a program, and how full they are the last time.
+    A multiprocessor holds one program with a block of 128 x 128, or two with smaller blocks. The
+    time is that of whole waves of programs, in terms of their sums.
     """
     at_once = _MULTIPROCESSORS[generation(arch)] * (1 if tile.rows * tile.columns >= 128**2 else 2)
 
@@ -173,7 +177,7 @@ def cut(depth: int, blocks: int, tile: Tile, arch: int) -> Depth:
 
 
 def runs(depth: int, block: int) -> int:
-    """The length of the runs of so many terms."""
+    """Return the length of a run: `depth` in equal runs of at most _RUN terms, in whole blocks."""
     return _blocks(-(-depth // -(-depth // _RUN)), block)
 
 

@@ -1,9 +1,8 @@
 """Random views of uint8 images: gather, crop, flip and normalise in one pass.
 
-A program reads one block of the pixels of one image, in all channels, and writes them as float32;
-what lies outside of the image is 0 before it is normalised; of an image that is not there, every
-pixel is NaN. Divisions are rounded as PyTorch rounds them, so that a view has the same bits
-wherever it is made.
+A program reads one block of pixels of one image in all channels and writes them as float32. Pixels
+outside of the image are 0 before normalisation. An index outside of the store gives an image of
+NaN. Divisions round to nearest as PyTorch's do, so that all backends give the same bits.
 """
 
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ def _views_kernel(
     column = pixel % width
     column = tl.where(flipped, width - 1 - column, column) + left - padding
     row = pixel // width + top - padding
-    # Indices are not looked at before: that would wait for the GPU.
+    # A check of the indices on the CPU would have to wait for the GPU.
     known = (image >= 0) & (image < count)
     row = tl.where(known, row, -1)
     inside = (pixel < size) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -91,7 +90,7 @@ def views_launches(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, list[Launch]]:
-    """What `views` returns, not yet computed, and the launch that computes it."""
+    """Return what `views` returns, not yet computed, and the launch that computes it."""
     _, channels, height, width = images.shape
     out = torch.empty(len(index), channels, height, width, device=images.device)
     if out.numel() == 0:
@@ -133,7 +132,7 @@ def views(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """`reference.views` of tensors of any strides; index and offset of any integer type."""
+    """Compute `reference.views` of tensors of any strides; index and offset of any integer type."""
     out, launches = views_launches(images, index, offset, flip, padding, mean, std)
     run(launches, images)
     return out

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     )
     from krrst_fast.estimator import KernelRidge
     from krrst_fast.head import RidgeHead
-    from krrst_fast.krr import KRRFit, krr_fit
+    from krrst_fast.ops.fit import KRRFit, krr_fit
     from krrst_fast.ops.from_gram import krr_predict_from_gram
     from krrst_fast.ops.gram import gram
     from krrst_fast.ops.info import SolveInfo
     from krrst_fast.ops.krr import krr_mse, krr_predict
+    from krrst_fast.ops.path import KRRPath, krr_path
     from krrst_fast.ops.ridge_solve import ridge_solve
+    from krrst_fast.ops.solver import Solver
     from krrst_fast.ops.views import views
-    from krrst_fast.path import KRRPath, krr_path
     from krrst_fast.planner import Plan, plan
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "RidgeHead",
     "SolveInfo",
+    "Solver",
     "gram",
     "krr_fit",
     "krr_mse",
@@ -55,14 +57,15 @@ __all__ = [
 _HOMES = {
     "krrst_fast.estimator": ("KernelRidge",),
     "krrst_fast.head": ("RidgeHead",),
-    "krrst_fast.krr": ("KRRFit", "krr_fit"),
+    "krrst_fast.ops.fit": ("KRRFit", "krr_fit"),
     "krrst_fast.ops.gram": ("gram",),
     "krrst_fast.ops.from_gram": ("krr_predict_from_gram",),
     "krrst_fast.ops.info": ("SolveInfo",),
     "krrst_fast.ops.krr": ("krr_mse", "krr_predict"),
     "krrst_fast.ops.ridge_solve": ("ridge_solve",),
+    "krrst_fast.ops.solver": ("Solver",),
     "krrst_fast.ops.views": ("views",),
-    "krrst_fast.path": ("KRRPath", "krr_path"),
+    "krrst_fast.ops.path": ("KRRPath", "krr_path"),
     "krrst_fast.planner": ("Plan", "plan"),
 }
 
@@ -71,7 +74,7 @@ def __getattr__(name: str) -> Any:
     # Lazily: data workers import `krrst_fast._native`, and the command line prints its help,
     # without paying for torch.
     if name == "__version__":
-        return import_module("krrst_fast.environment").version()
+        return import_module("krrst_fast.runs.environment").version()
     if name not in __all__:
         raise AttributeError(f"module 'krrst_fast' has no attribute {name!r}")
     home = next((home for home, names in _HOMES.items() if name in names), "krrst_fast.errors")

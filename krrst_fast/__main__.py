@@ -2,7 +2,7 @@
 
 import sys
 
-from krrst_fast.cli import main
+from krrst_fast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,12 +1,12 @@
-"""The errors a user can act on. Everything else that is raised is a bug."""
+"""The errors that a user can act on."""
 
 
 class KrrstError(Exception):
-    """Base of every error raised on purpose; the command line prints it in one line."""
+    """Base of the errors below; the command line prints them in one line."""
 
 
 class NotPositiveDefiniteError(KrrstError, ArithmeticError):
-    """The ridged gram has no Cholesky factor, even after the bounded number of larger ridges."""
+    """The Cholesky factorisation failed with every ridge that was tried."""
 
 
 class NonFiniteError(KrrstError, ValueError):

@@ -1,42 +1,52 @@
-"""A closed-form layer: ridge regression in place of a linear head that is trained."""
+"""A closed-form layer: ridge regression in place of a trained linear head."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self  # torch brings it
 
-from krrst_fast.backends import BackendName
-from krrst_fast.krr import krr_fit, predict_linear
-from krrst_fast.ops import checks, options
+from krrst_fast.ops.centring import check_intercept
+from krrst_fast.ops.fit import krr_fit, predict_linear
 from krrst_fast.ops.krr import krr_predict
-from krrst_fast.ops.options import Check, Precision, PredictOptions, RidgeOf
-from krrst_fast.ops.prepare import result_dtype
-from krrst_fast.planner import Form
+from krrst_fast.ops.problem import (
+    check_kernel,
+    check_matrices,
+    check_solver,
+    readable,
+    result_dtype,
+)
+from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 
 PROBE = ("weights", "intercept")
 
 
 class RidgeHead(nn.Module):
-    """Kernel ridge regression from a support set to queries, within a network or on a frozen one.
+    """Kernel ridge regression from a support set to queries, in a network or on frozen features.
 
-    Per episode, `head(f_support, y_support, f_query)` fits the support set and predicts the
-    queries, differentiably: the head of R2-D2 (arXiv 1805.08136). Once and for all, `fit(f, y)`
-    keeps a closed-form probe in buffers, which `head(f)` applies as a linear layer.
+    For each episode, `head(f_support, y_support, f_query)` fits the support set and predicts the
+    queries, differentiably: the head of R2-D2 (arXiv 1805.08136). `fit(f, y)` keeps a closed-form
+    probe in buffers, which `head(f)` applies as a linear layer.
 
     Args:
-        ridge: positive; of what, says `ridge_of`.
-        learn_ridge: it is where a parameter starts: `log_ridge`, so that it stays positive.
-        calibrate: predictions are times `output_scale` and plus `output_shift`, which are learnt:
-            of regression to 0 and 1 they make logits.
-        num_classes: of integer labels, which become 0 and 1.
-
-    The others are those of `krrst_fast.krr_predict`.
+        ridge: Positive number.
+        learn_ridge: Learn the ridge, from `ridge` on, as the parameter `log_ridge`: so it stays
+            positive.
+        ridge_of: What the ridge multiplies: the "trace" of K_ss, its "mean_diagonal", or 1
+            ("absolute").
+        detach_ridge: Treat the trace as a constant in the gradient.
+        scale: Positive factor of every inner product.
+        bias: Non-negative constant that is added to every kernel value.
+        intercept: Fit a constant that the ridge does not penalise; bias must then be 0.
+        calibrate: Multiply predictions by `output_scale` and add `output_shift`, which are learnt:
+            they turn a regression to 0 and 1 into logits.
+        num_classes: The number of classes of integer labels, which become rows of 0 and 1.
+        solver: How the system is solved.
 
     Attributes:
-        weights: of the probe [..., D, P], or None before `fit`.
-        intercept: of the probe [..., P], or None before `fit`.
+        weights: Coefficients of the probe [..., D, P], or None before `fit`.
+        intercept: Intercept of the probe [..., P], or None before `fit`.
     """
 
     weights: Tensor | None
@@ -51,14 +61,10 @@ class RidgeHead(nn.Module):
         detach_ridge: bool = True,
         scale: float = 1.0,
         bias: float = 0.0,
+        intercept: bool = False,
         calibrate: bool = False,
         num_classes: int | None = None,
-        precision: Precision | None = None,
-        refine: int = 0,
-        form: Literal["auto"] | Form = "auto",
-        backend: BackendName = "auto",
-        max_retries: int | None = None,
-        check: Check = "raise",
+        solver: Solver = DEFAULT,
     ) -> None:
         super().__init__()
         if isinstance(ridge, Tensor):
@@ -67,21 +73,14 @@ class RidgeHead(nn.Module):
             raise ValueError(
                 f"RidgeHead: num_classes must be a whole number, one or more, got {num_classes!r}"
             )
+        check_kernel("RidgeHead", ridge, ridge_of, detach_ridge, scale, bias)
+        check_solver("RidgeHead", solver)
+        check_intercept("RidgeHead", intercept, bias)
+        self.intercept_is_free = intercept
         self.num_classes = num_classes
         self.detach_ridge = detach_ridge
-        self._settings: dict[str, Any] = {
-            "ridge_of": ridge_of,
-            "scale": scale,
-            "bias": bias,
-            "precision": precision,
-            "refine": refine,
-            "form": form,
-            "backend": backend,
-            "max_retries": max_retries,
-            "check": check,
-        }
-        given = {"ridge": ridge, "detach_ridge": detach_ridge, **self._settings}
-        options.read("RidgeHead", given, PredictOptions)
+        self.solver = solver
+        self._kernel: dict[str, Any] = {"ridge_of": ridge_of, "scale": scale, "bias": bias}
         self._ridge = float(ridge)
         self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge))) if learn_ridge else None
         self.output_scale = nn.Parameter(torch.tensor(1.0)) if calibrate else None
@@ -97,45 +96,59 @@ class RidgeHead(nn.Module):
     def forward(
         self, f_support: Tensor, y_support: Tensor | None = None, f_query: Tensor | None = None
     ) -> Tensor:
-        """Predictions [..., B, P] at f_query, fitted to the support set; or of the probe at f.
+        """Fit the support set and predict [..., B, P] at f_query; or apply the probe to f.
 
         Args:
-            f_support: features [..., M, D]; alone, features [..., B, D] for the probe.
-            y_support: targets [..., M, P], or integer labels [..., M].
-            f_query: features [..., B, D].
+            f_support: Features [..., M, D]; as the only argument, features [..., B, D] for the
+                probe.
+            y_support: Targets [..., M, P], or integer labels [..., M].
+            f_query: Features [..., B, D].
 
         Raises:
-            ValueError, TypeError: shapes, dtypes or devices that do not fit, or a bad label.
-            RuntimeError: features alone, and there is no probe.
-            NotPositiveDefiniteError: the ridge is too small, with check="raise".
+            ValueError: Shapes or devices that do not fit, or a label that is no class.
+            TypeError: An argument of another type or dtype.
+            RuntimeError: Features alone, without a probe.
+            NotPositiveDefiniteError: The ridge is too small, with check="raise".
         """
         if y_support is None and f_query is None:
             return self.predict(f_support)
         if y_support is None or f_query is None:
             raise ValueError("RidgeHead: y_support and f_query come together, or neither does")
+        targets, constant = self._targets(y_support, f_support), None
+        if self.intercept_is_free:
+            wide = result_dtype(f_support)  # a mean in half precision would lose its digits
+            f_support, f_query, targets = (x.to(wide) for x in (f_support, f_query, targets))
+            mean, constant = (x.mean(-2, keepdim=True) for x in (f_support, targets))
+            f_support, f_query, targets = f_support - mean, f_query - mean, targets - constant
         prediction = krr_predict(
             f_support,
-            self._targets(y_support, f_support),
+            targets,
             f_query,
             ridge=self.ridge,
             detach_ridge=self.detach_ridge,
-            **self._settings,
+            solver=self.solver,
+            **self._kernel,
         )
-        return self._calibrated(prediction)
+        return self._calibrated(prediction if constant is None else prediction + constant)
 
     def fit(self, f: Tensor, y: Tensor) -> Self:
-        """Keep the regression of y [..., M, P], or integer labels [..., M], on f [..., M, D].
+        """Fit a probe of y [..., M, P], or integer labels [..., M], on f [..., M, D].
 
-        No gradients are recorded. The probe is part of `state_dict`, and a head without one, or
-        with one of another shape, loads it.
+        No gradients are recorded. The probe is part of `state_dict`; a head without a probe, or
+        with one of another shape, can load it.
         """
-        fit = krr_fit(f, self._targets(y, f), ridge=self.ridge, **self._settings)
+        how: dict[str, Any] = {**self._kernel, "intercept": self.intercept_is_free}
+        fit = krr_fit(f, self._targets(y, f), ridge=self.ridge, solver=self.solver, **how)
         dtype = result_dtype(f, y)
-        self.weights, self.intercept = fit.weights.to(dtype), fit.intercept.to(dtype)
+        probe = fit.weights.to(dtype), fit.intercept.to(dtype)
+        if probe[0].is_inference():  # could not be trained through, or loaded into
+            with torch.inference_mode(False):
+                probe = probe[0].clone(), probe[1].clone()
+        self.weights, self.intercept = probe
         return self
 
     def predict(self, f: Tensor) -> Tensor:
-        """Predictions [..., B, P] of the probe at f [..., B, D]; differentiable in f.
+        """Apply the probe to f [..., B, D]: predictions [..., B, P], differentiable in f.
 
         Computed in the dtype of the probe, float32 or more, also under autocast.
         """
@@ -143,22 +156,23 @@ class RidgeHead(nn.Module):
             raise RuntimeError(
                 "RidgeHead: there is no probe; call fit, or load a state_dict of one"
             )
-        checks.matrices("RidgeHead", f=f)
+        check_matrices("RidgeHead", ("f",), (f,))
         dtype = result_dtype(self.weights)
         if result_dtype(f) != dtype:
-            raise TypeError(f"RidgeHead: f is {f.dtype}, and the probe {self.weights.dtype}")
+            raise TypeError(
+                f"RidgeHead: f must be {self.weights.dtype} like the probe, got {f.dtype}"
+            )
         prediction = predict_linear(
             "RidgeHead",
             f,
             self.weights.to(dtype),
             self.intercept.to(dtype),
-            rounds=self._settings["precision"] == "fast",
-            raises=self._settings["check"] == "raise",
+            self.solver,
         )
         return self._calibrated(prediction)
 
     def _targets(self, y: Tensor, f: Tensor) -> Tensor:
-        """y, or for integer labels [..., M] their rows of 0 and 1 [..., M, P]."""
+        """Return y, or for integer labels [..., M] rows of 0 and 1 [..., M, P]."""
         for name, x in (("features", f), ("targets", y)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"RidgeHead: {name} must be a tensor, got {type(x).__name__}")
@@ -166,16 +180,22 @@ class RidgeHead(nn.Module):
             return y
         if self.num_classes is None:
             raise ValueError(f"RidgeHead: labels ({y.dtype}) need num_classes")
+        if y.dtype == torch.bool or y.ndim >= f.ndim:
+            raise TypeError(
+                f"RidgeHead: labels must be class indices [..., M] of an integer dtype, and rows "
+                f"of 0 and 1 floating, got {y.dtype} {list(y.shape)}; pass y.to(features.dtype)"
+            )
         if y.shape[-1:] != f.shape[-2:-1]:
             raise ValueError(
                 f"RidgeHead: labels must be [..., M] for features [..., M, D], "
                 f"got shapes {tuple(y.shape)} and {tuple(f.shape)}"
             )
+        y = y.long()  # the unsigned types compare with nothing
         classes = torch.arange(self.num_classes, device=y.device)
         rows = (y.unsqueeze(-1) == classes).to(f.dtype)
-        # Asking a GPU would stall it: there a label that is no class makes its episode NaN.
+        # Reading labels would stall a GPU: a label that is no class makes its episode NaN.
         known = (y >= 0) & (y < self.num_classes)
-        if checks.readable(y) and not known.all():
+        if readable(y) and not known.all():
             raise ValueError(
                 f"RidgeHead: labels must be 0 to {self.num_classes - 1}, "
                 f"got {int(y.min())} to {int(y.max())}"
@@ -190,7 +210,7 @@ class RidgeHead(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A probe has the shape of what it was fitted to, which a fresh head cannot know.
+        # A fresh head has no probe, so that its shape is that of the saved one.
         for name in PROBE:
             saved, mine = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and (mine is None or mine.shape != saved.shape):
@@ -200,9 +220,10 @@ class RidgeHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The ridge (where it started, if it learns), the classes, and the shape of the probe."""
-        parts = [f"ridge={self._ridge:g}", f"ridge_of={self._settings['ridge_of']!r}"]
-        parts += [f"{name}={self._settings[name]}" for name in ("scale", "bias")]
+        """Return the settings and the shape of the probe, for `repr`."""
+        parts = [f"ridge={self._ridge:g}", f"ridge_of={self._kernel['ridge_of']!r}"]
+        parts += [f"{name}={self._kernel[name]}" for name in ("scale", "bias")]
+        parts += ["intercept=True"] * self.intercept_is_free
         parts += ["learn_ridge=True"] * (self.log_ridge is not None)
         parts += ["calibrate=True"] * (self.output_scale is not None)
         parts += [f"num_classes={self.num_classes}"] * (self.num_classes is not None)

@@ -1,26 +1,27 @@
-"""Which closed form a call takes: counted work and memory, no measurement, no state."""
+"""The closed form for a shape, from counted operations and memory; nothing is measured."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Form = Literal["k", "w", "primal"]
 FORMS: tuple[Form, ...] = ("k", "w", "primal")
 
-# As krrst_fast.factor, which imports torch: grams of up to so many rows are factored in float64.
+# As krrst_fast.cholesky, which imports torch: grams of up to so many rows are factored in float64.
 _FLOAT64_UP_TO = 512
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The form that is chosen for a shape, and what each form would cost.
+    """The form that is chosen for a shape, and the cost of each form.
 
     Attributes:
         form: "k" | "w" | "primal".
-        flops: floating-point operations of forward + backward, by form.
-        bytes: the most memory that is alive at once in forward + backward beyond the inputs, by
-            form: what is kept for the backward pass, temporaries, and the gradients. Right to
-            within 15 % (measured on the CPU for sizes in the hundreds).
-        reason: one sentence.
+        flops: Floating-point operations of forward and backward pass, by form.
+        bytes: Peak memory of forward and backward pass beyond the inputs, by form: saved tensors,
+            temporaries and gradients. Right to within 15 % (measured on the CPU for sizes in the
+            hundreds).
+        reason: One sentence.
     """
 
     form: Form
@@ -37,12 +38,12 @@ def plan(*, m: int, b: int, d: int, p: int, problems: int = 1, itemsize: int = 4
     [D, P] and never multiplies M x M by D; "primal" solves in D x D and is taken only when M > D.
 
     Args:
-        m, b, d, p: the sizes.
-        problems: how many of them side by side (leading dimensions).
-        itemsize: bytes of a number, 4 for float32.
+        m, b, d, p: The sizes.
+        problems: The number of problems in the batch (leading dimensions).
+        itemsize: Bytes of a number, 4 for float32.
 
     Raises:
-        ValueError: a size is negative.
+        ValueError: A size is negative.
     """
     sizes = {"m": m, "b": b, "d": d, "p": p, "problems": problems, "itemsize": itemsize}
     for name, size in sizes.items():
@@ -63,13 +64,17 @@ def plan(*, m: int, b: int, d: int, p: int, problems: int = 1, itemsize: int = 4
 
 
 def cheapest(m: int, b: int, d: int, p: int) -> Form:
-    """The form `plan` chooses, by comparisons alone: the sizes may be symbolic."""
+    """Return the form that `plan` chooses; it only compares, so that sizes may be symbolic."""
     if m == 0 or d == 0:
         return "w"  # nothing to solve, or nothing to solve it with
     flops = _flops(m, b, d, p)
     if m > d and flops["primal"] < flops["k"] and flops["primal"] < flops["w"]:
         return "primal"
     return "w" if flops["w"] <= flops["k"] else "k"
+
+
+cached_cheapest = lru_cache(maxsize=4096)(cheapest)
+"""`cheapest` for sizes that are numbers."""
 
 
 def _flops(m: int, b: int, d: int, p: int) -> dict[Form, float]:
@@ -99,7 +104,7 @@ def _primal(m: int, b: int, d: int, p: int) -> float:
 
 
 def _bytes(form: Form, m: int, b: int, d: int, p: int, itemsize: int) -> float:
-    """The larger of the peaks of factoring, predicting and going back."""
+    """Return the largest of the peak memory of factoring, predicting and the backward pass."""
     n = d if form == "primal" else m
     wide = 8 if n <= _FLOAT64_UP_TO else itemsize  # a number of the factor
     factor = n * n * wide
@@ -114,7 +119,7 @@ def _bytes(form: Form, m: int, b: int, d: int, p: int, itemsize: int) -> float:
 
 
 def _numbers(form: Form, m: int, b: int, d: int, p: int) -> tuple[float, float]:
-    """Numbers that are kept beside the factor, and those of the way back at its widest."""
+    """Return the numbers that are kept beside the factor, and the peak of the backward pass."""
     if form == "k":
         # error, alpha, K_sr | R, beta, outer and its symmetric part, then the gradient
         alpha_r, symmetric = m * b, m * m

@@ -16,6 +16,27 @@ from tests.on_device import let_it_wait
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+# Files of `make test-slow`: kernels under Triton's interpreter, simulated GPUs, whole command lines
+# of the benchmarks, compile gates. Single slow tests have the mark themselves.
+SLOW = (
+    *(
+        "test_bench",
+        "test_check_",
+        "test_compile_ahead",
+        "test_cuda_model",
+        "test_gradient_strides",
+    ),
+    *("test_kernels_", "test_krr_triton", "test_lost_device", "test_on_device", "test_played_gpu"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow files."""
+    for item in items:
+        if item.path.name.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _nan_poisoned_memory() -> Iterator[None]:
     """Deterministic algorithms make torch fill fresh memory with NaN: a missed element shows."""

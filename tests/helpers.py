@@ -7,13 +7,16 @@ add up to (`rounding_of_sums`), and what is solved to quantiles over draws (`mor
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from krrst_fast import Solver
 from krrst_fast.backends import BACKENDS
 
-BACKEND_NAMES = [one.name for one in BACKENDS if one.refuses(torch.empty(1, 1)) is None]
+BACKEND_NAMES = [name for name, x in BACKENDS.items() if x.refuses(torch.empty(1, 1)) is None]
 """The backends that compute on the CPU here."""
 NAMES = ("f_syn", "y_syn", "f_real", "y_real")
 SHAPES = [  # M, D, B, P: ones, primes, M > D, D > M, more targets than images
@@ -27,6 +30,13 @@ SHAPES = [  # M, D, B, P: ones, primes, M > D, D > M, more targets than images
     (300, 331, 20, 2),
     (520, 531, 20, 2),
 ]
+
+
+def keywords(**options: Any) -> dict[str, Any]:
+    """Keywords of an operator, those of a Solver put into one."""
+    names = ("precision", "form", "backend", "max_retries", "check")
+    how = {name: options.pop(name) for name in names if name in options}
+    return {"solver": Solver(**how), **options} if how else options
 
 
 def features(n: int, d: int, condition: float, generator: torch.Generator) -> Tensor:
@@ -136,3 +146,15 @@ def neighbour(tensors: list[Tensor], seed: int) -> list[Tensor]:
         return (x * (1 + 1e-3 * steps)).float().to(x.dtype)
 
     return [moved(x) for x in tensors]
+
+
+class Calls(TorchDispatchMode):
+    """A record of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))

@@ -61,14 +61,14 @@ def call(name: str, *args: Any, cut: tuple[int, int, int] | None = None, **optio
 def call_on_gpu(name: str, *args: Any, **options: Any) -> Any:
     """The same on the GPU: tensors go there as they lie in memory, results come back."""
 
-    def there(value: Any) -> Any:
+    def moved(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         storage = value.untyped_storage().cuda()
         empty = torch.empty(0, dtype=value.dtype, device="cuda")
         return empty.set_(storage, value.storage_offset(), value.shape, value.stride())
 
-    value = call(name, *map(there, args), **{k: there(v) for k, v in options.items()})
+    value = call(name, *map(moved, args), **{k: moved(v) for k, v in options.items()})
     return tuple(x.cpu() for x in value) if isinstance(value, tuple) else value.cpu()
 
 

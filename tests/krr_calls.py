@@ -18,7 +18,7 @@ class Call(NamedTuple):
     """Arguments of one call, and what is known of them.
 
     Attributes:
-        tensors: f_syn, y_syn, f_real, y_real, and out_syn, out_real, weights, ridge where given.
+        tensors: f_syn, y_syn, f_real, y_real, and weights, ridge where given.
         options: the other keywords.
         good: nothing in it is against the rules.
         tame: numbers of ordinary size: the formula can be evaluated.
@@ -73,7 +73,6 @@ OPTIONS: dict[str, st.SearchStrategy] = {
     "form": st.sampled_from(("auto", "k", "w", "primal")),
     "backend": st.sampled_from(("auto", "torch")),
     "precision": st.sampled_from((None, "float64", "float32", "fast")),
-    "refine": st.integers(0, 2),
     "max_retries": st.sampled_from((None, 0, 2)),
     "check": st.sampled_from(("raise", "flag")),
     "detach_ridge": st.booleans(),
@@ -88,8 +87,6 @@ def calls(draw: st.DrawFn, allowed: tuple[str, ...]) -> Call:
     m, b, d, p = (draw(st.sampled_from((1, 2, 3, 5))) for _ in range(4))
     numbers = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     cores = {"f_syn": (m, d), "y_syn": (m, p), "f_real": (b, d), "y_real": (b, p)}
-    if "out_syn" in allowed and draw(st.integers(0, 3)) == 0:
-        cores |= {"out_syn": (m, p), "out_real": (b, p)}
     if "weights" in allowed and draw(st.integers(0, 2)) == 0:
         cores["weights"] = (m,)
     batch = draw(st.sampled_from(LEADING))
@@ -132,8 +129,8 @@ def calls(draw: st.DrawFn, allowed: tuple[str, ...]) -> Call:
     if change == "none":
         tensors[changed] = draw(st.sampled_from((None, [[1.0]], 1.0, np.ones((2, 2)), "f")))
     if draw(st.integers(0, 4)) == 0:
-        name = draw(st.sampled_from((*allowed, "rigde", "")))
-        target = tensors if name in ("weights", "out_syn", "out_real") else options
+        name = draw(st.sampled_from((*allowed, "solver", "rigde", "")))
+        target = tensors if name == "weights" else options
         target[name], good = draw(st.sampled_from(ANYTHING)), False
     return Call(tensors, options, good, tame)
 
@@ -154,7 +151,9 @@ def exact(call: Call, single: bool) -> Exact | None:
     least the condition number: alpha is wrong by 64 eps kappa |alpha|, a prediction by
     64 eps (kappa |phi_r| |phi_s| |alpha| + |phi_r| |phi_s| |y| / lam).
     """
-    tensors = {k: x.detach().double() for k, x in call.tensors.items() if isinstance(x, Tensor)}
+    used = ("f_syn", "y_syn", "f_real", "weights")
+    given = {k: x for k, x in call.tensors.items() if k in used and isinstance(x, Tensor)}
+    tensors = {k: x.detach().double() for k, x in given.items()}
     scale, bias = (call.options.get(k, v) for k, v in (("scale", 1.0), ("bias", 0.0)))
 
     def phi(f: Tensor) -> Tensor:
@@ -162,7 +161,6 @@ def exact(call: Call, single: bool) -> Exact | None:
         return torch.cat((f * scale**0.5, one), -1)
 
     syn, y, real = phi(tensors["f_syn"]), tensors["y_syn"], phi(tensors["f_real"])
-    y = y - tensors["out_syn"] if "out_syn" in tensors else y
     weights = tensors.get("weights", torch.ones(syn.shape[-2]).double())
     root = weights.sqrt()[..., None]
     k = (root * syn) @ (root * syn).mT
@@ -180,7 +178,6 @@ def exact(call: Call, single: bool) -> Exact | None:
     solved = inverse @ (root * y)
     alpha = root * solved
     prediction = real @ (syn.mT @ alpha)
-    prediction = prediction + tensors["out_real"] if "out_real" in tensors else prediction
 
     def size(x: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(x)

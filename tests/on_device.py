@@ -1,12 +1,17 @@
 """What tests on a GPU share: calls that may not wait, graphs, and what a failure must not leave."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+# Last: what is installed under test comes first.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 T = TypeVar("T")
 
 
@@ -29,47 +34,6 @@ def let_it_wait() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def captured(work: Callable[[], T], warm_up: int = 3) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of `work`, and the results that each replay writes to.
-
-    Raises:
-        Whatever `work` or the capture raises; stream, memory and random numbers are as before.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream), _capture(graph):
-        results = work()
-    return graph, results
-
-
-@contextmanager
-def _capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """Capture on the stream of now.
-
-    `torch.cuda.graph` of torch < 2.12 would leave a capture that fails half open: the next call
-    that frees memory or draws a random number in this process would fail too.
-    """
-    device = torch.cuda.current_device()
-    generator: Any = torch.cuda.default_generators[device]
-    state, pool = generator.clone_state(), torch.cuda.graph_pool_handle()
-    try:
-        graph.capture_begin(pool=pool)
-        yield
-        graph.capture_end()
-    except BaseException:
-        steps: tuple[Callable[[], Any], ...] = (
-            graph.capture_end,
-            lambda: torch._C._cuda_endAllocateToPool(device, pool),
-            lambda: generator.graphsafe_set_state(state),
-        )
-        for step in steps:
-            with suppress(RuntimeError):  # it was not begun, or is over
-                step()
-        raise
+def captured(work: Callable[[], T], warm_up: int = 3) -> tuple[Any, T]:
+    """Capture `work` in a CUDA graph, as the benchmarks do."""
+    return import_module("bench.gpu.clock").capture(work, warm_up)

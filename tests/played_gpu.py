@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from krrst_fast import gpu, library, reference
+from krrst_fast import operators, reference
+from krrst_fast.backends import triton
 
 DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -112,8 +113,8 @@ class Gpu(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         mine = [x for x in tensors if isinstance(x, Played)]
         # Autograd takes the device of a played tensor for the CPU: only `_Move` goes there.
-        there = bool(mine) or torch.device(kwargs.get("device") or "cpu").type == "cuda"
-        if not there:
+        on_gpu = bool(mine) or torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        if not on_gpu:
             return func(*args, **kwargs)
         if func.namespace == "krrst_fast":
             with self:  # as on every device for which it has no kernel
@@ -174,8 +175,8 @@ def _has_parts(func: Any) -> bool:
 
 def _fallback(name: str) -> Callable[..., Any]:
     """What computes an operator of ours where there is no kernel for it."""
-    ours = {"matmul": torch.matmul, "ridge_factor": library._ridge_factor_impl}
-    ours["factored_solve"] = library._factored_solve_impl
+    ours = {"matmul": torch.matmul, "ridge_factor": operators._ridge_factor}
+    ours["factored_solve"] = operators._factored_solve
     return ours.get(name) or getattr(reference, name)
 
 
@@ -306,7 +307,11 @@ def played_gpu() -> Iterator[Gpu]:
         for name, method in tensor.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, method))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
-        stack.enter_context(mock.patch.object(gpu, "_capability", lambda _: (7, 0)))
+        # A torch with CUDA and without a driver would look there for a stream that is captured.
+        stack.enter_context(
+            mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+        )
+        stack.enter_context(mock.patch.object(triton, "capability", lambda _: (7, 0)))
         # Or a module that is moved would keep its parameters and take their numbers alone.
         overwrite = torch.__future__.set_overwrite_module_params_on_conversion
         before = torch.__future__.get_overwrite_module_params_on_conversion()

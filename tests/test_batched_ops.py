@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import library
+from krrst_fast import operators
 from tests.helpers import assert_within, rounding_of_sums
 
-EXTENSION = pytest.mark.skipif(not library.has_extension(), reason=library.EXTENSION)
+EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
 DTYPES = [torch.float32, torch.float64]
 # Round the tiles (3, 4, 5, 6 and their multiples), the vectors (2 to 16) and the limit of dot
 # products (64).
@@ -37,7 +37,7 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def exactly(x: Tensor) -> np.ndarray:

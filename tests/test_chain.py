@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from krrst_fast.cli import main
+from krrst_fast.cli.main import main
 from krrst_fast.data import ImageStore, open_store
-from krrst_fast.distilled_set import load_distilled
+from krrst_fast.distill.distilled_set import load_distilled
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared/data/unpack.py"
 FORMATS = ("cifar", "imagefolder", "webdataset")

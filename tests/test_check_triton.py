@@ -72,7 +72,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, missing: bool = False, **changes: Any
 
 
 @pytest.mark.parametrize(
-    "changes,status,told",
+    "changes,status,message",
     [
         ({}, 0, "1 of 1 passed"),
         ({"what": "wrong"}, 1, "does not compile"),
@@ -88,11 +88,11 @@ def test_what_fails(
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
     status: int,
-    told: str,
+    message: str,
 ) -> None:
     plant(monkeypatch, **changes)
     assert gate.main() == status
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_a_configuration_that_no_case_reaches(
@@ -105,16 +105,16 @@ def test_a_configuration_that_no_case_reaches(
 
 @triton.jit(do_not_specialize=["count", "one"], do_not_specialize_on_alignment=["row"])
 def _scaled_kernel(x_ptr, scale, count, one, size, row, unit, BLOCK: tl.constexpr):
-    here = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + here * unit + row, mask=here < size + count + one, other=0.0)
-    tl.store(x_ptr + here * unit + row, x * scale)
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset * unit + row, mask=offset < size + count + one, other=0.0)
+    tl.store(x_ptr + offset * unit + row, x * scale)
 
 
 def test_the_gate_compiles_what_is_launched(
     gate: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher is asked in a launch, up to where it would compile."""
-    told: list[dict[str, Any]] = []
+    compiled: list[dict[str, Any]] = []
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -123,16 +123,18 @@ def test_the_gate_compiles_what_is_launched(
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(
-        triton.knobs.runtime, "jit_cache_hook", lambda **said: told.append(said["compile"]) or True
+        triton.knobs.runtime,
+        "jit_cache_hook",
+        lambda **event: compiled.append(event["compile"]) or True,
     )
     x = torch.empty(64, device="meta")
     sizes: dict[str, Any] = {"count": 32, "one": 1, "size": 48, "row": 16, "unit": 1}
     arguments = {"x_ptr": x, "scale": 2.0, **sizes, "BLOCK": 16}
     found = gate.specialised(Launch(_scaled_kernel, 1, arguments, Tile(1, 16, 1, 4, 1)))
     _scaled_kernel[(1,)](**arguments, enable_fp_fusion=True)
-    assert found["signature"] == told[0]["signature"]
-    assert found["constexprs"] == told[0]["constants"]
-    assert found["attrs"] == told[0]["configs"][0]
+    assert found["signature"] == compiled[0]["signature"]
+    assert found["constexprs"] == compiled[0]["constants"]
+    assert found["attrs"] == compiled[0]["configs"][0]
     # What the launcher is known to make of it: count, one, size, row and unit.
     assert list(found["signature"].values())[2:7] == ["i32"] * 4 + ["constexpr"]
     assert [i for i in range(8) if found["attrs"].get((i,))] == [0, 4]
@@ -142,8 +144,8 @@ def test_registers_and_waits(gate: ModuleType) -> None:
     launch = SimpleNamespace(kernel=SimpleNamespace(__name__="_sum_kernel"), arguments={})
     special = {"signature": {"x_ptr": "*fp32"}, "constexprs": {}, "attrs": {}}
     binary = gate.Binary(65, 0, 0, 0, 0, 0, serial=True)
-    told = ["65 registers > 64", "each wgmma.mma_async waits for the one before"]
-    assert list(gate.faults(binary, launch, special, 90)) == told
+    expected = ["65 registers > 64", "each wgmma.mma_async waits for the one before"]
+    assert list(gate.faults(binary, launch, special, 90)) == expected
 
 
 @pytest.mark.parametrize("row, faults", [(4096, 1), (10, 0)])
@@ -156,7 +158,7 @@ def test_copies_are_wide_where_rows_are_aligned(gate: ModuleType, row: int, faul
         "attrs": {(0,): [["tt.divisibility", 16]]} | ({(1,): [["d", 16]]} if row % 16 == 0 else {}),
     }
     binary = gate.Binary(200, 0, 0, 32, 48, 48, serial=False)
-    told = list(gate.faults(binary, launch, special, 90))
-    assert told == ["48 copies of fewer than 16 bytes: an address lost its alignment"] * faults
+    found = list(gate.faults(binary, launch, special, 90))
+    assert found == ["48 copies of fewer than 16 bytes: an address lost its alignment"] * faults
     wide = binary._replace(narrow=0)
     assert list(gate.faults(wide, launch, special, 90)) == []

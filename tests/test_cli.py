@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from krrst_fast.cli import main
+from krrst_fast.cli.main import main
 
-pytest.importorskip("jsonargparse")
+pytest.importorskip("docstring_parser")
 
 TARGET = shlex.split(
     "--model.kind convnet --model.widths [8,8] --num_outputs 6 --steps 4 --batch_size 32 "
@@ -162,7 +162,7 @@ def test_help_lists_settings_with_the_values_of_the_run(krrst: Krrst) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; from krrst_fast.cli import main\n"
+        "import sys; from krrst_fast.cli.main import main\n"
         "assert main(['--help']) == 0 and 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -185,13 +185,16 @@ MISTAKES = {
     ),
     "missing positional": (["evaluate", "--store", "{store}"], ["RUN must be given"]),
     "missing report": (["report"], ["the following arguments are required: run"]),
-    "wrong number": (["distill", "--steps", "many"], ["--steps must be a whole number, got many"]),
+    "wrong number": (
+        ["distill", "--steps", "many"],
+        ["--steps must be a whole number, got 'many'"],
+    ),
     "wrong fraction": (["distill", "--steps", "1.5"], ["--steps must be a whole number, got 1.5"]),
     "wrong choice": (
         ["distill", "--pool.reset", "no"],
-        ["--pool.reset must be one of paper, released, got no"],
+        ["--pool.reset must be one of paper, released, got 'no'"],
     ),
-    "wrong list": (["distill", "--pool.model.widths", "32"], ["must be a list such as [1,2]"]),
+    "wrong list": (["distill", "--pool.model.widths", "32"], ["must be a list such as [1, 2]"]),
     "wrong range": (
         ["distill", *DISTILL_PATHS, *DISTILL, "--lr", "-1"],
         ["lr must be positive, got -1.0"],
@@ -278,12 +281,12 @@ def test_broken_image_is_named(krrst: Krrst, tmp_path: Path) -> None:
 
 
 def test_missing_extra_is_named(krrst: Krrst, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, extra in (("jsonargparse", "cli"), ("yaml", "cli")):
+    for module, extra in (("docstring_parser", "cli"), ("yaml", "cli")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             answer = krrst("distill", "--print-config")
         _fails(answer, f"needs {module}: pip install 'krrst-fast[{extra}]'")
-    for name in ("jsonargparse", "yaml", "safetensors", "tqdm", "PIL", "sklearn", "matplotlib"):
+    for name in ("docstring_parser", "yaml", "safetensors", "tqdm", "PIL", "sklearn", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     assert krrst("info").code == 0
 
@@ -372,12 +375,12 @@ def test_permission_denied(krrst: Krrst, tmp_path: Path) -> None:
 
 
 def test_bugs_keep_their_traceback(krrst: Krrst, monkeypatch: pytest.MonkeyPatch) -> None:
-    import krrst_fast.info
+    import krrst_fast.cli.info
 
     def broken() -> dict[str, str]:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(krrst_fast.info, "about_this_machine", broken)
+    monkeypatch.setattr(krrst_fast.cli.info, "about_this_machine", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["info"])
 

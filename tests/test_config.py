@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from krrst_fast.config import config_hash, from_dict, require, to_dict, typed
 from krrst_fast.errors import ConfigError
+from krrst_fast.runs.config import config_hash, from_dict, require, to_dict, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,12 @@ def test_round_trip() -> None:
         ({"weights": 3}, "weights must be a path, got 3"),
         ({"pair": [1]}, "pair must have 2 items, got [1]"),
         ({"pair": [1, "x"]}, "pair[1] must be a number, got 'x'"),
-        ({"pair": "12"}, "pair must be a list, got '12'"),
-        ({"methods": ["a", "c"]}, "methods[1] must be one of ['a', 'b'], got 'c'"),
-        ({"inner": {"norm": True}}, "inner.norm must be one of ['batch', 'none', 1], got True"),
+        ({"pair": "12"}, "pair must be a list such as [1, 2], got '12'"),
+        ({"methods": ["a", "c"]}, "methods[1] must be one of a, b, got 'c'"),
+        ({"inner": {"norm": True}}, "inner.norm must be one of batch, none, 1, got True"),
         ({"inner": {"norm": [1]}}, "inner.norm must be one of"),
         ({"inner": 3}, "inner must be a mapping of settings, got 3"),
-        ({"inner": {"widths": 32}}, "inner.widths must be a list, got 32"),
+        ({"inner": {"widths": 32}}, "inner.widths must be a list such as [1, 2], got 32"),
     ],
 )
 def test_wrong_settings_are_named(change: dict[Any, Any], message: str) -> None:

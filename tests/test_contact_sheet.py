@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from krrst_fast.contact_sheet import amplified, percent, sheets, tile
-from krrst_fast.distilled_set import DistilledSet
+from krrst_fast.distill.distilled_set import DistilledSet
+from krrst_fast.report.contact_sheet import amplified, percent, sheets, tile
 
 
 def decoded(uri: str) -> np.ndarray:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from krrst_fast.data import PrepareConfig, cifar, prepare
+from krrst_fast.data import PrepareConfig, prepare
+from krrst_fast.data.formats import cifar
 from krrst_fast.errors import DataError
 
 RNG = np.random.default_rng(0)

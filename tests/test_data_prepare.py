@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from krrst_fast.data import PrepareConfig, open_store, prepare, tars
+from krrst_fast.data import PrepareConfig, open_store, prepare
+from krrst_fast.data.formats import tars
 from krrst_fast.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -106,7 +107,7 @@ def test_images_beside_class_folders_are_not_silently_dropped(folder, tmp_path):
 def test_two_folders_of_one_split_are_refused(folder, tmp_path):
     for name in ("val", "validation"):
         (folder / name).mkdir()
-    refused(folder, tmp_path / "out", "val and validation are one split")
+    refused(folder, tmp_path / "out", "val and validation both hold the split val")
 
 
 def test_images_of_differing_sizes_and_kinds_become_one_size(tmp_path):
@@ -341,7 +342,7 @@ def test_settings_out_of_range_are_named(tmp_path):
     for settings, message in [
         ({"size": 0}, "size must be from 1 to 4096, got 0"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
-        ({"on_error": "ignore"}, "on_error must be refuse or skip, got 'ignore'"),
+        ({"on_error": "ignore"}, "on_error must be one of refuse, skip, got 'ignore'"),
         ({"source": ""}, "source must be a path, or digits, got ''"),
     ]:
         with pytest.raises(ConfigError, match=f"PrepareConfig: {message}"):

@@ -121,7 +121,7 @@ def test_what_is_no_store_is_refused(store, tmp_path):
     good = json.loads(path.read_text())
     for change, message in [
         ({"format_version": 2}, "the store has format 2, this version reads up to 1"),
-        ({"splits": {"train": [0, 31]}}, "reach past the images"),
+        ({"splits": {"train": [0, 31]}}, "exceed the number of images"),
         ({"splits": [1]}, "not the index of an image store"),
         ({"mean": None}, "not the index of an image store"),
         ({"size": "wide"}, "not the index of an image store"),

@@ -8,14 +8,13 @@ import torch
 
 import krrst_fast.distill.loop as loop
 from krrst_fast.data import open_store
-from krrst_fast.data.augment import ViewConfig, draw_views
+from krrst_fast.data.augment import ViewConfig, draw_views, render
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
 from krrst_fast.distill.cache import TargetCache, is_cached, views_per_image
 from krrst_fast.distill.start import make_source
 from krrst_fast.errors import ConfigError
 from krrst_fast.models import ModelConfig
-from krrst_fast.ops.views import views
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 from krrst_fast.targets import load_target
 
 
@@ -65,18 +64,16 @@ def test_looking_up_is_computing_on_the_batch(tiny_store, tiny_target, view, dty
     draw = generator(0, "test")
     for _ in range(4):
         index = torch.randint(len(images), (300,), generator=draw)
-        offset, flip = draw_views(300, view, draw)
-        batch = views(
+        drawn = draw_views(index, view, draw)
+        batch = render(
             images,
-            index,
-            offset,
-            flip,
+            drawn,
             padding=view.padding,
             mean=target.mean,
             std=target.std,
             dtype=dtype,
         )
-        found = cache(index, offset, flip, batch)
+        found = cache(*drawn, batch)
         torch.testing.assert_close(found, target(batch.float()), rtol=1e-5, atol=1e-6)
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from krrst_fast.config import from_dict
 from krrst_fast.data import open_store
 from krrst_fast.distill import DistillConfig, PoolConfig, outer_step
-from krrst_fast.distill.checkpoint import cut_metrics, load_checkpoint, require_same_run
 from krrst_fast.distill.start import initial_set, make_source, make_state
 from krrst_fast.distill.step import LinearDecay
 from krrst_fast.errors import CheckpointError
-from krrst_fast.files import append_jsonl, load_state, read_jsonl
+from krrst_fast.runs.checkpoint import cut_metrics, load_checkpoint, require_same_run
+from krrst_fast.runs.config import from_dict
+from krrst_fast.runs.files import append_jsonl, load_state, read_jsonl
 from krrst_fast.targets import load_target
 
 PROGRAM = """
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # what the first optimiser would import, in every child
 import safetensors.torch
-from krrst_fast import files
+from krrst_fast.runs import files, log
 from krrst_fast.data import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill, loop
 from krrst_fast.models import ModelConfig
@@ -110,7 +110,7 @@ PLACES = {
     # In the middle of writing a checkpoint.
     **{f"write-{n}": (lambda n=n: dying(torch, "save", n, half_a_file)) for n in (0, 3)},
     # In the middle of a row of the log, and between a row and the checkpoint after it.
-    **{f"row-{n}": (lambda n=n: dying(loop, "append_jsonl", n, half_a_row)) for n in (0, 9)},
+    **{f"row-{n}": (lambda n=n: dying(log, "append_jsonl", n, half_a_row)) for n in (0, 9)},
     "before-checkpoint": lambda: dying(loop, "save_checkpoint", 3),
     "after-summary": lambda: dying(loop, "as_distilled", 0),
 }
@@ -216,14 +216,14 @@ def test_what_is_no_checkpoint_of_this_version_is_refused(tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=message):
-            load_checkpoint(path, config, {})
+            load_checkpoint(path, config, ())
     path.unlink()
     with pytest.raises(CheckpointError, match="there is no such checkpoint"):
-        load_checkpoint(path, config, {})
+        load_checkpoint(path, config, ())
     with pytest.raises(CheckpointError, match="does not hold the settings of a run"):
-        require_same_run(path, ["not", "settings"], config)
+        require_same_run(path, ["not", "settings"], config, ())
     with pytest.raises(CheckpointError, match="pool.size was None and is 10"):
-        require_same_run(path, {}, config)
+        require_same_run(path, {}, config, ("store", "target", "out"))
 
 
 def test_a_checkpoint_names_the_run_it_is_of(killed):

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import krrst_fast.distill.loop as loop
-from krrst_fast.config import from_dict
 from krrst_fast.data import PrepareConfig, open_store, prepare
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
-from krrst_fast.distilled_set import load_distilled
 from krrst_fast.errors import CheckpointError, ConfigError
-from krrst_fast.files import load_state, save_state
 from krrst_fast.models import ModelConfig
+from krrst_fast.runs.config import from_dict
+from krrst_fast.runs.files import load_state, save_state
 from krrst_fast.targets import load_target
 
 
@@ -137,15 +136,12 @@ def test_a_target_of_another_image_size_is_refused(config, tmp_path):
         distill(dataclasses.replace(config, store=large), progress=False)
 
 
-def test_a_run_of_an_earlier_version_that_kept_no_identity_goes_on(config, tmp_path, monkeypatch):
-    whole = distill(dataclasses.replace(config, out=tmp_path / "whole"), progress=False)
+def test_a_checkpoint_without_identities_is_refused(config, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stop):
         _stop_at(patch, 7)
         distill(config, progress=False)
     saved = load_state(config.out / "checkpoint.pt")
     del saved["inputs"]
     save_state(config.out / "checkpoint.pt", saved)
-    initial = load_distilled(config.out / "initial.safetensors")
-    dataclasses.replace(initial, meta={}).save(config.out / "initial.safetensors")
-    result = distill(config, resume=True, progress=False)
-    assert torch.equal(result.images, whole.images)
+    with pytest.raises(CheckpointError, match="the store has changed since this run began: it was"):
+        distill(config, resume=True, progress=False)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import krrst_fast.distill.loop as loop
-from krrst_fast.config import from_dict
 from krrst_fast.data import open_store, plain_views
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
-from krrst_fast.distilled_set import load_distilled
+from krrst_fast.distill.distilled_set import load_distilled
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from krrst_fast.files import load_state, read_jsonl
 from krrst_fast.models import ModelConfig
+from krrst_fast.runs.config import from_dict
+from krrst_fast.runs.files import load_state, read_jsonl
 from krrst_fast.targets import load_target
 
 
@@ -382,8 +382,11 @@ def test_the_loss_falls(config):
         ({"lr": 0.0}, "lr must be positive"),
         ({"final_lr_fraction": 2.0}, "final_lr_fraction must be in"),
         ({"ridge": 0.0}, "ridge must be positive"),
-        ({"ridge_of": "mean"}, "ridge_of must be trace or mean_diagonal or absolute, got 'mean'"),
-        ({"image_space": "lab"}, "image_space must be normalized or raw"),
+        (
+            {"ridge_of": "mean"},
+            "ridge_of must be one of trace, mean_diagonal, absolute, got 'mean'",
+        ),
+        ({"image_space": "lab"}, "image_space must be one of normalized, raw"),
         ({"log_every": 0}, "log_every must be at least 1"),
     ],
 )

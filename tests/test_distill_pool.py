@@ -11,7 +11,7 @@ from krrst_fast.distill.config import PoolConfig
 from krrst_fast.distill.pool import Pool
 from krrst_fast.errors import ConfigError, NonFiniteError
 from krrst_fast.models import ModelConfig
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 MODEL = ModelConfig(widths=(4, 8))
 DRAW = torch.Generator().manual_seed(0)
@@ -174,8 +174,8 @@ def test_batch_statistics_are_learnt_in_fits_and_used_in_features():
         ({"online_steps": 1}, "online_steps must be at least 2"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
-        ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
-        ({"reset": "never"}, "reset must be paper or released, got 'never'"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"reset": "never"}, "reset must be one of paper, released, got 'never'"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):

@@ -5,7 +5,7 @@ import torch
 
 from krrst_fast.data.augment import ViewConfig, draw_views
 from krrst_fast.distill.source import Epochs, Source
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
 
@@ -57,8 +57,8 @@ def test_a_batch_is_the_views_written_out_with_the_targets_outputs(batch_size, d
     source = _source(batch_size, represent, dtype)
     batch, y_real = source.draw(2, generator(0, "test"))
 
-    offset, flip = draw_views(batch_size, source.view, generator(0, "test"))
     index = source.epochs.take(2 * batch_size, batch_size)
+    _, offset, flip = draw_views(index, source.view, generator(0, "test"))
     for name, value in (("index", index), ("offset", offset), ("flip", flip)):
         assert torch.equal(seen[name], value)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)

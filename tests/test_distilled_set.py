@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from krrst_fast.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.errors import DataError
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.2, 0.3, 0.4)
@@ -54,7 +54,7 @@ def test_the_same_set_gives_the_same_bytes_in_every_process(tmp_path):
     """Hash seeds differ between processes; the order of the metadata must not follow them."""
     program = """
 import sys, torch
-from krrst_fast.distilled_set import DistilledSet
+from krrst_fast.distill.distilled_set import DistilledSet
 one = torch.ones
 DistilledSet(images=one(1, 3, 2, 2), targets=one(1, 2), mean=(0.0,) * 3, std=(1.0,) * 3,
              meta={key: key for key in "hgfedcba"}).save(__import__("pathlib").Path(sys.argv[1]))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import krr_mse
+from krrst_fast import Solver, krr_mse
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "drop-in.md").read_text(encoding="utf-8")
 METHODS = [
@@ -167,7 +167,7 @@ def test_rows_that_come_twice() -> None:
     """What the page says of FRePo's ridge on 500 rows, half of them copies: medians over draws."""
     before = next(pair for pair in PAIRS if pair.name == "2. FRePo").function("before")
     settings = {"ridge": 1e-6, "ridge_of": "mean_diagonal"}
-    ways = ({"backend": "reference"}, {}, {"precision": "float64"})
+    ways = (Solver(backend="reference"), Solver(), Solver(precision="float64"))
     errors = []
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
@@ -175,7 +175,7 @@ def test_rows_that_come_twice() -> None:
         f_syn[250:] = f_syn[:250]
         y_syn, y_real = (torch.randn(n, 10, generator=generator) for n in (500, 64))
         tensors = (f_syn, y_syn, f_real, y_real)
-        losses = [5 * krr_mse(*tensors, **settings, **how) for how in ways]
+        losses = [5 * krr_mse(*tensors, **settings, solver=way) for way in ways]
         try:
             losses.append(before(*tensors))
         except torch.linalg.LinAlgError as error:

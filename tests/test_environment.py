@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from krrst_fast import environment
 from krrst_fast.errors import ConfigError
+from krrst_fast.runs import environment
 
 
 def test_describe_is_json_and_true() -> None:

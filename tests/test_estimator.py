@@ -1,5 +1,6 @@
 """KernelRidge: scikit-learn's own checks, its numbers, and tensors beside arrays."""
 
+import inspect
 import json
 import pickle
 import re
@@ -20,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from krrst_fast import KernelRidge, krr_predict
+from krrst_fast import KernelRidge, Solver, krr_predict
 from tests.helpers import assert_equal, problem
 
 
@@ -129,7 +130,9 @@ def test_tensors_in_tensors_out(dtype: torch.dtype) -> None:
 def test_precision_is_that_of_the_computation(dtype: torch.dtype, precision: str) -> None:
     f_syn, y_syn, f_real, _ = problem(12, 20, 5, 3)
     exact = KernelRidge(0.1).fit(f_syn, y_syn).predict(f_real)
-    model = KernelRidge(0.1, precision=precision).fit(f_syn.to(dtype), y_syn.to(dtype))
+    model = KernelRidge(0.1, solver=Solver(precision=precision)).fit(
+        f_syn.to(dtype), y_syn.to(dtype)
+    )
     prediction = model.predict(f_real.to(dtype))
     assert prediction.dtype == model.coef_.dtype == dtype
     assert_equal(prediction.double(), exact, {"fast": 1e-2, "float32": 1e-4}.get(precision, 1e-6))
@@ -187,11 +190,11 @@ def test_searches_pipelines_and_copies() -> None:
     assert again.get_params() == model.get_params()
     assert not hasattr(again, "fit_")
     assert repr(KernelRidge(bias=2.0, ridge=0.5)) == "KernelRidge(bias=2.0, ridge=0.5)"
-    parameters = {"precision": "float64", "ridge": 3.0, "form": "primal"}
+    parameters = {"ridge": 3.0, "solver": Solver(precision="float64", form="primal")}
     assert {**again.get_params(), **parameters} == again.set_params(**parameters).get_params()
     assert again.fit(f_syn, y_syn).fit_.info.form == "primal"
-    numbers = KernelRidge(np.int64(3), refine=np.int64(1), bias=np.float32(1.0))
-    exact = KernelRidge(3, refine=1, bias=1.0).fit(f_syn, y_syn)
+    numbers = KernelRidge(np.int64(3), bias=np.float32(1.0))
+    exact = KernelRidge(3, bias=1.0).fit(f_syn, y_syn)
     assert np.array_equal(numbers.fit(f_syn, y_syn).coef_, exact.coef_)
 
 
@@ -278,7 +281,7 @@ def error(call):
 
 given = json.load(sys.stdin)
 f, y, w, x = (np.array(given[k]) for k in "fywx")
-model = KernelRidge(0.1, ridge_of="trace", bias=0.5, precision="float64")
+model = KernelRidge(0.1, ridge_of="trace", bias=0.5)
 out = {"params": model.get_params(), "repr": repr(model)}
 out["unfitted"] = error(lambda: model.predict(x))
 out["fitted"] = model.fit(f, y, sample_weight=w) is model
@@ -317,7 +320,7 @@ def test_without_scikit_learn() -> None:
     ran = subprocess.run(command, input=given, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     out = json.loads(ran.stdout)
-    model = KernelRidge(0.1, ridge_of="trace", bias=0.5, precision="float64")
+    model = KernelRidge(0.1, ridge_of="trace", bias=0.5)
     assert out["params"] == model.get_params()
     assert list(out["params"]) == list(model.get_params())
     assert out["repr"] == re.sub(r"\s+", " ", repr(model))
@@ -349,3 +352,40 @@ def test_without_scikit_learn() -> None:
         mro, message = out["errors"][what]
         assert "ValueError" in mro
         assert re.search(match, message), f"{what}: {message}"
+
+
+def test_the_name_of_scikit_learn_is_answered() -> None:
+    with pytest.raises(TypeError, match="KernelRidge: the alpha of scikit-learn is called ridge"):
+        KernelRidge(alpha=1.0)  # type: ignore[call-arg]
+    assert "ridge" in str(inspect.signature(KernelRidge))
+
+
+@pytest.mark.parametrize("kind", [np.array, list, lambda x: torch.tensor(x).double()])
+def test_a_ridge_for_each_target(kind: Callable[[list[float]], Any]) -> None:
+    draw = np.random.default_rng(0)
+    x, y, q = draw.normal(size=(9, 4)), draw.normal(size=(9, 3)), draw.normal(size=(5, 4))
+    ridges, weights = [0.125, 10.0, 0.125], draw.uniform(0.5, 2, size=9)
+    ours = KernelRidge(kind(ridges)).fit(x, y, weights)
+    theirs = kernel_ridge.KernelRidge(alpha=np.array(ridges)).fit(x, y, weights)
+    np.testing.assert_allclose(ours.predict(q), theirs.predict(q), rtol=1e-9)
+    np.testing.assert_allclose(ours.dual_coef_, theirs.dual_coef_, rtol=1e-9)
+    assert ours.coef_.shape == (3, 4) and ours.intercept_.shape == (3,)
+    assert ours.fit_.ridge.tolist() == ridges
+    one = KernelRidge(kind([0.125])).fit(x, y[:, 0]).predict(q)
+    np.testing.assert_allclose(one, KernelRidge(0.125).fit(x, y[:, 0]).predict(q), rtol=1e-12)
+
+
+def test_a_tensor_ridge_for_each_target_predicts_a_matrix() -> None:
+    x, y, q = torch.eye(3), torch.ones(3, 2), torch.ones(3, 3, requires_grad=True)
+    fitted = KernelRidge(torch.tensor([0.1, 10.0])).fit(x, y)
+    prediction = fitted.predict(q)
+    assert_equal(prediction.detach(), (3 / torch.tensor([1.1, 11.0])).expand(3, 2), 1e-6)
+    prediction.sum().backward()
+    assert q.grad is not None and q.grad.shape == (3, 3)
+
+
+def test_ridges_of_another_number_of_targets() -> None:
+    with pytest.raises(ValueError, match=r"one for each of the 2 targets, got shape \(3,\)"):
+        KernelRidge(np.ones(3)).fit(np.eye(3), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="KernelRidge.fit: ridge must be positive"):
+        KernelRidge(np.array([1.0, -1.0])).fit(np.eye(3), np.ones((3, 2)))

@@ -17,7 +17,7 @@ from krrst_fast.evaluate.probe import (
     sgd_scores,
 )
 from krrst_fast.evaluate.sgd import batches, descend
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 
 def clusters(count: int, classes: int, dim: int, gap: float) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,8 @@ def test_labelled_images_are_drawn_evenly_and_by_seed() -> None:
 
 def test_too_few_labels_of_a_class() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1])
-    with pytest.raises(DataError, match="digits: class 1 has 2 labelled images .* asks for 3"):
+    only_two = "digits: class 1 has only 2 labelled training images, and labels_per_class is 3"
+    with pytest.raises(DataError, match=only_two):
         draw_labelled(labels, 2, 3, seed=0, where="digits")
 
 

@@ -5,9 +5,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from krrst_fast.errors import ConfigError
+from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.evaluate.config import (
     EvaluateConfig,
     FinetuneConfig,
@@ -15,7 +16,13 @@ from krrst_fast.evaluate.config import (
     PretrainConfig,
     ProbeConfig,
 )
-from krrst_fast.evaluate.table import Evaluation, Row, paired_difference, rows_from_json
+from krrst_fast.evaluate.table import (
+    Evaluation,
+    Row,
+    interval_factor,
+    paired_difference,
+    signed,
+)
 
 FIGURES: dict[Method, tuple[float, ...]] = {
     "none": (70.0, 74.0, 75.0),
@@ -84,7 +91,7 @@ def test_one_seed_has_no_spread() -> None:
     assert summary.std is None
     assert summary.difference.standard_error is None
     assert evaluation(seeds=1).verdicts() == [
-        "probe: distilled - random_target = +3.0 (1 paired seed)"
+        "probe: distilled - random_target = +3.0 points (1 paired seed)"
     ]
 
 
@@ -97,8 +104,10 @@ def test_table_text() -> None:
         "random_target  81.0 +- 2.6  -                91.0 +- 2.6  -",
         "distilled      84.0 +- 1.0  +3.0 +- 1.2      94.0 +- 1.0  +3.0 +- 1.2",
         "",
-        "probe: distilled - random_target = +3.0 +- 1.2 (3 paired seeds)",
-        "finetune: distilled - random_target = +3.0 +- 1.2 (3 paired seeds)",
+        "probe: distilled - random_target = +3.0 +- 1.2 points "
+        "(3 paired seeds, 95 % interval -2.0 to +8.0)",
+        "finetune: distilled - random_target = +3.0 +- 1.2 points "
+        "(3 paired seeds, 95 % interval -2.0 to +8.0)",
     ]
 
 
@@ -117,12 +126,48 @@ def test_table_without_the_rival_has_no_differences() -> None:
 def test_json_holds_every_figure() -> None:
     result = evaluation()
     values = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert rows_from_json(values["rows"]) == list(result.rows)
+    assert Evaluation.from_json(values, Path("digits.json")) == result
     distilled = values["summary"][2]
     assert distilled["method"] == "distilled"
     assert distilled["probe"]["difference"]["mean"] == pytest.approx(3.0)
     assert distilled["finetune"] is None
     assert (values["num_images"], values["seconds"], values["unit"]) == (30, 13.5, "per cent")
+
+
+def test_a_file_of_something_else_is_named() -> None:
+    good = json.loads(json.dumps(evaluation().to_json()))
+    row = good["rows"][0]
+    for change in (
+        {"format_version": 2},
+        {"rows": [{**row, "probe": "high"}]},
+        {"rows": [{**row, "seed": None}]},
+        {"rows": [{**row, "colour": 1}]},
+        {"rows": 3},
+        {"config": {}},
+    ):
+        with pytest.raises(DataError, match="odd.json: not a result of krrst evaluate") as raised:
+            Evaluation.from_json({**good, **change}, Path("odd.json"))
+        assert "\n" not in str(raised.value)
+    for values in ({}, []):
+        with pytest.raises(DataError, match="odd.json: not a result of krrst evaluate"):
+            Evaluation.from_json(values, Path("odd.json"))
+
+
+def test_interval_is_students() -> None:
+    """Against the quantiles of samples of t = mean / standard error, drawn from normal values."""
+    draw = np.random.default_rng(0)
+    for seeds in (2, 3, 5, 10):
+        samples = draw.normal(size=(200_000, seeds))
+        t = samples.mean(1) / (samples.std(1, ddof=1) / seeds**0.5)
+        inside = np.mean(np.abs(t) <= interval_factor(seeds))
+        assert abs(inside - 0.95) < 0.003, (seeds, inside)
+    assert 2.0 < interval_factor(500) < interval_factor(14)
+
+
+def test_signs() -> None:
+    assert signed(-0.25, 0.5) == "-0.2 +- 0.5"
+    assert signed(-0.04) == "+0.0"
+    assert signed(3.04, 0.75) == "+3.0 +- 0.8"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import gram, krr_fit, krr_mse, krr_path, krr_predict_from_gram, ridge_solve
-from krrst_fast.exact import exact_arithmetic, full_precision
+from krrst_fast import Solver, gram, krr_fit, krr_mse, krr_path, krr_predict_from_gram, ridge_solve
+from krrst_fast.precision import exact_arithmetic, full_precision
 from tests.helpers import problem
 
 SIZES = (150, 200, 90, 70)  # large enough for the libraries to round
@@ -42,14 +42,14 @@ def _reduced(how: str) -> Iterator[None]:
 def _results(backend: str, form: str) -> list[Tensor]:
     f_syn, y_syn, f_real, y_real = (x.float() for x in problem(*SIZES, condition=1e4))
     leaves = [x.requires_grad_() for x in (f_syn, y_syn, f_real, y_real)]
-    kernel = {"backend": backend, "form": form}
-    loss = krr_mse(*leaves, **kernel)
-    k = gram(f_syn, backend=backend)
+    solver = Solver(backend=backend, form=form)
+    loss = krr_mse(*leaves, solver=solver)
+    k = gram(f_syn, solver=Solver(backend=backend))
     alpha = ridge_solve(k, y_syn, ridge=1e-3)
     k_rs = (f_real.detach().double() @ f_syn.detach().double().T).float()
     given = krr_predict_from_gram(k, k_rs, y_syn, ridge=1e-3)
-    fit = krr_fit(f_syn, y_syn, **kernel)
-    losses = krr_mse(*(torch.stack((x, x)) for x in leaves), **kernel)
+    fit = krr_fit(f_syn, y_syn, solver=solver)
+    losses = krr_mse(*(torch.stack((x, x)) for x in leaves), solver=solver)
     outputs = [loss, k, alpha, given, losses, fit.predict(f_real)]
     total = sum(x.square().mean() for x in outputs)
     path = krr_path(f_syn, y_syn, [1e-3, 1.0])
@@ -124,7 +124,7 @@ def test_a_switch_turned_after_compiling_does_not_reach_the_graph(form: str) -> 
     tensors = [x.float().requires_grad_() for x in problem(*SIZES, condition=1e4)]
 
     def loss(*t: Tensor) -> Tensor:
-        return krr_mse(*t, form=form, bias=1.0)
+        return krr_mse(*t, solver=Solver(form=form), bias=1.0)
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     plain = torch.autograd.grad(compiled(*tensors), tensors)

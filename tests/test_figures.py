@@ -1,26 +1,39 @@
 """Figures: what is drawn stands where its numbers say."""
 
-import re
+from typing import Any
 
 import numpy as np
 import pytest
 
-from krrst_fast import figures
+from krrst_fast.evaluate.table import Sample
+from krrst_fast.report import figures
 
 
-def test_dots_stand_at_their_values() -> None:
+def test_dots_stand_at_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        figures.DotRow(label="a", values={0: 10.0, 1: 20.0}, mean=15.0, spread=2.5),
-        figures.DotRow(label="b", values={0: 30.0}, mean=30.0, spread=None),
+        figures.DotRow("a", Sample({0: 10.0, 1: 20.0}), 2.5, figures.ACCENT),
+        figures.DotRow("b", Sample({0: 30.0}), None, figures.MUTED),
     ]
-    svg = figures.dot_plot(rows, title="t", unit="u")
-    x = [float(value) for value in re.findall(r'<circle cx="([\d.]+)"', svg)]
-    assert abs((x[1] - x[0]) - (x[2] - x[1])) < 0.21
-    ticks = [
-        (float(v), float(t)) for v, t in re.findall(r'"tick" x="([\d.]+)" y="\d+">([\d.]+)<', svg)
-    ]
-    a, b = np.polyfit([t for _, t in ticks], [v for v, _ in ticks], 1)
-    assert np.allclose(x, [a * v + b for v in (10, 20, 30)], atol=0.3)
+    drawn: list[Any] = []
+
+    def kept(title: str, draw: Any, caption: str, height: float) -> str:
+        from matplotlib.figure import Figure
+
+        drawn.append(Figure())
+        draw(drawn[0])
+        return title
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "_curve", kept)
+        figures.dot_plot(rows, title="t", unit="u", caption="c", zero=True, linked=("a", "b"))
+    lines = [line.get_xydata().tolist() for line in drawn[0].axes[0].lines]
+    assert [[10.0, 0.2], [20.0, 0.2]] in lines and [[30.0, 1.2]] in lines, "dots"
+    assert [[15.0, -0.15]] in lines and [[30.0, 0.85]] in lines, "means"
+    assert [[10.0, 0.2], [30.0, 1.2]] in lines, "the same seed is joined"
+    (bar,) = drawn[0].axes[0].collections[0].get_segments()
+    assert bar.tolist() == [[12.5, -0.15], [17.5, -0.15]]
+    svg = figures.dot_plot(rows, title="t", unit="points", caption="c").svg
+    assert ">points<" in svg and "var(--accent)" in svg and "#00000" not in svg
 
 
 def test_running_median_and_thinning_keep_the_shape() -> None:

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from krrst_fast import files
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
+from krrst_fast.runs import files
 
 STATE = {"weight": torch.arange(6.0), "step": 7, "names": ["a", "b"], "none": None}
 
 
 def _run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    prelude = "import os, signal, sys; from pathlib import Path; from krrst_fast import files\n"
+    prelude = (
+        "import os, signal, sys; from pathlib import Path; from krrst_fast.runs import files\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", prelude + code, *map(str, args)],
         capture_output=True,

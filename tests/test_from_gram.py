@@ -7,10 +7,12 @@ from torch import Tensor
 from krrst_fast import (
     NonFiniteError,
     NotPositiveDefiniteError,
+    Solver,
     krr_predict,
     krr_predict_from_gram,
     reference,
 )
+from krrst_fast.backends import choose
 from tests.helpers import assert_equal, loss_and_gradients
 
 
@@ -48,14 +50,12 @@ def test_equals_the_formula_through_any_kernel(batch: tuple, detach: bool, ridge
 
 
 @pytest.mark.parametrize("ridge_of", ["trace", "mean_diagonal", "absolute"])
-def test_weights_residual_form_and_precision_as_with_features(ridge_of: str) -> None:
+def test_weights_and_precision_as_with_features(ridge_of: str) -> None:
     f_syn, f_real, y_syn = _points(3)
-    out_syn, out_real = torch.randn(3, 9, 3).double(), torch.randn(3, 6, 3).double()
-    tensors = [f_syn, f_real, y_syn, torch.rand(9).double() + 0.2, out_syn, out_real]
+    tensors = [f_syn, f_real, y_syn, torch.rand(9).double() + 0.2]
 
     def options(t: tuple[Tensor, ...]) -> dict:
-        names = {"weights": t[3], "out_syn": t[4], "out_real": t[5]}
-        return {"ridge": 0.1, "ridge_of": ridge_of, "detach_ridge": False, **names}
+        return {"ridge": 0.1, "ridge_of": ridge_of, "detach_ridge": False, "weights": t[3]}
 
     def given(*t: Tensor) -> Tensor:
         prediction = krr_predict_from_gram(t[0] @ t[0].mT, t[1] @ t[0].mT, t[2], **options(t))
@@ -69,15 +69,18 @@ def test_weights_residual_form_and_precision_as_with_features(ridge_of: str) -> 
         assert_equal(a, b, 1e-11)
     single = [x.float() for x in tensors]
     k_ss, k_rs = single[0] @ single[0].mT, single[1] @ single[0].mT
-    wide = krr_predict_from_gram(k_ss, k_rs, single[2], ridge=1e-6, precision="float64")
+    wide = krr_predict_from_gram(
+        k_ss, k_rs, single[2], ridge=1e-6, solver=Solver(precision="float64")
+    )
     alone = krr_predict_from_gram(k_ss.double(), k_rs.double(), single[2].double(), ridge=1e-6)
     assert wide.dtype == torch.float32 and torch.equal(wide, alone.float())
 
 
-def test_info_and_refinement() -> None:
+def test_info() -> None:
     x_syn, x_real, y_syn = _points()
     k_ss, k_rs = _kernel(x_syn, x_syn), _kernel(x_real, x_syn)
-    got, info = krr_predict_from_gram(k_ss, k_rs, y_syn, ridge=1e-2, refine=1, return_info=True)
+    got, info = krr_predict_from_gram(k_ss, k_rs, y_syn, ridge=1e-2, return_info=True)
+    assert info.backend == choose("auto", k_ss, "test").NAME
     assert info.form == "gram" and info.retries == 0 and not info.failed
     assert_equal(info.ridge, 1e-2 * k_ss.trace(), 1e-14)
     ridged = k_ss + info.ridge * torch.eye(9).double()
@@ -87,13 +90,16 @@ def test_info_and_refinement() -> None:
 
 def test_failure() -> None:
     _, _, y = _points()
-    with pytest.raises(NotPositiveDefiniteError, match="the trace it follows"):
+    with pytest.raises(NotPositiveDefiniteError, match="or the trace of K, is negative"):
         krr_predict_from_gram(-torch.eye(9).double(), torch.ones(2, 9).double(), y, ridge=1e-9)
     prediction, info = krr_predict_from_gram(
         torch.stack((torch.eye(9), -torch.eye(9))).double(),
         torch.ones(2, 9).double(),
         y,
-        **{"ridge": 1e-3, "ridge_of": "absolute", "check": "flag", "return_info": True},
+        ridge=1e-3,
+        ridge_of="absolute",
+        solver=Solver(check="flag"),
+        return_info=True,
     )
     assert info.failed.tolist() == [False, True]
     assert prediction[0].isfinite().all() and prediction[1].isnan().all()
@@ -103,9 +109,13 @@ BAD = [
     ({"k_syn": torch.ones(3, 2)}, ValueError, r"k_syn must be square, got shape \(3, 2\)"),
     ({"k_real_syn": torch.ones(4, 2)}, ValueError, "k_syn and k_real_syn .* columns"),
     ({"y_syn": torch.ones(2, 2)}, ValueError, "k_syn and y_syn .* rows"),
-    ({"precision": "fast"}, ValueError, "'fast' rounds features, and a gram has none"),
-    ({"form": "k"}, TypeError, "krr_predict_from_gram: has no keyword 'form'"),
-    ({"out_syn": torch.ones(3, 2)}, ValueError, "out_syn and out_real must be given together"),
+    (
+        {"solver": Solver(precision="fast")},
+        ValueError,
+        "'fast' rounds features, and a gram has none",
+    ),
+    ({"solver": Solver(backend="reference")}, ValueError, "'reference' does not factor a given"),
+    ({"solver": "cpp"}, TypeError, "krr_predict_from_gram: solver must be a Solver, got 'cpp'"),
     ({"k_syn": torch.eye(3) * float("nan")}, NonFiniteError, "the ridge is nan|k_syn holds NaN"),
     ({"k_real_syn": torch.full((4, 3), float("inf"))}, NonFiniteError, "k_real_syn holds NaN"),
     ({"y_syn": torch.full((3, 2), float("inf"))}, NonFiniteError, "y_syn holds NaN"),
@@ -123,12 +133,7 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
 def test_half_precision_is_not_rounded_on_the_way() -> None:
     x_syn, x_real, y_syn = _points()
     k_ss, k_rs = _kernel(x_syn, x_syn), _kernel(x_real, x_syn)
-    given = [k_ss, k_rs, y_syn, torch.randn(9, 3).double(), torch.randn(6, 3).double()]
-    half = [x.bfloat16() for x in given]
-
-    def predict(k_ss: Tensor, k_rs: Tensor, y: Tensor, out_syn: Tensor, out_real: Tensor) -> Tensor:
-        outputs = {"out_syn": out_syn, "out_real": out_real}
-        return krr_predict_from_gram(k_ss, k_rs, y, ridge=0.1, **outputs)
-
-    got, exact = predict(*half), predict(*(x.float() for x in half))
+    half = [x.bfloat16() for x in (k_ss, k_rs, y_syn)]
+    got = krr_predict_from_gram(*half, ridge=0.1)
+    exact = krr_predict_from_gram(*(x.float() for x in half), ridge=0.1)
     assert got.dtype == torch.float32 and torch.equal(got, exact)

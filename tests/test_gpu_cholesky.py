@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import library, reference
+from krrst_fast import operators, reference
 from tests.on_device import captured, no_waits
 
 ops = torch.ops.krrst_fast
@@ -15,7 +15,7 @@ SIZES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 129, 257, 1000, 2048, 4096]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
-    pytest.mark.skipif(not library.has_cuda_extension(), reason=library.CUDA_EXTENSION),
+    pytest.mark.skipif(not operators.HAS_CUDA_EXTENSION, reason=operators.CUDA_EXTENSION),
 ]
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from krrst_fast import (
     NotPositiveDefiniteError,
+    Solver,
     backends,
     krr_fit,
     krr_mse,
     krr_predict,
-    library,
+    operators,
     reference,
     ridge_solve,
 )
-from krrst_fast.factor import FLOAT64_UP_TO
+from krrst_fast.cholesky import FLOAT64_UP_TO
 from tests.helpers import NAMES, assert_equal, problem
 from tests.on_device import captured, no_waits
 
@@ -44,15 +45,14 @@ SHAPES = [
     (1000, 2048, 256, 64),
 ]
 OPTIONS: dict[str, Any] = {"bias": 1.0, "ridge": 1e-4, "ridge_of": "mean_diagonal"}
-FLAG: dict[str, Any] = {**OPTIONS, "check": "flag"}
 
 
-@pytest.fixture(params=["torch", "triton", "cuda", "tuned"])
+@pytest.fixture(params=["torch", "triton", "auto"])
 def backend(request: pytest.FixtureRequest) -> str:
-    one = next(x for x in backends.BACKENDS if x.name == request.param)
-    reason = one.refuses(torch.empty(1, 1, device=DEVICE))
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
+    try:
+        backends.choose(request.param, torch.empty(1, 1, device=DEVICE), "test")
+    except ValueError as error:
+        pytest.skip(str(error))
     return request.param
 
 
@@ -83,7 +83,7 @@ def judged(shape: tuple[int, ...], seed: int, fast: bool) -> tuple[list[Tensor],
     seen = placed(shape, seed)
     if fast:
         seen[0], seen[2] = reference.round_features(seen[0], seen[2])
-    formula = partial(krr_mse, **OPTIONS, backend="reference")
+    formula = partial(krr_mse, **OPTIONS, solver=Solver(backend="reference"))
     exact = results(formula, [x.double() for x in seen])
     return exact, errors(results(formula, seen), exact)
 
@@ -105,7 +105,9 @@ def test_against_float64(
     # One draw is luck: the middle of three is compared, with twice that of the formula.
     for seed in range(3):
         exact, usual = judged(shape, seed, precision == "fast")
-        ours = partial(krr_mse, **OPTIONS, form=form, backend=backend, precision=precision)
+        ours = partial(
+            krr_mse, **OPTIONS, solver=Solver(form=form, backend=backend, precision=precision)
+        )
         mine.append(errors(results(ours, placed(shape, seed)), exact))
         plain.append(usual)
     for name, a, b in zip(("loss", *NAMES), middle(mine), middle(plain)):
@@ -116,9 +118,9 @@ def test_against_float64(
 
 def test_float64() -> None:
     tensors = problem(97, 61, 40, 7, condition=1e4, device=DEVICE)
-    exact = results(partial(krr_mse, **OPTIONS, backend="reference"), tensors)
+    exact = results(partial(krr_mse, **OPTIONS, solver=Solver(backend="reference")), tensors)
     for form in ("k", "w", "primal"):
-        got = results(partial(krr_mse, **OPTIONS, form=form), tensors)
+        got = results(partial(krr_mse, **OPTIONS, solver=Solver(form=form)), tensors)
         for name, a, b in zip(("loss", *NAMES), got, exact):
             assert_equal(a, b, 1e-9, name)
 
@@ -128,7 +130,7 @@ def test_a_batch_and_a_learnt_ridge(backend: str) -> None:
     ridge = torch.linspace(0.01, 0.1, 6, device=DEVICE)
 
     def loss(*tensors: Tensor, backend: str) -> Tensor:
-        options = {**OPTIONS, "ridge": tensors[-1], "backend": backend}
+        options = {**OPTIONS, "ridge": tensors[-1], "solver": Solver(backend=backend)}
         return krr_mse(*tensors[:-1], **options).sum()
 
     exact = results(partial(loss, backend="reference"), [x.double() for x in (*many, ridge)])
@@ -142,7 +144,8 @@ def test_nothing_waits_and_a_graph_replays(
     shape: tuple[int, ...], precision: str, backend: str
 ) -> None:
     leaves = [x.requires_grad_() for x in placed(shape)]
-    call = partial(krr_mse, *leaves, **FLAG, backend=backend, precision=precision)
+    solver = Solver(backend=backend, precision=precision, check="flag")
+    call = partial(krr_mse, *leaves, **OPTIONS, solver=solver)
 
     def work() -> list[Tensor]:
         loss = call()
@@ -162,7 +165,7 @@ def test_nothing_waits_and_a_graph_replays(
 def test_the_same_bits_every_time(backend: str) -> None:
     tensors = placed((777, 1500, 300, 33))
     for precision in (None, "fast"):
-        loss = partial(krr_mse, **OPTIONS, backend=backend, precision=precision)
+        loss = partial(krr_mse, **OPTIONS, solver=Solver(backend=backend, precision=precision))
         first = results(loss, tensors)
         for _ in range(5):
             for a, b in zip(results(loss, tensors), first):
@@ -171,7 +174,7 @@ def test_the_same_bits_every_time(backend: str) -> None:
 
 def test_no_switch_rounds(backend: str) -> None:
     tensors = placed((600, 1024, 256, 64))
-    loss = partial(krr_mse, **OPTIONS, backend=backend)
+    loss = partial(krr_mse, **OPTIONS, solver=Solver(backend=backend))
     before = results(loss, tensors)
     torch.set_float32_matmul_precision("medium")
     try:
@@ -187,26 +190,33 @@ def test_a_failure_is_flagged_or_raised(backend: str) -> None:
     f_syn, y_syn, f_real, y_real = placed((600, 64, 40, 3))
     nothing = torch.zeros_like(f_syn)
     loss, info = krr_mse(
-        nothing, y_syn, f_real, y_real, check="flag", backend=backend, return_info=True, form="k"
+        nothing,
+        y_syn,
+        f_real,
+        y_real,
+        solver=Solver(check="flag", backend=backend, form="k"),
+        return_info=True,
     )
     assert bool(info.failed) and loss.isnan()
-    with pytest.raises(NotPositiveDefiniteError, match="the trace it follows"):
-        krr_mse(nothing, y_syn, f_real, y_real, backend=backend, form="k")
+    with pytest.raises(NotPositiveDefiniteError, match="the ridge is 0 because"):
+        krr_mse(nothing, y_syn, f_real, y_real, solver=Solver(backend=backend, form="k"))
 
 
 def test_half_precision_and_strides(backend: str) -> None:
     tensors = placed((97, 61, 40, 7))
     exact = krr_predict(*(x.bfloat16().double() for x in tensors[:3]), **OPTIONS)
-    got = krr_predict(*(x.bfloat16() for x in tensors[:3]), **OPTIONS, backend=backend)
+    got = krr_predict(
+        *(x.bfloat16() for x in tensors[:3]), **OPTIONS, solver=Solver(backend=backend)
+    )
     assert got.dtype == torch.float32 and (got - exact).norm() <= 1e-4 * exact.norm()
     odd = [torch.cat((x, x), 1)[:, : x.shape[1]].mT.contiguous().mT for x in tensors]
-    loss = partial(krr_mse, **OPTIONS, backend=backend)
+    loss = partial(krr_mse, **OPTIONS, solver=Solver(backend=backend))
     assert errors(results(loss, odd), [x.double() for x in results(loss, tensors)]).max() < 1e-4
 
 
 def test_fit_and_solve(backend: str) -> None:
     f_syn, y_syn, f_real, _ = placed((600, 700, 40, 3))
-    fit = krr_fit(f_syn, y_syn, **OPTIONS, backend=backend)
+    fit = krr_fit(f_syn, y_syn, **OPTIONS, solver=Solver(backend=backend))
     exact = krr_predict(*(x.double() for x in (f_syn, y_syn, f_real)), **OPTIONS)
     assert (fit.predict(f_real) - exact).norm() <= 5e-3 * exact.norm()
     k = f_syn @ f_syn.mT
@@ -226,7 +236,7 @@ def test_the_graph_of_the_page_runs() -> None:
 
 def test_what_is_loaded_is_what_was_built() -> None:
     """A build that was asked for and does not load must not pass as tests that were skipped."""
-    if library.has_cuda_extension():
-        assert library.CUDA_EXTENSION.endswith(".so")
-    elif "No module named" not in library.CUDA_EXTENSION:
-        pytest.fail(library.CUDA_EXTENSION)
+    if operators.HAS_CUDA_EXTENSION:
+        assert operators.CUDA_EXTENSION.endswith(".so")
+    elif "No module named" not in operators.CUDA_EXTENSION:
+        pytest.fail(operators.CUDA_EXTENSION)

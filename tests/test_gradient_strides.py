@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from krrst_fast import krr_mse, krr_predict
+from krrst_fast import Solver, krr_mse, krr_predict
 from krrst_fast.planner import FORMS
 from tests.helpers import BACKEND_NAMES, NAMES, problem
 
@@ -35,8 +35,8 @@ def strides(backend: str) -> dict[str, Any]:
                 for many in (False, True) if precision is None else (False,):
                     leaves = [torch.stack((x, x)) if many else x for x in tensors[:count]]
                     leaves = [x.clone().requires_grad_() for x in leaves]
-                    how = {"form": form, "precision": precision, "detach_ridge": False}
-                    value = op(*leaves, ridge=0.01, bias=1.0, backend=backend, **how)
+                    solver = Solver(form=form, precision=precision, backend=backend)
+                    value = op(*leaves, ridge=0.01, bias=1.0, detach_ridge=False, solver=solver)
                     grads = torch.autograd.grad(value.square().sum(), leaves)
                     for name, x in zip(NAMES, grads):
                         if name == "y_syn":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krrst_fast import NonFiniteError, gram, reference
+from krrst_fast import NonFiniteError, Solver, gram, reference
 from tests.helpers import (
     BACKEND_NAMES,
     assert_equal,
@@ -20,7 +20,7 @@ from tests.helpers import (
 def test_equals_the_reference(n: int, d: int, backend: str) -> None:
     x = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for layout in (x, x.mT, x.mT.contiguous().mT, x[::2, ::3]):
-        got = gram(layout, scale=2.0, bias=0.25, backend=backend)
+        got = gram(layout, scale=2.0, bias=0.25, solver=Solver(backend=backend))
         assert_equal(got, reference.gram(layout, 2.0, 0.25), 1e-13)
         if backend == "cpp" and len(got) >= 48:
             assert torch.equal(got, got.mT)
@@ -32,7 +32,7 @@ def test_float32_is_at_most_twice_as_wrong_as_torch(backend: str) -> None:
     for seed in range(8):
         x = features(150, 700, 1e4, torch.Generator().manual_seed(seed)).float()
         k = x.double() @ x.double().mT
-        got = gram(x, backend=backend)
+        got = gram(x, solver=Solver(backend=backend))
         assert_within(got, k, rounding_of_sums(x, x.mT, torch.float32))
         for found, one in ((errors, got), (plain, reference.gram(x, 1.0, 0.0))):
             found.append((one.double() - k).norm() / k.norm())
@@ -43,9 +43,13 @@ def test_float32_is_at_most_twice_as_wrong_as_torch(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_gradient(backend: str) -> None:
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: gram(x, scale=1.5, bias=1.0, backend=backend), x)
+    assert torch.autograd.gradcheck(
+        lambda x: gram(x, scale=1.5, bias=1.0, solver=Solver(backend=backend)), x
+    )
     weight = torch.randn(6, 6, dtype=torch.float64)  # a gradient that is not symmetric
-    got = loss_and_gradients(lambda x: (weight * gram(x, backend=backend)).sum(), [x.detach()])
+    got = loss_and_gradients(
+        lambda x: (weight * gram(x, solver=Solver(backend=backend))).sum(), [x.detach()]
+    )
     exact = loss_and_gradients(lambda x: (weight * (x @ x.mT)).sum(), [x.detach()])
     assert_equal(got[1], exact[1], 1e-12)
 

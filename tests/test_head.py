@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from krrst_fast import RidgeHead
+from krrst_fast import RidgeHead, Solver
 from tests.helpers import assert_equal, problem
 
 
@@ -185,7 +185,7 @@ def test_vmap_is_the_batch() -> None:
 @pytest.mark.parametrize("precision", ["float64", "float32", "fast"])
 def test_precision_is_that_of_the_computation(precision: str) -> None:
     f, y, q = (x.float() for x in episodes(2, m=6, d=11, b=5, p=3))
-    head = RidgeHead(precision=precision, ridge=0.1)
+    head = RidgeHead(solver=Solver(precision=precision), ridge=0.1)
     logits = head(f, y, q)
     assert logits.dtype == head.fit(f, y).weights.dtype == torch.float32
     assert_equal(head(q), logits, 1e-5)
@@ -196,7 +196,7 @@ def test_precision_is_that_of_the_computation(precision: str) -> None:
 def test_flagged_failures_are_nan_where_they_happened() -> None:
     f, y, q = episodes(3, m=6, d=11, b=5, p=3)
     f[1, 2, 3] = torch.nan
-    logits = RidgeHead(check="flag")(f, y, q)
+    logits = RidgeHead(solver=Solver(check="flag"))(f, y, q)
     assert logits.isnan().all(-1).all(-1).tolist() == [False, True, False]
     assert_equal(logits[::2], formula(f, y, q, 1.0, 1.0, 0.0)[::2], 1e-10)
 
@@ -239,6 +239,32 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"RidgeHead: f must be \[..., B, 3\], got shape \(2, 4\)"):
         head(torch.ones(2, 4))
     with pytest.raises(
-        TypeError, match="RidgeHead: f is torch.float64, and the probe torch.float32"
+        TypeError,
+        match="RidgeHead: f must be torch.float32 like the probe, got torch.float64",
     ):
         head(f.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32, torch.int64])
+def test_labels_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    head, f = RidgeHead(num_classes=3), torch.eye(3)
+    expected = head(f, torch.eye(3), f)
+    assert torch.equal(head(f, torch.arange(3).to(dtype), f), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_rows_of_0_and_1_are_no_labels(dtype: torch.dtype) -> None:
+    head, f = RidgeHead(num_classes=3), torch.eye(3)
+    with pytest.raises(TypeError, match=r"rows of 0 and 1 floating, got .* \[3, 3\]"):
+        head(f, torch.eye(3).to(dtype), f)
+
+
+def test_a_probe_of_inference_mode_can_be_trained_through_and_loaded() -> None:
+    f, y = torch.eye(3), torch.eye(3)[:, :2].contiguous()
+    with torch.inference_mode():
+        head = RidgeHead().fit(f, y)
+    query = f.clone().requires_grad_()
+    head(query).sum().backward()
+    assert torch.equal(query.grad, head.weights.sum(-1).expand(3, 3))
+    head.load_state_dict(RidgeHead().fit(2 * f, y).state_dict())
+    assert torch.equal(head.weights, RidgeHead().fit(2 * f, y).weights)

@@ -63,8 +63,8 @@ def test_any_strides(kernels: Callable, precision: str, p: int) -> None:
     tensors = operands(35, 33, p)
     for i, x in enumerate(tensors):
         wide = torch.full((2 * x.shape[0] + 1, 2 * x.shape[1] + 3), torch.nan)
-        there = [wide[1::2, 3::2], wide.mT[: x.shape[1], : x.shape[0]].mT, wide[1:, 3:], wide][i]
-        tensors[i] = there[: x.shape[0], : x.shape[1]].copy_(x)
+        view = [wide[1::2, 3::2], wide.mT[: x.shape[1], : x.shape[0]].mT, wide[1:, 3:], wide][i]
+        tensors[i] = view[: x.shape[0], : x.shape[1]].copy_(x)
     got = kernels("closing_matmul.closing_matmul", *tensors, 1.0, input_precision=precision)
     check(got, tensors, 1.0)
 

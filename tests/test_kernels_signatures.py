@@ -30,8 +30,8 @@ def test_parameters_are_those_of_the_reference(module: str, node: ast.FunctionDe
 
 
 def test_every_file_named_like_an_operator_has_it() -> None:
-    helpers = {"__init__", "common", "tiles", "peaks", "closing_terms"}
+    helpers = {"__init__", "common", "tiles", "absmax", "closing_terms"}
     files = [path.stem for path in KERNELS.glob("*.py") if path.stem not in helpers]
     assert sorted(files) == ["closing_matmul", "gram", "residual_mse", "thin_matmul", "views"]
     for name in files:
-        assert name in [node.name for node in TWINS[name]]
+        assert any(node.name.endswith(name) for node in TWINS[name])

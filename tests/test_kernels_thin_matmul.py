@@ -71,8 +71,8 @@ def test_any_strides(kernels: Callable, layout: str, dtype: torch.dtype) -> None
     if layout == "b by columns":
         b = b.mT.contiguous().mT
     else:
-        there = {"columns": wide.mT[3:38, 1:71], "every second": wide[::2, 5::2], "a part": wide}
-        a = there[layout][:35, :70].copy_(a)
+        layouts = {"columns": wide.mT[3:38, 1:71], "every second": wide[::2, 5::2], "a part": wide}
+        a = layouts[layout][:35, :70].copy_(a)
     check(kernels("thin_matmul.thin_matmul", a, b), a, b)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import factor, krr_mse, reference
-from tests.helpers import BACKEND_NAMES, features
+from krrst_fast import Solver, cholesky, krr_mse, reference
+from tests.helpers import BACKEND_NAMES, features, keywords
 
 # As many as make the 90th percentile of a loss, one number a draw, stand still at condition 1e7.
 DRAWS, SINGLE_DRAWS = 256, 128
@@ -109,8 +109,7 @@ def errors(got: list[Tensor], exact: list[Tensor]) -> Tensor:
 
 def ways(shape: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Backend and form; primal is as exact as the others only where M > D."""
-    here = BACKEND_NAMES
-    for backend in here:
+    for backend in BACKEND_NAMES:
         for form in ("k", "w", "primal") if shape[0] > shape[1] else ("k", "w"):
             yield {"backend": backend, "form": form}
 
@@ -130,7 +129,6 @@ def violations(name: str, mine: Tensor, plain: Tensor) -> list[str]:
 EVERY_HOW: tuple[dict[str, Any], ...] = (
     {},
     {"precision": "float32"},
-    {"refine": 1},
     {"precision": "float64"},
     {"precision": "fast"},
 )
@@ -152,7 +150,7 @@ def judge(
                 "fast": (exact_fast, plain_fast),
                 "float64": (exact, in_float64),
             }.get(how.get("precision", ""), (exact, plain))
-            got = evaluate(partial(function, **way, **how), problem, torch.float32)
+            got = evaluate(partial(function, **keywords(**way, **how)), problem, torch.float32)
             found += violations(f"{way} {how}", errors(got, truth), allowed)
     return found
 
@@ -192,8 +190,8 @@ def test_factored_in_float32(
     shape: tuple[int, ...], condition: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As grams of more than 512 rows are, at a size that takes no minutes.
-    monkeypatch.setattr(factor, "FLOAT64_UP_TO", 0)
-    found = judge(draws(shape, condition, DRAWS), shape, fused, ({}, {"refine": 1}))
+    monkeypatch.setattr(cholesky, "FLOAT64_UP_TO", 0)
+    found = judge(draws(shape, condition, DRAWS), shape, fused, ({},))
     found += judge(draws(shape, condition, SINGLE_DRAWS), shape, one_by_one, ({},))
     assert not found, "\n".join(found)
 
@@ -206,7 +204,7 @@ def test_more_rows_than_are_factored_in_float64(condition: float) -> None:
     plain = errors(evaluate(formula, problem, torch.float32), exact)
     found = []
     for form in ("k", "w", "primal"):
-        got = evaluate(partial(one_by_one, form=form), problem, torch.float32)
+        got = evaluate(partial(one_by_one, solver=Solver(form=form)), problem, torch.float32)
         found += violations(form, errors(got, exact), plain)
     assert not found, "\n".join(found)
 

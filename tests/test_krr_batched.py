@@ -7,6 +7,7 @@ from torch import Tensor
 from krrst_fast import (
     NonFiniteError,
     NotPositiveDefiniteError,
+    Solver,
     gram,
     krr_fit,
     krr_mse,
@@ -39,7 +40,8 @@ def test_each_problem_as_if_it_were_alone(form: str, kernel: dict, backend: str)
         ridge = torch.tensor([0.1, 0.5, 0.02], dtype=torch.float64)
 
         def losses(*t: Tensor, backend: str = backend) -> Tensor:
-            return krr_mse(*t[:4], ridge=t[4], backend=backend, **kernel, **_form(form, backend))
+            solver = Solver(backend=backend, form=form)
+            return krr_mse(*t[:4], ridge=t[4], solver=solver, **kernel)
 
         got = loss_and_gradients(lambda *t: WEIGHT @ losses(*t), [*tensors, ridge])
         for i in range(3):
@@ -51,17 +53,13 @@ def test_each_problem_as_if_it_were_alone(form: str, kernel: dict, backend: str)
                 assert_equal(a[i], b, 1e-10, f"{sizes} {name} of problem {i}")
 
 
-def _form(form: str, backend: str) -> dict[str, str]:
-    return {} if backend == "reference" else {"form": form}
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_shared_is_broadcast(form: str) -> None:
     """Four pool models with features of their own: targets, weights and ridge are the same."""
     f_syn, y_syn, f_real, y_real = _problems(4, 9, 14, 6, 3)
     shared = [f_syn.reshape(2, 2, 9, 14), y_syn[0], f_real.reshape(2, 2, 6, 14), y_real[0]]
     weights = torch.rand(9, dtype=torch.float64) + 0.5
-    options = {"ridge": 0.1, "form": form, "bias": 1.0}
+    options = {"ridge": 0.1, "solver": Solver(form=form), "bias": 1.0}
 
     def total(*t: Tensor) -> Tensor:
         losses = krr_mse(*t[:4], weights=t[4], **options)
@@ -129,7 +127,9 @@ def test_gradcheck(form: str) -> None:
     tensors = [x.requires_grad_() for x in _problems(2, 4, 3, 5, 2)]
     ridge = torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda *t: krr_mse(*t[:4], ridge=t[4], bias=0.3, detach_ridge=False, form=form),
+        lambda *t: krr_mse(
+            *t[:4], ridge=t[4], bias=0.3, detach_ridge=False, solver=Solver(form=form)
+        ),
         (*tensors, ridge),
     )
 
@@ -141,13 +141,15 @@ def test_only_the_problem_that_fails_gets_more_ridge(
     f_syn, y_syn, f_real, y_real = (x.float() for x in _problems(3, rows, 4, 5, 2))
     # Rank 4 with so many rows: a ridge below the rounding of the gram leaves no factor.
     ridges = torch.tensor([1e-2, 1e-17, 1e-2])
-    options = {"form": "w", "max_retries": 14, "return_info": True}
+    options = {"solver": Solver(form="w", max_retries=14), "return_info": True}
     losses, info = krr_mse(f_syn, y_syn, f_real, y_real, ridge=ridges, **options)
     assert info.retries[1] > 0 and info.retries[0] == info.retries[2] == 0
     assert "raised in 1 of 3 problems" in caplog.text
     assert not info.failed.any()
     for i in (0, 2):
-        alone = krr_mse(f_syn[i], y_syn[i], f_real[i], y_real[i], ridge=ridges[i], form="w")
+        alone = krr_mse(
+            f_syn[i], y_syn[i], f_real[i], y_real[i], ridge=ridges[i], solver=Solver(form="w")
+        )
         assert_equal(losses[i], alone, 1e-5 if rows == 300 else 1e-4)
     trace = f_syn[1].square().sum()
     raised = ridges[1].item() * 10.0 ** info.retries[1].item()
@@ -169,7 +171,7 @@ def test_the_problem_that_cannot_be_solved_is_named() -> None:
             torch.ones(4, 1),
             ridge=1e-9,
             ridge_of="absolute",
-            max_retries=0,
+            solver=Solver(max_retries=0),
         )
 
 

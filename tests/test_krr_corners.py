@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import krrst_fast.precision
 from krrst_fast import (
     NonFiniteError,
     NotPositiveDefiniteError,
-    exact,
+    Solver,
     gram,
     krr_fit,
     krr_mse,
@@ -22,6 +23,7 @@ from krrst_fast import (
     krr_predict_from_gram,
     ridge_solve,
 )
+from krrst_fast.precision import full_precision
 from tests.helpers import assert_equal, problem
 
 
@@ -53,9 +55,9 @@ def test_a_row_that_alone_says_something_is_never_the_best_left_out() -> None:
     y = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
     path = krr_path(f, y, [1e-9, 1e2], ridge_of="absolute")
     assert not path.loo_mse.isnan().any() and path.best == 1e2
-    fit = krr_fit(f, y, form="primal", ridge=1e-11, ridge_of="absolute")
+    fit = krr_fit(f, y, solver=Solver(form="primal"), ridge=1e-11, ridge_of="absolute")
     assert fit.loo_residuals[0].isinf().all() and fit.loo_residuals[1:].isfinite().all()
-    dual = krr_fit(f, y, form="w", ridge=1e2, ridge_of="absolute")
+    dual = krr_fit(f, y, solver=Solver(form="w"), ridge=1e2, ridge_of="absolute")
     assert_equal(path.loo_residuals[1], dual.loo_residuals, 1e-6)
 
 
@@ -77,14 +79,14 @@ def test_features_whose_squares_underflow(batched: bool) -> None:
         tensors = [torch.stack((x, x)) for x in tensors]
     with pytest.raises(NotPositiveDefiniteError, match="squares underflow"):
         krr_mse(*tensors)
-    _, info = krr_mse(*tensors, check="flag", return_info=True)
+    _, info = krr_mse(*tensors, solver=Solver(check="flag"), return_info=True)
     assert info.failed.all()
 
 
 def test_no_rows_are_no_failure() -> None:
     f_syn, y_syn, f_real, _ = problem(4, 3, 5, 2)
-    options = {"check": "flag", "return_info": True}
-    prediction, info = krr_predict(f_syn[:0], y_syn[:0], f_real, **options)
+    flagged = Solver(check="flag")
+    prediction, info = krr_predict(f_syn[:0], y_syn[:0], f_real, solver=flagged, return_info=True)
     assert not info.failed and torch.equal(prediction, torch.zeros(5, 2).double())
 
 
@@ -107,7 +109,7 @@ def test_a_fit_keeps_no_graph_and_is_a_value() -> None:
     f, y, q, _ = problem(8, 5, 4, 2)
     features = layer(f)
     alive = weakref.ref(features)
-    fit = krr_fit(features, y, backend="torch")
+    fit = krr_fit(features, y, solver=Solver(backend="torch"))
     del features
     gc.collect()
     assert alive() is None
@@ -119,7 +121,7 @@ def test_a_fit_keeps_no_graph_and_is_a_value() -> None:
 def test_features_that_are_changed_after_the_fit() -> None:
     f, y, q, _ = problem(8, 5, 4, 2)
     weights = torch.arange(8).double()
-    fits = [krr_fit(f, y, form=form) for form in ("w", "primal")]
+    fits = [krr_fit(f, y, solver=Solver(form=form)) for form in ("w", "primal")]
     fits.append(krr_fit(f, y, weights=weights))
     before = [(fit.predict(q), fit.loo_residuals) for fit in fits]
     f.mul_(2)
@@ -132,26 +134,30 @@ def test_features_that_are_changed_after_the_fit() -> None:
 def test_left_out_residuals_have_the_precision_of_the_data() -> None:
     f, y, _, _ = (x.float() for x in problem(8, 5, 1, 2))
     for precision in (None, "float64", "fast"):
-        assert krr_fit(f, y, precision=precision).loo_residuals.dtype == torch.float32
+        assert (
+            krr_fit(f, y, solver=Solver(precision=precision)).loo_residuals.dtype == torch.float32
+        )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="asks for fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_process_is_not_inside() -> None:
-    with exact.full_precision():
+    with full_precision():
         child = os.fork()
         if child == 0:  # no assert here: pytest must not run on in the child
             get = torch._C._get_fp32_precision_getter
-            os._exit(0 if get("mkldnn", "matmul") == "none" and exact._inside == 0 else 1)
+            os._exit(
+                0 if get("mkldnn", "matmul") == "none" and krrst_fast.precision._inside == 0 else 1
+            )
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_small_things() -> None:
     tensors = problem(6, 4, 5, 2)
     with pytest.raises(NonFiniteError, match="gram: x holds NaN"):
-        gram(torch.full((2, 2), float("nan")), backend="reference")
-    with pytest.raises(ValueError, match="max_retries must be at most 700, got 1000000000"):
-        krr_mse(*tensors, max_retries=10**9)
+        gram(torch.full((2, 2), float("nan")), solver=Solver(backend="reference"))
+    with pytest.raises(ValueError, match="max_retries must be from 0 to 700, got 1000000000"):
+        krr_mse(*tensors, solver=Solver(max_retries=10**9))
     with pytest.raises(TypeError, match="return_info must be True or False"):
         krr_mse(*tensors, return_info=torch.ones(2))
     assert krr_mse(*tensors, ridge=np.float32(0.5)) == krr_mse(*tensors, ridge=0.5)

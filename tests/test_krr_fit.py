@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krrst_fast import krr_fit, krr_predict
+from krrst_fast import Solver, krr_fit, krr_predict
 from krrst_fast.planner import FORMS
 from tests.helpers import assert_equal, problem
 
@@ -13,8 +13,10 @@ from tests.helpers import assert_equal, problem
 def test_predicts_like_the_reference(shape: tuple[int, int, int, int], form: str) -> None:
     f_syn, y_syn, f_real, _ = problem(*shape)
     kernel = {"ridge": 1e-3, "bias": 0.5, "scale": 2.0}
-    fit = krr_fit(f_syn, y_syn, form=form, **kernel)
-    exact = krr_predict(f_syn, y_syn, f_real, backend="reference", detach_ridge=True, **kernel)
+    fit = krr_fit(f_syn, y_syn, solver=Solver(form=form), **kernel)
+    exact = krr_predict(
+        f_syn, y_syn, f_real, solver=Solver(backend="reference"), detach_ridge=True, **kernel
+    )
     assert_equal(fit.predict(f_real), exact, 1e-10)
     k = 2.0 * f_syn @ f_syn.mT + 0.5
     alpha = torch.linalg.solve(k + 1e-3 * k.trace() * torch.eye(len(k), dtype=k.dtype), y_syn)
@@ -24,7 +26,7 @@ def test_predicts_like_the_reference(shape: tuple[int, int, int, int], form: str
 
 def test_the_factor_is_of_the_ridged_gram() -> None:
     f_syn, y_syn, _, _ = problem(9, 20, 1, 2)
-    fit = krr_fit(f_syn, y_syn, ridge=0.3, ridge_of="absolute", form="w")
+    fit = krr_fit(f_syn, y_syn, ridge=0.3, ridge_of="absolute", solver=Solver(form="w"))
     assert_equal(
         fit.info.factor @ fit.info.factor.mT,
         f_syn @ f_syn.mT + 0.3 * torch.eye(9, dtype=torch.float64),
@@ -65,7 +67,7 @@ def test_leave_one_out_is_the_fit_without_the_row(
     f_syn, y_syn, _, _ = problem(*shape)
     weights = torch.arange(1, shape[0] + 1).double() % 3 if weighted else None
     kernel = {"bias": 0.5, "scale": 2.0}
-    fit = krr_fit(f_syn, y_syn, ridge=0.1, form=form, weights=weights, **kernel)
+    fit = krr_fit(f_syn, y_syn, ridge=0.1, solver=Solver(form=form), weights=weights, **kernel)
     for i in range(shape[0]):
         rest = torch.arange(shape[0]) != i
         options = {"ridge": fit.info.ridge, "ridge_of": "absolute", **kernel}
@@ -80,7 +82,7 @@ def test_weights_of_the_rows(form: str) -> None:
     f_syn, y_syn, f_real, _ = problem(9, 6, 5, 2)
     weights = torch.rand(9, dtype=torch.float64) + 0.1
     kernel = {"ridge": 0.1, "bias": 0.5, "scale": 2.0, "weights": weights}
-    fit = krr_fit(f_syn, y_syn, form=form, **kernel)
+    fit = krr_fit(f_syn, y_syn, solver=Solver(form=form), **kernel)
     assert fit.weights.shape == (6, 2) and fit.intercept.shape == (2,)
     assert_equal(fit.predict(f_real), krr_predict(f_syn, y_syn, f_real, **kernel), 1e-11)
     k_rs = 2.0 * f_real @ f_syn.T + 0.5
@@ -98,7 +100,7 @@ def test_condition_is_that_of_the_solved_system() -> None:
 @pytest.mark.parametrize("precision", ["float64", "float32", "fast"])
 def test_a_fit_predicts_in_its_precision(precision: str) -> None:
     tensors = [x.float() for x in problem(20, 30, 7, 2)]
-    fit = krr_fit(*tensors[:2], precision=precision)
-    prediction = krr_predict(*tensors[:3], precision=precision)
+    fit = krr_fit(*tensors[:2], solver=Solver(precision=precision))
+    prediction = krr_predict(*tensors[:3], solver=Solver(precision=precision))
     assert fit.predict(tensors[2]).dtype == torch.float32
     assert_equal(fit.predict(tensors[2]), prediction, 1e-5)

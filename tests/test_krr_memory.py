@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import library
-from krrst_fast.factor import FLOAT64_UP_TO
+from krrst_fast import Solver, operators
+from krrst_fast.cholesky import FLOAT64_UP_TO
 from krrst_fast.ops.krr import krr_mse
 from tests.helpers import BACKEND_NAMES
 
@@ -41,24 +41,30 @@ def _small(m: int, d: int) -> int:
     return 4 * (m * d + m * P + B * d + B * P) + 2 * B * m + 8 * (m + d)
 
 
-def _loss_and_gradients(tensors: list[Tensor], form: str, backend: str, **options) -> object:
-    ridge = torch.tensor(options.pop("ridge", 1e-4), requires_grad=True)
+def _loss_and_gradients(
+    tensors: list[Tensor],
+    form: str,
+    backend: str,
+    ridge: float = 1e-4,
+    bias: float = 0.0,
+    max_retries: int | None = None,
+) -> object:
+    learnt = torch.tensor(ridge, requires_grad=True)
     loss, info = krr_mse(
         *tensors,
-        ridge=ridge,
+        ridge=learnt,
+        bias=bias,
         detach_ridge=False,
-        form=form,
-        backend=backend,
+        solver=Solver(form=form, backend=backend, max_retries=max_retries),
         return_info=True,
-        **options,
     )
-    return info, torch.autograd.grad(loss, [*tensors, ridge])
+    return info, torch.autograd.grad(loss, [*tensors, learnt])
 
 
 @pytest.fixture(params=BACKEND_NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpp" and not library.has_extension():
-        pytest.skip(library.EXTENSION)
+    if request.param == "cpp" and not operators.HAS_EXTENSION:
+        pytest.skip(operators.EXTENSION)
     return request.param
 
 
@@ -104,7 +110,7 @@ PROCESS = """
 import re
 from pathlib import Path
 import torch
-from krrst_fast import krr_mse
+from krrst_fast import Solver, krr_mse
 
 def high_water():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -115,7 +121,8 @@ f_syn, y_syn = torch.randn(m, d).relu().requires_grad_(), torch.randn(m, p).requ
 f_real, y_real = torch.randn(b, d).relu(), torch.randn(b, p)
 for form in ("k", "w"):
     def call():
-        loss = krr_mse(f_syn, y_syn, f_real, y_real, ridge=1e-4, bias=1.0, form=form)
+        solver = Solver(form=form)
+        loss = krr_mse(f_syn, y_syn, f_real, y_real, ridge=1e-4, bias=1.0, solver=solver)
         return torch.autograd.grad(loss, (f_syn, y_syn))
     call()  # what libraries keep for ever, they have now
     Path("/proc/self/clear_refs").write_text("5")

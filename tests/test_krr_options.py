@@ -1,11 +1,12 @@
-"""Row weights, the residual form, half precision, "fast", refinement: each against the formula."""
+"""Row weights, half precision, "fast", "flag": each against the formula."""
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import krr_fit, krr_mse, krr_predict, reference
-from krrst_fast.factor import FLOAT64_UP_TO
+from krrst_fast import SolveInfo, Solver, krr_fit, krr_mse, reference
 from krrst_fast.planner import FORMS
 from tests.helpers import NAMES, assert_equal, loss_and_gradients, problem
 
@@ -21,9 +22,16 @@ def test_a_whole_weight_is_as_many_rows(form: str, ridge_of: str) -> None:
         copies = torch.arange(sizes[0]).repeat_interleave(weights.long())
         for bias in (0.0, 0.7):
             options = {"ridge": 0.1, "ridge_of": ridge_of, "bias": bias, "scale": 2.0}
-            weighted = krr_mse(f_syn, y_syn, f_real, y_real, weights=weights, form=form, **options)
+            weighted = krr_mse(
+                f_syn, y_syn, f_real, y_real, weights=weights, solver=Solver(form=form), **options
+            )
             repeated = krr_mse(
-                f_syn[copies], y_syn[copies], f_real, y_real, backend="reference", **options
+                f_syn[copies],
+                y_syn[copies],
+                f_real,
+                y_real,
+                solver=Solver(backend="reference"),
+                **options,
             )
             assert_equal(weighted, repeated, 1e-12)
 
@@ -53,33 +61,6 @@ def test_gradients_with_weights(ridge_of: str, detach: bool) -> None:
         assert_equal(a, b, 1e-11, name)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_residual_form(form: str) -> None:
-    f_syn, y_syn, f_real, y_real = problem(9, 6, 7, 3)
-    out_syn, out_real = torch.randn(9, 3).double(), torch.randn(7, 3).double()
-    tensors = [f_syn, y_syn, f_real, y_real, out_syn, out_real]
-
-    def plain(*t: Tensor) -> Tensor:
-        k = t[0] @ t[0].T
-        alpha = torch.linalg.solve(k + 0.2 * torch.eye(9).double(), t[1] - t[4])
-        return ((t[5] + t[2] @ t[0].T @ alpha - t[3]) ** 2).mean()
-
-    options = {"ridge": 0.2, "ridge_of": "absolute", "form": form}
-    exact = loss_and_gradients(plain, tensors)
-    fused = loss_and_gradients(
-        lambda *t: krr_mse(*t[:4], out_syn=t[4], out_real=t[5], **options), tensors
-    )
-    predicted = loss_and_gradients(
-        lambda *t: (
-            (krr_predict(*t[:3], out_syn=t[4], out_real=t[5], **options) - t[3]).square().mean()
-        ),
-        tensors,
-    )
-    for a, b, c in zip(exact, fused, predicted):
-        assert_equal(b, a, 1e-12)
-        assert_equal(c, a, 1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     rounded = [x.to(dtype) for x in problem(20, 30, 9, 4)]
@@ -105,14 +86,20 @@ def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
 def test_float64_on_float32_inputs_leaves_only_the_rounding_of_the_result(form: str) -> None:
     sizes = (60, 40, 20, 5) if form == "primal" else (40, 60, 20, 5)
     tensors = [x.float() for x in problem(*sizes, condition=1e6)]
-    exact = loss_and_gradients(lambda *t: krr_mse(*t, form=form), tensors, torch.float64)
+    exact = loss_and_gradients(
+        lambda *t: krr_mse(*t, solver=Solver(form=form)), tensors, torch.float64
+    )
     got = loss_and_gradients(
-        lambda *t: krr_mse(*t, form=form, precision="float64"), tensors, torch.float32
+        lambda *t: krr_mse(*t, solver=Solver(form=form, precision="float64")),
+        tensors,
+        torch.float32,
     )
     assert all(x.dtype == torch.float32 for x in got)
     assert _relative(got, exact) < 2.0**-23
     single = loss_and_gradients(
-        lambda *t: krr_mse(*t, form=form, precision="float32"), tensors, torch.float64
+        lambda *t: krr_mse(*t, solver=Solver(form=form, precision="float32")),
+        tensors,
+        torch.float64,
     )
     assert all(x.dtype == torch.float64 for x in single)
     assert 1e-8 < _relative(single, exact) < 1e-2
@@ -127,12 +114,16 @@ def test_fast_is_the_exact_regression_on_rounded_features(form: str, factor: flo
     f_syn, f_real = reference.round_features(tensors[0], tensors[2])
     rounded = [f_syn, tensors[1], f_real, tensors[3]]
     fast = loss_and_gradients(
-        lambda *t: krr_mse(*t, form=form, precision="fast"), tensors, torch.float32
+        lambda *t: krr_mse(*t, solver=Solver(form=form, precision="fast")), tensors, torch.float32
     )
-    same = loss_and_gradients(lambda *t: krr_mse(*t, form=form), rounded, torch.float32)
+    same = loss_and_gradients(
+        lambda *t: krr_mse(*t, solver=Solver(form=form)), rounded, torch.float32
+    )
     for a, b in zip(fast, same):
         assert torch.equal(a, b)
-    exact = loss_and_gradients(lambda *t: krr_mse(*t, form=form), tensors, torch.float64)
+    exact = loss_and_gradients(
+        lambda *t: krr_mse(*t, solver=Solver(form=form)), tensors, torch.float64
+    )
     assert 1e-6 < _relative(fast, exact) < 0.1
     for f, r in ((tensors[0], f_syn), (tensors[2], f_real)):
         large = f.abs() > f.abs().max() * 1e-6
@@ -152,61 +143,36 @@ def test_rounding_keeps_equal_rows_equal_and_batches_apart() -> None:
     assert torch.equal(zero, torch.zeros(3, 4))
 
 
-def test_refinement_gains_the_digits_of_a_float64_factor() -> None:
-    """Float32 with more rows than are factored in float64: the solve is the largest error."""
-    m = FLOAT64_UP_TO + 40
-    errors = {}
-    for seed in range(4):
-        tensors = [x.float() for x in problem(m, m + 100, 10, 2, condition=1e6, seed=seed)]
-        for form in ("k", "w"):
-            # The gram in float32 is part of the problem: what is refined is the solve.
-            k = tensors[0] @ tensors[0].T
-            lam = 1e-7 * k.trace()
-            exact = torch.linalg.solve(
-                k.double() + lam.double() * torch.eye(m).double(), tensors[1].double()
-            )
-            for refine in (0, 1, 2):
-                settings = {"ridge": lam, "ridge_of": "absolute", "form": form, "refine": refine}
-                fit = krr_fit(*tensors[:2], **settings, backend="torch")
-                error = ((fit.alpha.double() - exact).norm() / exact.norm()).item()
-                errors.setdefault(refine, []).append(error)
-    worst = {refine: max(values) for refine, values in errors.items()}
-    assert worst[0] > 1e-5
-    assert worst[1] < worst[0] / 20 and worst[2] < 2e-7, worst
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_refined_gradients_are_right(form: str) -> None:
-    tensors = problem(20, 15, 9, 3) if form == "primal" else problem(15, 20, 9, 3)
-    exact = loss_and_gradients(lambda *t: krr_mse(*t, form=form), tensors)
-    got = loss_and_gradients(lambda *t: krr_mse(*t, form=form, refine=2), tensors)
-    for a, b in zip(got, exact):
-        assert_equal(a, b, 1e-12)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("batched", [False, True])
 def test_flag_reports_and_raise_raises(form: str, batched: bool) -> None:
     good = [x.float() for x in problem(6, 4, 5, 2)]
     bad = [torch.zeros_like(good[0]), *good[1:]]
     tensors = [torch.stack(pair) for pair in zip(good, bad)] if batched else bad
-    loss, info = krr_mse(*tensors, ridge=0.01, form=form, check="flag", return_info=True)
+    loss, info = krr_mse(
+        *tensors, ridge=0.01, solver=Solver(form=form, check="flag"), return_info=True
+    )
     assert info.failed.tolist() == ([False, True] if batched else True)
     assert loss.isnan().tolist() == info.failed.tolist()
     if batched:
-        assert_equal(loss[0], krr_mse(*good, ridge=0.01, form=form), 1e-5)
-    fit = krr_fit(*(x.float() for x in problem(6, 4, 5, 2)[:2]), form=form, check="flag")
+        assert_equal(loss[0], krr_mse(*good, ridge=0.01, solver=Solver(form=form)), 1e-5)
+    fit = krr_fit(
+        *(x.float() for x in problem(6, 4, 5, 2)[:2]), solver=Solver(form=form, check="flag")
+    )
     assert not fit.info.failed
 
 
 def test_flag_climbs_the_ladder_when_asked_to() -> None:
     f_syn, y_syn, f_real, y_real = (x.float() for x in problem(300, 5, 20, 2))
-    settings = {"ridge": 1e-17, "form": "w", "check": "flag", "return_info": True}
-    _, info = krr_mse(f_syn, y_syn, f_real, y_real, **settings)
+
+    def solved(**how: Any) -> tuple[Tensor, SolveInfo]:
+        solver = Solver(form="w", **how)
+        return krr_mse(f_syn, y_syn, f_real, y_real, ridge=1e-17, solver=solver, return_info=True)
+
+    _, info = solved(check="flag")
     assert info.failed and info.retries == 0
-    loss, info = krr_mse(f_syn, y_syn, f_real, y_real, max_retries=14, **settings)
-    settings["check"] = "raise"
-    same, raised = krr_mse(f_syn, y_syn, f_real, y_real, max_retries=14, **settings)
+    loss, info = solved(check="flag", max_retries=14)
+    same, raised = solved(max_retries=14)
     assert not info.failed and info.retries == raised.retries > 0
     assert_equal(loss, same, 1e-3)
 
@@ -219,8 +185,9 @@ def test_flag_reads_nothing_back() -> None:
         leaves = [x.clone().requires_grad_() for x in tensors]
         loss, info = krr_mse(
             *leaves,
-            **{"form": form, "check": "flag", "max_retries": 2, "return_info": True},
-            **{"weights": weights, "precision": "fast", "refine": 1},
+            solver=Solver(form=form, check="flag", max_retries=2, precision="fast"),
+            return_info=True,
+            weights=weights,
         )
         assert info.failed.shape == () and loss.shape == ()
         torch.autograd.grad(loss, leaves)

@@ -7,18 +7,18 @@ import sys
 import pytest
 import torch
 
-from krrst_fast import library
-from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS
+from krrst_fast import operators
+from krrst_fast.cholesky import CUDA_METHODS, FLOAT64_UP_TO, ridge_factor
 from tests.helpers import assert_equal, features
 
-EXTENSION = pytest.mark.skipif(not library.has_extension(), reason=library.EXTENSION)
+EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
 # Round the widths of a panel (12, 24 and 48) and of a packed chunk (128, 256 and 512).
 SIZES = [(0, 3), (3, 0), (1, 1), (11, 13), (24, 40), (47, 255), (48, 256), (49, 257), (97, 513)]
 
 
 def test_the_extension_is_loaded_where_it_must_be() -> None:
     if os.environ.get("KRRST_FAST_EXTENSION") == "1":
-        assert library.EXTENSION.endswith(".so")
+        assert operators.EXTENSION.endswith(".so")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -31,10 +31,10 @@ def test_opcheck(n: int, d: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.thin_matmul.default, (x, torch.randn(d, 3, dtype=dtype)))
     k = x @ x.mT + torch.eye(n, dtype=dtype)
     lam = torch.tensor(0.1, dtype=dtype)
-    for solver in SOLVERS.values():
-        torch.library.opcheck(ops.ridge_factor.default, (k, lam, 2, True, *solver))
-        found = library.ridge_factor(k, lam, 0, True, solver)
-        how = found.factor, found.inverse, solver.own
+    for method in CUDA_METHODS.values():
+        torch.library.opcheck(ops.ridge_factor.default, (k, lam, 2, True, *method))
+        found = ridge_factor(k, lam, 0, True, method)
+        how = found.factor, found.inverse, *method
         torch.library.opcheck(ops.factored_solve.default, (x, *how))
 
 
@@ -102,6 +102,6 @@ def test_ridge_factor_prefers_float64_only_where_it_is_free() -> None:
     ):
         k = features(n, n, 1e2, generator).float()
         k = k @ k.mT
-        factor, ridge, retries, *_ = library.ridge_factor(k, torch.tensor(0.5), 0)
+        factor, ridge, retries, *_ = ridge_factor(k, torch.tensor(0.5), 0, True)
         assert factor.dtype == dtype and retries == 0 and ridge == 0.5
         assert_equal(factor.double() @ factor.double().mT, k.double() + 0.5 * torch.eye(n), 1e-5)

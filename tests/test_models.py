@@ -141,7 +141,7 @@ def test_impossible_settings_are_named():
         ModelConfig(kind="vgg")
     with pytest.raises(ConfigError, match="norm must be one of"):
         ModelConfig(norm="group")
-    with pytest.raises(ConfigError, match="stem must be small or imagenet"):
+    with pytest.raises(ConfigError, match="stem must be one of small, imagenet"):
         ModelConfig(stem="large")
 
 

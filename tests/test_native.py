@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from krrst_fast import reference
-from krrst_fast.data.tars import members_by_tarfile
+from krrst_fast.data.formats.tars import members_by_tarfile
 from krrst_fast.errors import DataError
 
 native = pytest.importorskip("krrst_fast._native", reason="the extension is not built")

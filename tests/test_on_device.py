@@ -166,9 +166,9 @@ REFUSED = {
 
 def on_a_gpu() -> list[Path]:
     """The files of tests with the mark, and of those that have it from the fixture `kernels`."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     words = ("mark.gpu", "kernels: Callable")
-    files = [path for path in here.glob("test_*.py") if path != Path(__file__)]
+    files = [path for path in folder.glob("test_*.py") if path != Path(__file__)]
     return [path for path in files if any(word in path.read_text("utf-8") for word in words)]
 
 

@@ -84,7 +84,7 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"krr_path: {message}"):
             krr_path(f, y, ridges)
-    with pytest.raises(TypeError, match="krr_path: has no keyword 'ridge'"):
+    with pytest.raises(TypeError, match="krr_path.. got an unexpected keyword argument 'ridge'"):
         krr_path(f, y, [1.0], ridge=1.0)
     with pytest.raises(NonFiniteError, match="krr_path: y_syn holds NaN"):
         krr_path(f, y * float("nan"), [1.0])

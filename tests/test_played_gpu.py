@@ -1,6 +1,7 @@
 """What would fail, round or wait on a GPU, on one that is played: see `tests.played_gpu`."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from krrst_fast import Solver, krr_fit, krr_mse, krr_path, krr_predict, reference, ridge_solve
 from krrst_fast import gram as gram_of
-from krrst_fast import krr_fit, krr_mse, krr_path, krr_predict, reference, ridge_solve
+from krrst_fast.backends import cpp
 from krrst_fast.ops.views import views
 from krrst_fast.planner import FORMS
 from krrst_fast.selftest_checks import checks
@@ -19,8 +21,8 @@ from tests.played_gpu import Gpu, Played, played_gpu
 
 OPTIONS: dict[str, Any] = {"bias": 1.0, "ridge": 1e-2, "ridge_of": "mean_diagonal"}
 SMALL = {
-    "SHAPES": ((1, 1, 1, 1), (7, 13, 5, 3), (9, 7, 5, 2)),
-    "TALL": ((1, 1, 1, 1), (9, 5, 4, 2)),
+    "SHAPES": ((1, 1, 1, 1), (7, 13, 5, 3), (9, 7, 5, 2), (7, 13, 5, 3, 2, 3)),
+    "TALL": ((1, 1, 1, 1), (9, 5, 4, 2), (9, 5, 4, 2, 2, 3)),
 }
 
 
@@ -52,11 +54,14 @@ def test_every_check_of_the_self_test(on: Gpu, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("precision", [None, "float64", "fast"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_flagged_call_waits_for_nothing(on: Gpu, form: str, precision: str | None) -> None:
-    how = {**OPTIONS, "form": form, "precision": precision}
-    tensors = placed()
-    exact = results(lambda *x: krr_mse(*x, **how), [x.cpu() for x in tensors])
+    solver, tensors = Solver(form=form, precision=precision), placed()
+    with cpp.by_steps():  # as a GPU computes
+        exact = results(
+            lambda *x: krr_mse(*x, **OPTIONS, solver=solver), [x.cpu() for x in tensors]
+        )
     on.waits.clear()
-    got = results(lambda *x: krr_mse(*x, **how, check="flag"), tensors)
+    flagged = replace(solver, check="flag")
+    got = results(lambda *x: krr_mse(*x, **OPTIONS, solver=flagged), tensors)
     assert on.waits == [] and all(isinstance(x, Played) for x in got)
     for name, a, b in zip(("loss", *NAMES), got, exact):
         assert_equal(a.cpu(), b, 1e-5, name)
@@ -65,14 +70,15 @@ def test_a_flagged_call_waits_for_nothing(on: Gpu, form: str, precision: str | N
 def test_no_operator_waits_where_failures_are_flagged(on: Gpu) -> None:
     f_syn, y_syn, f_real, _ = placed()
     many, ridge = torch.stack((f_syn, 2 * f_syn)), torch.full((2,), 0.1, device="cuda")
-    k, flag = f_syn @ f_syn.mT, {"check": "flag"}
+    k, flag = f_syn @ f_syn.mT, {"solver": Solver(check="flag")}
     calls: dict[str, Callable[..., Tensor]] = {
         "gram": lambda x: gram_of(x, bias=1.0),
         "predict": lambda x: krr_predict(x, y_syn, f_real, **OPTIONS, **flag),
         "of many": lambda x: krr_predict(many * x[0, 0], y_syn, f_real, ridge=ridge, **flag),
-        "retries": lambda x: krr_predict(x, y_syn, f_real, **OPTIONS, **flag, max_retries=2),
+        "retries": lambda x: krr_predict(
+            x, y_syn, f_real, **OPTIONS, solver=Solver(check="flag", max_retries=2)
+        ),
         "solve": lambda x: ridge_solve(k * x[0, 0], y_syn, ridge=0.1, **flag),
-        "refined": lambda x: ridge_solve(k * x[0, 0], y_syn, ridge=0.1, refine=1, **flag),
         "weighted": lambda x: krr_predict(x, y_syn, f_real, weights=x[:, 0] ** 2 + 1, **flag),
     }
     on.waits.clear()
@@ -87,7 +93,7 @@ def test_a_call_that_raises_waits_once(on: Gpu) -> None:
         tensors = placed(shape)
         for form in FORMS:
             on.waits.clear()
-            results(lambda *x, form=form: krr_mse(*x, **OPTIONS, form=form), tensors)
+            results(lambda *x, form=form: krr_mse(*x, **OPTIONS, solver=Solver(form=form)), tensors)
             assert len(on.waits) == 1, (shape, form)
 
 
@@ -107,9 +113,9 @@ def test_views_have_the_bits_of_the_cpu_and_wait_for_nothing(on: Gpu) -> None:
     flip = torch.tensor([True, False])
     how = {"padding": 2, "mean": (0.5071, 0.4866, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
     expected = reference.views(images, index, offset, flip, *how.values())
-    there = [x.to("cuda") for x in (images, index, offset, flip)]
+    on_gpu = [x.to("cuda") for x in (images, index, offset, flip)]
     on.waits.clear()
-    got = views(*there, **how)
+    got = views(*on_gpu, **how)
     assert on.waits == []
     assert torch.equal(got.cpu(), expected)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from krrst_fast.config import from_dict, to_dict
+from krrst_fast.cli.presets import PRESETS
 from krrst_fast.models import build
-from krrst_fast.presets import PRESETS
+from krrst_fast.runs.config import from_dict, to_dict
 
 PATHS = {"store": Path("store"), "target": Path("target"), "out": Path("out")}
 

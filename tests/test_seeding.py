@@ -2,7 +2,7 @@
 
 import torch
 
-from krrst_fast.seeding import derive, generator
+from krrst_fast.runs.seeding import derive, generator
 
 
 def test_streams_are_fixed_and_independent() -> None:

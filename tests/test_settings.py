@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 
-pytest.importorskip("jsonargparse")
+pytest.importorskip("docstring_parser")
 
+from krrst_fast.cli.settings import Parsed, parse
 from krrst_fast.errors import ConfigError
-from krrst_fast.settings import Parsed, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +136,21 @@ def test_printed_settings_are_a_file_that_gives_them_again(tmp_path: Path) -> No
         (["--pool.sise=3"], "there is no flag --pool.sise; did you mean --pool.size?"),
         (["--qqq"], "there is no flag --qqq"),
         (["--steps"], "--steps needs a value"),
-        (["--steps", "many"], "--steps must be a whole number, got many"),
+        (["--steps", "many"], "--steps must be a whole number, got 'many'"),
         (["--steps", "1.5"], "--steps must be a whole number, got 1.5"),
         (["--steps", "true"], "--steps must be a whole number, got True"),
-        (["--lr", "fast"], "--lr must be a number, got fast"),
+        (["--lr", "fast"], "--lr must be a number, got 'fast'"),
+        (["--lr", "1e-3x"], "--lr must be a number, got '1e-3x'"),
+        (["--lr", "nan"], "--lr must be a number, got 'nan'"),
+        (["--steps", "1_000"], "--steps must be a whole number, got '1_000'"),
+        (["--pool.widths", "[3,"], "--pool.widths must be a list such as [1, 2], got '[3,'"),
+        (["--limit", ""], "--limit must be a whole number"),
         (["--flip=2"], "--flip must be true or false, got 2"),
-        (["--limit", "few"], "--limit must be a whole number, got few"),
-        (["--pool.widths", "3"], "--pool.widths must be a list such as [1,2], got 3"),
-        (["--pool.widths", "[3,x]"], "--pool.widths must be a whole number, got x"),
-        (["--pool.reset", "no"], "--pool.reset must be one of paper, released, got no"),
-        (["--methods", "[a,c]"], "--methods must be one of a, b, got c"),
+        (["--limit", "few"], "--limit must be a whole number, got 'few'"),
+        (["--pool.widths", "3"], "--pool.widths must be a list such as [1, 2], got 3"),
+        (["--pool.widths", "[3,x]"], "--pool.widths[1] must be a whole number, got 'x'"),
+        (["--pool.reset", "no"], "--pool.reset must be one of paper, released, got 'no'"),
+        (["--methods", "[a,c]"], "--methods[1] must be one of a, b, got 'c'"),
         (["x", "y"], "unexpected arguments: y"),
         (["--resume=3"], "--resume"),
     ],
@@ -191,7 +196,11 @@ def test_help_shows_what_a_run_sets(capsys: pytest.CaptureFixture[str]) -> None:
         ("stesp: 3", ["mine.yaml: there is no setting 'stesp'; did you mean 'steps'?"]),
         ("pool: {sise: 3}", ["no setting 'pool.sise'; did you mean 'pool.size'?"]),
         ("pool: 3", ["mine.yaml: pool must be a mapping of settings, got 3"]),
-        ("steps: yes", ["mine.yaml: steps must be a whole number, got True"]),
+        ("steps: yes", ["mine.yaml: steps must be a whole number, got 'yes'"]),
+        ("steps: 1:30", ["mine.yaml: steps must be a whole number, got '1:30'"]),
+        ("steps: 012", ["mine.yaml: steps must be a whole number, got '012'"]),
+        ("lr: 1e-3x", ["mine.yaml: lr must be a number, got '1e-3x'"]),
+        ("lr: .inf", ["mine.yaml: lr must be a finite number, got inf"]),
         ("- lr", ["mine.yaml: must hold a mapping of settings, got ['lr']"]),
         ("lr: [", ["mine.yaml: not a YAML file"]),
         ("just words", ["mine.yaml: must hold a mapping"]),

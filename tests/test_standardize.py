@@ -6,8 +6,8 @@ import torch
 from krrst_fast.data import open_store
 from krrst_fast.data.augment import plain_views
 from krrst_fast.errors import ConfigError
-from krrst_fast.files import read_json
 from krrst_fast.models import ModelConfig
+from krrst_fast.runs.files import read_json
 from krrst_fast.targets import SSLAugmentConfig, TargetConfig, train_target
 from krrst_fast.targets.standardize import standardize_head
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from krrst_fast.config import from_dict, to_dict
 from krrst_fast.data import PrepareConfig, open_store, prepare
 from krrst_fast.data.augment import plain_views
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from krrst_fast.files import load_state, read_json, read_jsonl
 from krrst_fast.models import ModelConfig, build
+from krrst_fast.runs.config import from_dict, to_dict
+from krrst_fast.runs.files import load_state, read_json, read_jsonl
 from krrst_fast.targets import SSLAugmentConfig, TargetConfig, load_target, train_target
 from krrst_fast.targets import train as train_module
 from krrst_fast.targets.diagnose import collapse_metrics
@@ -114,8 +114,8 @@ KILLS = """
 import os, signal, sys, warnings
 from pathlib import Path
 import torch, torch._dynamo, safetensors.torch
-from krrst_fast.config import from_dict
-from krrst_fast.files import load_state, read_json
+from krrst_fast.runs.config import from_dict
+from krrst_fast.runs.files import load_state, read_json
 from krrst_fast.targets import TargetConfig, train_target
 
 config = from_dict(TargetConfig, read_json(Path(sys.argv[1])))
@@ -245,7 +245,7 @@ def test_a_run_on_other_images_is_not_resumed(config, tmp_path):
     _interrupted(config, 6)
     other = PrepareConfig(source="digits", out=tmp_path / "other", size=8, limit=39)
     changed = dataclasses.replace(config, store=prepare(other).path)
-    message = r"other images: 40x3x8x8, crc32 \w+; now 39x3x8x8"
+    message = r"the store has changed .*: it was 40x3x8x8, crc32 \w+ and is 39x3x8x8"
     with pytest.raises(CheckpointError, match=message):
         _train(changed, resume=True)
     _train(config, resume=True)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from krrst_fast.data import PrepareConfig, prepare
 from krrst_fast.errors import ConfigError, NonFiniteError
 from krrst_fast.models import ModelConfig, build
-from krrst_fast.seeding import derive, generator
+from krrst_fast.runs.epochs import Epochs
+from krrst_fast.runs.seeding import derive, generator
 from krrst_fast.targets import SSLAugmentConfig, TargetConfig, augment_pair
 from krrst_fast.targets.losses import barlow_twins, nt_xent, vicreg
-from krrst_fast.targets.trainer import Epochs, Trainer, learning_rate, make_projector
+from krrst_fast.targets.trainer import Trainer, learning_rate, make_projector
 
 MODEL = ModelConfig(widths=(4, 8))
 CPU = torch.device("cpu")
@@ -130,15 +131,15 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine(config):
 
 
 def test_an_epoch_shows_every_image_once_but_the_rest():
-    epochs = Epochs(23, 5, seed=1)
-    seen = [epochs.batch(step) for step in range(12)]
+    epochs = Epochs(23, seed=1)
+    seen = [epochs.whole_batch(step, 5) for step in range(12)]
     for epoch in range(3):
         numbers = torch.cat(seen[4 * epoch : 4 * epoch + 4])
         assert len(set(numbers.tolist())) == 20 and numbers.max() <= 22
     assert not torch.equal(torch.cat(seen[:4]), torch.cat(seen[4:8]))
-    fresh = Epochs(23, 5, seed=1)
-    assert all(torch.equal(fresh.batch(step), seen[step]) for step in (11, 3, 4, 7))
-    assert not torch.equal(Epochs(23, 5, seed=2).batch(0), seen[0])
+    fresh = Epochs(23, seed=1)
+    assert all(torch.equal(fresh.whole_batch(step, 5), seen[step]) for step in (11, 3, 4, 7))
+    assert not torch.equal(Epochs(23, seed=2).whole_batch(0, 5), seen[0])
 
 
 def test_the_projector_is_an_mlp_of_the_widths():
@@ -157,10 +158,10 @@ def test_impossible_settings_are_named(config):
         ({"loss": "byol"}, "loss must be one of barlow_twins, simclr, vicreg, got 'byol'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
-        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": 0.0}, "lr must be positive"),
         ({"warmup_steps": 10}, "warmup_steps must be from 0 to 9, got 10"),
         ({"projector": (8, 0)}, "projector must be positive widths"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
         ({"std": (0.1, 0.0, 0.1)}, "std must be positive"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
     ]:

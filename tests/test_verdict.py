@@ -1,46 +1,40 @@
 """The verdict: the sentence says no more than the paired differences do."""
 
+import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from krrst_fast.verdict import EvaluationView, headline_of, interval_factor, signed, view_of
+from krrst_fast.evaluate import EvaluateConfig, Evaluation, Row
+from krrst_fast.report.verdict import EvaluationSection, headline_of, typographic
 
 RIVAL = [81.0, 79.5, 84.0, 82.5, 80.5]
 
 
-def evaluation(probe: dict[str, list[float]]) -> EvaluationView:
-    """An evaluation file of probes alone, its summary by the formulas of the sample."""
-    summary: list[dict[str, Any]] = []
-    for method, values in probe.items():
-        difference = np.array(values) - np.array(probe["random_target"])
-        count = len(values)
-        spread = count > 1
-        error = difference.std(ddof=1) / count**0.5 if spread else None
-        found = {
-            "mean": np.mean(values),
-            "std": np.std(values, ddof=1) if spread else None,
-            "count": count,
-            "difference": {"mean": difference.mean(), "standard_error": error, "count": count},
-        }
-        if method == "random_target":
-            found["difference"] = None
-        summary.append({"method": method, "probe": found, "finetune": None})
+def evaluation(probe: dict[str, list[float]]) -> EvaluationSection:
+    """Probes alone, read back from what is written."""
     rows = [
-        {"method": method, "seed": seed, "probe": value, "finetune": None}
+        Row(
+            method=method,
+            seed=seed,
+            probe=value,
+            finetune=None,
+            pretrain_loss=None,
+            seconds=1.0,
+            fingerprint="",
+        )
         for method, values in probe.items()
         for seed, value in enumerate(values)
     ]
-    config = {
-        "model": {"kind": "convnet"},
-        "pretrain": {"steps": 300},
-        "probe": {"solver": "ridge", "steps": 1, "labels_per_class": 2},
-        "finetune": {"steps": 0, "labels_per_class": None},
-    }
-    values = {"name": "digits", "num_images": 7, "rows": rows, "summary": summary}
-    return view_of({**values, "config": config}, Path("digits.json"))
+    config = EvaluateConfig(run=Path("run"), store=Path("store"), methods=tuple(probe))
+    made = Evaluation(
+        name="digits", config=config, rows=tuple(rows), num_images=7, environment={}, seconds=1.0
+    )
+    written = json.loads(json.dumps(made.to_json()))
+    read = Evaluation.from_json(written, Path("digits.json"))
+    assert read == made
+    return EvaluationSection(evaluation=read, file="digits.json")
 
 
 @pytest.mark.parametrize(
@@ -59,21 +53,12 @@ def test_headline_is_honest(ours: list[float], claim: str) -> None:
     assert f"{abs(difference):.1f}" in headline.figure
 
 
-def test_interval_is_students() -> None:
-    """Against the quantiles of samples of t = mean / standard error, drawn from normal values."""
-    draw = np.random.default_rng(0)
-    for seeds in (2, 3, 5, 10):
-        samples = draw.normal(size=(200_000, seeds))
-        t = samples.mean(1) / (samples.std(1, ddof=1) / seeds**0.5)
-        inside = np.mean(np.abs(t) <= interval_factor(seeds))
-        assert abs(inside - 0.95) < 0.003, (seeds, inside)
-    assert 2.0 < interval_factor(500) < interval_factor(14)
-
-
-def test_signs() -> None:
-    assert signed(-0.25, 0.5) == "−0.2 ± 0.5"
-    assert signed(-0.04, None) == "+0.0"
-    assert signed(3.04, 0.75) == "+3.0 ± 0.8"
+def test_signs_on_the_page() -> None:
+    text = "\u2212 1-2: -0.2 +- 0.5, from -3.1 to +0.0 of random-images"
+    assert (
+        typographic(text)
+        == "\u2212 1-2: \u22120.2 \u00b1 0.5, from \u22123.1 to +0.0 of random-images"
+    )
 
 
 def test_lede_places_the_images_between_floor_and_ceiling() -> None:
@@ -97,5 +82,5 @@ def test_lede_places_the_images_between_floor_and_ceiling() -> None:
 def test_without_the_rival_there_is_no_headline() -> None:
     view = evaluation({"random_target": RIVAL, "none": RIVAL})
     assert headline_of([view]) is None
-    assert view.verdicts == []
+    assert view.evaluation.verdicts() == []
     assert headline_of([]) is None

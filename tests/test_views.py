@@ -9,7 +9,7 @@ from krrst_fast import reference
 from krrst_fast.data import ViewConfig, draw_views, plain_views
 from krrst_fast.errors import ConfigError
 from krrst_fast.ops.views import views
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -171,12 +171,14 @@ def test_bad_arguments_are_named(changes, error, message):
 
 def test_draws_are_reproducible_and_reach_every_view():
     config = ViewConfig(padding=2)
-    offset, flip = draw_views(4000, config, generator(3, "draw"))
-    again = draw_views(4000, config, generator(3, "draw"))
-    assert torch.equal(offset, again[0]) and torch.equal(flip, again[1])
+    index = torch.arange(4000)
+    view = draw_views(index, config, generator(3, "draw"))
+    again = draw_views(index, config, generator(3, "draw"))
+    assert all(map(torch.equal, view, again)) and torch.equal(view.index, index)
+    offset, flip = view.offset, view.flip
     seen = {(*map(int, corner), bool(f)) for corner, f in zip(offset, flip)}
     assert seen == {(y, x, f) for y in range(5) for x in range(5) for f in (False, True)}
-    still, unflipped = draw_views(10, ViewConfig(padding=0, flip=False), generator(0))
-    assert not still.any() and not unflipped.any()
+    still = draw_views(index, ViewConfig(padding=0, flip=False), generator(0))
+    assert not still.offset.any() and not still.flip.any()
     with pytest.raises(ConfigError, match="padding must be at least 0, got -1"):
         ViewConfig(padding=-1)

@@ -6,6 +6,7 @@ Run as a program with TRITON_INTERPRET=1, as `tests/test_krr_triton.py` does; pr
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from krrst_fast import backends, gram, krr_fit, krr_mse, krr_predict, library, reference
+from krrst_fast import Solver, backends, gram, krr_fit, krr_mse, krr_predict, reference
 from tests.helpers import neighbour, problem
 
 # More rows than a block, primes, one column, M > D.
@@ -45,13 +46,13 @@ def regression(
     op: Callable[..., Any], form: str, tensors: list[Tensor], backend: str, **options: Any
 ) -> list[Tensor]:
     """The value and all gradients by one backend."""
-    options |= {"form": form, "backend": backend, "detach_ridge": False}
-    return results(partial(learnt, op, **options), tensors)
+    solver = Solver(form=form, backend=backend, **options)
+    return results(partial(learnt, op, detach_ridge=False, solver=solver), tensors)
 
 
 def only_gram(tensors: list[Tensor], backend: str) -> list[Tensor]:
     """The gram of what is first."""
-    return [gram(tensors[0], scale=2.0, bias=0.5, backend=backend)]
+    return [gram(tensors[0], scale=2.0, bias=0.5, solver=Solver(backend=backend))]
 
 
 def allowed(how: Callable[..., Any], tensors: list[Tensor], precision: str | None) -> list[float]:
@@ -105,14 +106,19 @@ def mapped() -> dict[str, float]:
     many[0], many[2] = (f * torch.tensor([1.0, 1e8, 1e-8])[:, None, None] for f in many[::2])
     worst = {}
     for precision in (None, "fast"):
-        how: dict[str, Any] = {**KERNEL, "backend": "triton", "precision": precision}
-        loss = partial(krr_mse, **{**how, "bias": 0.0}, ridge=0.01, check="flag")
+        solver = Solver(backend="triton", precision=precision)
+        flagged = replace(solver, check="flag")
+        loss = partial(krr_mse, **{**KERNEL, "bias": 0.0}, ridge=0.01, solver=flagged)
         looped = torch.stack([loss(*one) for one in zip(*many)]).double()
         worst[f"vmap {precision}"] = wrong([torch.func.vmap(loss)(*many)], [looped])[0]
         for form in ("k", "w", "primal"):
             leaf = many[0][0].clone().requires_grad_()
             out = krr_predict(
-                *(leaf, many[1][0], many[2][0]), form=form, ridge=0.01, detach_ridge=False, **how
+                *(leaf, many[1][0], many[2][0]),
+                solver=replace(solver, form=form),
+                ridge=0.01,
+                detach_ridge=False,
+                **KERNEL,
             )
             basis = torch.eye(out.numel()).reshape(-1, *out.shape)
 
@@ -133,46 +139,49 @@ def far_bias() -> list[float]:
     errors = []
     for size in (1e-14, 1.0, 1e12):
         f_syn, y_syn, f_real, _ = (x.float() for x in problem(*SHAPES[1]))
-        how = partial(krr_predict, ridge=0.01, form="primal", bias=size**2)
+        how = partial(krr_predict, ridge=0.01, bias=size**2)
+        primal = Solver(form="primal")
+        fast = replace(primal, backend="triton", precision="fast")
         tensors = [size * f_syn, y_syn, size * f_real]
         rounded = reference.round_features(tensors[0], tensors[2])
-        exact = how(rounded[0].double(), y_syn.double(), rounded[1].double())
-        errors += wrong([how(*tensors, backend="triton", precision="fast")], [exact])
+        exact = how(rounded[0].double(), y_syn.double(), rounded[1].double(), solver=primal)
+        errors += wrong([how(*tensors, solver=fast)], [exact])
     return errors
 
 
 def stays_itself() -> dict[str, Any]:
     """What is no comparison of numbers."""
     f_syn, y_syn, f_real, y_real = (x.float().requires_grad_() for x in problem(*SHAPES[0]))
-    call = partial(krr_mse, f_syn, y_syn, f_real, y_real, backend="triton")
-    loss, info = call(precision="fast", return_info=True, check="flag")
+    call = partial(krr_mse, f_syn, y_syn, f_real, y_real)
+    fast = Solver(backend="triton", precision="fast")
+    loss, info = call(return_info=True, solver=replace(fast, check="flag"))
     node = loss.grad_fn
-    while node is not None and "Krr" not in node.name():
+    while node is not None and "Direct" not in node.name():
         node = node.next_functions[0][0]
     halves = [x.dtype for x in node.saved_tensors if x is not None and x.ndim == 2]
     (first,) = torch.autograd.grad(loss, f_syn, create_graph=True)
-    try:
-        torch.autograd.grad(first.sum(), y_syn)
-        second = "no error"
-    except RuntimeError as error:
-        second = str(error)
-    fit = krr_fit(f_syn, y_syn, backend="triton", precision="fast")
+    (second,) = torch.autograd.grad(first.sum(), y_syn)
+    plain = [x.detach().double().requires_grad_() for x in (f_syn, y_syn, f_real, y_real)]
+    (first,) = torch.autograd.grad(krr_mse(*plain), plain[0], create_graph=True)
+    (exact,) = torch.autograd.grad(first.sum(), plain[1])
+    fit = krr_fit(f_syn, y_syn, solver=Solver(backend="triton", precision="fast"))
     many = torch.stack((f_syn, 2 * f_syn))
-    batch = krr_predict(many, y_syn, f_real, backend="triton", precision="fast")
-    alone = krr_predict(many[1], y_syn, f_real, backend="triton", precision="fast")
-    again = [call(precision="fast").item() for _ in range(2)]
-    refusals = {one.name: one.refuses(f_syn) for one in backends.BACKENDS}
+    batch = krr_predict(many, y_syn, f_real, solver=Solver(backend="triton", precision="fast"))
+    alone = krr_predict(many[1], y_syn, f_real, solver=Solver(backend="triton", precision="fast"))
+    again = [call(solver=fast).item() for _ in range(2)]
+    refusals = {name: x.refuses(f_syn) for name, x in backends.BACKENDS.items()}
+    refusals["tuned"] = backends.tuned.refuses(f_syn)
     with FakeTensorMode():
-        refusals["fake"] = backends.BACKENDS[2].refuses(torch.empty(1, 1))
+        refusals["fake"] = backends.triton.refuses(torch.empty(1, 1))
     try:
-        call(precision="float64")
+        call(solver=Solver(backend="triton", precision="float64"))
         refused = "no error"
     except ValueError as error:
         refused = str(error)
     return {
         "info": [info.backend, info.retries.item(), bool(info.failed)],
         "halves": sum(dtype == torch.float16 for dtype in halves),
-        "second": second,
+        "second": wrong([second], [exact])[0],
         "fit": wrong([fit.predict(f_real)], [krr_predict(f_syn, y_syn, f_real).double()])[0],
         "batch": wrong([batch[1]], [alone.double()])[0],
         "mapped": mapped(),
@@ -180,7 +189,6 @@ def stays_itself() -> dict[str, Any]:
         "same bits": again[0] == again[1],
         "refusals": refusals,
         "float64": refused,
-        "extension": library.has_cuda_extension(),
     }
 
 

@@ -27,7 +27,7 @@ TORCH_ABI = "0x020a000000000000"
 
 
 class Bound(NamedTuple):
-    """What a kernel may take: registers a thread, bytes of shared memory a block."""
+    """Limits of a kernel: registers per thread, bytes of shared memory per block."""
 
     registers: int
     shared: int
@@ -62,7 +62,7 @@ def _find_nvcc() -> str | None:
 
 
 def kernels_of(log: str) -> Iterator[Kernel]:
-    """The kernels in what `ptxas -v` printed."""
+    """Return the kernels in the output of `ptxas -v`."""
     for part in log.split("Compiling entry function '")[1:]:
         number = {
             what: sum(int(n) for n in re.findall(rf"(\d+) bytes {what}", part))
@@ -81,7 +81,7 @@ def kernels_of(log: str) -> Iterator[Kernel]:
 
 
 def _readable(symbol: str) -> str:
-    """The name of a kernel and its template arguments, of its mangled symbol."""
+    """Return the name and the template arguments of a kernel from its mangled symbol."""
     done = subprocess.run(["c++filt", "-p", symbol], capture_output=True, text=True, check=True)
     name = re.sub(r"\(anonymous namespace\)::|krrst::cuda::|^void ", "", done.stdout.strip())
     return name.partition("(")[0]
@@ -113,14 +113,14 @@ def check_kernels(nvcc: str, source: Path, architecture: str) -> bool:
     kernels = list(kernels_of(done.stdout + done.stderr))
     print(f"{head}: {len(kernels)} kernels in {time.monotonic() - start:.1f} s")
     for kernel in kernels:
-        told = f"{kernel.registers:4} registers {kernel.shared:6} bytes shared"
+        resources = f"{kernel.registers:4} registers {kernel.shared:6} bytes shared"
         fault = ", ".join(_faults(kernel))
-        print(f"  {kernel.name:40}{told}{'  FAULT: ' + fault if fault else ''}")
+        print(f"  {kernel.name:40}{resources}{'  FAULT: ' + fault if fault else ''}")
     return bool(kernels) and not any(_faults(kernel) for kernel in kernels)
 
 
 def check_glue(nvcc: str, source: Path, csrc: Path) -> bool:
-    """Whether the C++ compiler accepts the source as part of the CUDA module."""
+    """Return whether the C++ compiler accepts the source as part of the CUDA module."""
     import torch
 
     include = Path(torch.__file__).parent / "include"

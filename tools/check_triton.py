@@ -28,7 +28,7 @@ ARCHITECTURES = (80, 90)
 
 
 class Bound(NamedTuple):
-    """What a kernel may take of a multiprocessor, and the instruction its products must use."""
+    """Limits of a kernel, and whether its products must use tensor cores."""
 
     registers: int
     tensor_cores: bool
@@ -38,8 +38,8 @@ class Bound(NamedTuple):
 BOUNDS = {
     "_parts_kernel": Bound(255, True),
     "_finish_kernel": Bound(128, False),
-    "_peaks_kernel": Bound(128, False),
-    "_column_peaks_kernel": Bound(128, False),
+    "_absmax_kernel": Bound(128, False),
+    "_column_absmax_kernel": Bound(128, False),
     "_terms_kernel": Bound(128, False),
     "_product_kernel": Bound(255, True),
     "_closing_kernel": Bound(255, True),
@@ -56,11 +56,11 @@ INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
 class Binary(NamedTuple):
-    """What a kernel takes, and of its PTX the tensor-core instructions and asynchronous copies.
+    """Resources of a compiled kernel, and counts of instructions in its PTX.
 
     Attributes:
-        narrow: those of the copies that take fewer than 16 bytes.
-        serial: each tensor-core instruction waits for the one before.
+        narrow: Those of the copies that take fewer than 16 bytes.
+        serial: Each tensor-core instruction waits for the one before.
     """
 
     registers: int
@@ -73,7 +73,7 @@ class Binary(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One binary: what it takes, and what is wrong with it."""
+    """A compiled variant: its resources and its faults."""
 
     name: str
     registers: int
@@ -85,7 +85,7 @@ class Result(NamedTuple):
 
 
 def variants(only: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
-    """Name -> launch, its specialisation and architecture; equal specialisations once."""
+    """Return launch, specialisation and architecture by name, equal specialisations once."""
     from triton_cases import cases, untested
 
     found: dict[Any, tuple[str, Any, dict[str, Any], int]] = {}
@@ -109,7 +109,7 @@ def variants(only: str) -> dict[str, tuple[Any, dict[str, Any], int]]:
 
 
 def specialised(launch: Any) -> dict[str, Any]:
-    """What the launcher would compile for these arguments, asked of the launcher itself.
+    """Return the specialisation that the launcher would compile for these arguments.
 
     Types, constants and alignments; of what a kernel does not specialise the type alone.
     """
@@ -142,7 +142,7 @@ def compiled(name: str) -> Result:
 
 
 def faults(binary: Binary, launch: Any, special: dict[str, Any], arch: int) -> Iterator[str]:
-    """What is wrong with a binary."""
+    """Yield the faults of a binary."""
     bound = BOUNDS[launch.kernel.__name__]
     if binary.registers > bound.registers:
         yield f"{binary.registers} registers > {bound.registers}"
@@ -204,7 +204,7 @@ def build(launch: Any, special: dict[str, Any], arch: int) -> Binary:
 
 
 def results(names: list[str], jobs: int) -> Iterator[Result]:
-    """Each variant in one of `jobs` processes, or in this one."""
+    """Compile the variants in `jobs` processes, or for one job in this process."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         if jobs == 1:

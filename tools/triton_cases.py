@@ -13,7 +13,7 @@ KINDS = {"half": torch.float16, "tf32x3": torch.float32, "ieee": torch.float32}
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "rows") -> Tensor:
-    """No numbers, only a shape: row by row, column by column, or rows that start anywhere."""
+    """Return a meta tensor, stored by rows, by columns, or with unaligned rows."""
     if layout == "columns":
         return torch.empty(columns, rows, dtype=dtype, device="meta").mT
     if layout == "odd":
@@ -25,12 +25,10 @@ def _gram(arch: int) -> Iterator[tuple[str, list[Launch]]]:
     for kind, dtype in KINDS.items():
         for rows, layout in ((100, "rows"), (1000, "rows"), (8192, "columns"), (1000, "odd")):
             x = _matrix(rows, 8192, dtype, layout)
-            call = x, 1.0, 1.0, 1e-6, "trace", kind, arch
-            yield f"gram {kind} {rows} {layout}", gram.gram_launches(*call)[2]
+            launches = gram.gram_launches(x, 1.0, 1.0, kind, arch)[1]
+            yield f"gram {kind} {rows} {layout}", launches
     x, scale = _matrix(1000, 8192, torch.float32), torch.empty((), device="meta")
-    for what, ridge_of in (("plain", ""), ("absolute", "absolute")):
-        call = x, scale, 1.0, scale, ridge_of, "tf32x3", arch
-        yield f"gram {what} of tensors", gram.gram_launches(*call)[2][1:]
+    yield "gram of a tensor scale", gram.gram_launches(x, scale, 1.0, "tf32x3", arch)[1][1:]
 
 
 def _thin_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
@@ -60,11 +58,11 @@ def _thin_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
 
 def _residual_mse(arch: int) -> Iterator[tuple[str, list[Launch]]]:
     f, w, y = (_matrix(*s, torch.float32) for s in ((1024, 8192), (8192, 512), (1024, 512)))
-    yield "residual_mse", residual_mse.residual_mse_launches(y, y)[2]
-    scale = torch.empty((), device="meta")
-    call = f, w, y, scale, y[0], "tf32x3", arch
-    launches = residual_mse.predicted_residual_mse_launches(*call)[2]
-    yield "predicted_residual_mse", launches[-2:]
+    tensor = torch.empty((), device="meta")
+    for what, scale, offset in (("", 1.0, None), (" of a tensor scale, offset", tensor, y[0])):
+        call = f, w, y, scale, offset, "tf32x3", arch
+        launches = residual_mse.predicted_residual_mse_launches(*call)[2]
+        yield f"predicted_residual_mse{what}", launches[-2:]
 
 
 def _closing_matmul(arch: int) -> Iterator[tuple[str, list[Launch]]]:
@@ -93,14 +91,14 @@ def _views(arch: int) -> Iterator[tuple[str, list[Launch]]]:
 
 
 def cases(arch: int) -> Iterator[tuple[str, Launch]]:
-    """Each launch with the name of the call that makes it."""
+    """Yield each launch with the name of the call that makes it."""
     for part in (_gram, _thin_matmul, _residual_mse, _closing_matmul, _views):
         for label, launches in part(arch):
             yield from ((label, launch) for launch in launches)
 
 
 def untested(launched: Sequence[tuple[int, Launch]]) -> list[Any]:
-    """Entries of the table that no launch was made with."""
+    """Return the entries of the tables of blocks that no launch uses."""
     seen = {(tiles.generation(arch), launch.tile) for arch, launch in launched}
     return [
         (name, kind, generation, tile)

@@ -1,7 +1,7 @@
-"""What `bench/gpu.sh` runs on a GPU, and what becomes of it.
+"""The stages of `bench/gpu.sh`, and the report of their results.
 
 machine      which GPU, which versions; what is still to do
-measure      the rows of a stage, in processes that may fail: ceilings, krr, step, steps, parts
+measure      the rows of a stage, in processes that may fail: krr, step, steps, parts
 record       the stages that are commands: build, selftest, tests, sanitizer
 results      the one file that all of them write
 report       the page, the short table, what is published

@@ -3,8 +3,9 @@
 import gc
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ _FEWEST, _MOST = 7, 200
 # (pytorch/pytorch#180395).
 _RECOVERS = (2, 12)
 
+T = TypeVar("T")
 Calls = Mapping[str, Callable[[], Any]]
 
 
@@ -46,14 +48,14 @@ def sample(taken: Sequence[float]) -> Sample:
 
 
 class Clock:
-    """Measures calls on one device.
+    """A timer of calls on one device.
 
     Args:
         device: "cuda", timed by events, or "cpu", by the process's clock.
-        quick: as few calls as possible: nobody will read the times.
+        quick: Make as few calls as possible, for dry runs.
 
     Attributes:
-        spoilt: this process can measure nothing more, though the device can.
+        spoilt: This process can measure nothing more, though the device can.
     """
 
     def __init__(self, device: str, *, quick: bool = False) -> None:
@@ -139,7 +141,7 @@ class Clock:
         A capture that fails is "failed", and the process may be spoilt by it.
 
         Raises:
-            FloatingPointError: the graph left NaN.
+            FloatingPointError: The graph left NaN.
         """
         if self.device != "cuda":
             return {"refused": "there are no graphs on a CPU"}
@@ -193,42 +195,62 @@ def kernels(events: Any, device: str, calls: int, top: int) -> dict[str, Any]:
     return {"kernel_ms": total, "launches": launches, "largest": rows[:top]}
 
 
-def capture(call: Callable[[], Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
-    """Capture a call, after three on the same stream.
+def capture(call: Callable[[], T], warm_up: int = 3) -> tuple[Any, T]:
+    """Capture a call in a CUDA graph, after some plain calls on the same stream.
 
-    Whatever raises, the capture is ended and the stream is the one that was current before.
+    Returns:
+        The graph, and the results that each replay writes to.
+
+    Raises:
+        Whatever `call` or the capture raises; stream, memory and random numbers are as before.
     """
-    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(before)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), _capture(graph):
+        results = call()
+    return graph, results
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Capture on the current stream.
+
+    `torch.cuda.graph` of torch < 2.12 leaves a capture that fails half open: the next call that
+    frees memory or draws a random number in this process would fail too.
+    """
+    device = torch.cuda.current_device()
+    generator: Any = torch.cuda.default_generators[device]
+    state, pool = generator.clone_state(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            graph.capture_begin()
-            try:
-                result = call()
-            except BaseException as error:
-                try:
-                    graph.capture_end()
-                except RuntimeError as ended:
-                    raise error from ended
-                raise
-            graph.capture_end()
-    finally:
-        torch.cuda.set_stream(before)
-    before.wait_stream(side)
-    return graph, result
+        graph.capture_begin(pool=pool)
+        yield
+        graph.capture_end()
+    except BaseException:
+        steps: tuple[Callable[[], Any], ...] = (
+            graph.capture_end,
+            lambda: torch._C._cuda_endAllocateToPool(device, pool),
+            lambda: generator.graphsafe_set_state(state),
+        )
+        for step in steps:
+            with suppress(RuntimeError):  # it was not begun, or is over
+                step()
+        raise
 
 
 def torch_version() -> tuple[int, ...]:
-    """Major and minor version of torch."""
+    """Return the major and minor version of torch."""
     return tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = str(error).strip().partition("\n")[0]

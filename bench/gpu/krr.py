@@ -1,4 +1,4 @@
-"""The KRR loss of KRR-ST with its gradients: ours in several ways, each in turn with the released.
+"""The KRR loss of KRR-ST with its gradients: our variants, each interleaved with the released code.
 
 Features are those of a random ReLU layer on 64 latent numbers (`bench.common.features`), whose
 ridged Gram has a condition number of some 1e5. Every call finds a cold L2 cache, and none reads
@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common import features, relative_error
+from bench.bench_krr import Shape
+from bench.bench_krr import inputs as drawn
+from bench.common import refusal, relative_error, solving
 from bench.gpu import table
 from bench.gpu.measure import Rows, Run, Unit
 from bench.gpu.released import RIDGE, released_mse
 from bench.gpu.table import KEPT_EYE, RELEASED
-from bench.suite import forward_and_backward, in_double
+from bench.suite import forward_and_backward, in_double, leaf
 from krrst_fast import krr_mse, plan
-from krrst_fast.backends import choose
 from krrst_fast.reference import round_features
-from krrst_fast.seeding import generator
 
 RESULTS = ("loss", "f_syn", "y_syn")
 MANY = 64
@@ -31,22 +31,15 @@ SECONDS = 1.0
 """For the rounds of a way in turn with the released formulation."""
 
 
-class Shape(NamedTuple):
-    """M synthetic images, P target features, D features, B real images."""
-
-    m: int
-    p: int
-    d: int = 8192
-    b: int = 1024
-
-
 # The second is the one with the highest goal.
-FULL = (Shape(1000, 512), Shape(10000, 512), Shape(1000, 10), Shape(2000, 512), Shape(5000, 100))
-TOY = (Shape(12, 5, 40, 9), Shape(50, 5, 40, 9))
+FULL = tuple(
+    Shape(m, p, 8192) for m, p in ((1000, 512), (10000, 512), (1000, 10), (2000, 512), (5000, 100))
+)
+TOY = (Shape(12, 5, 40, 9),)
 
 
 class Alternative(NamedTuple):
-    """A way to call `krr_mse`."""
+    """A variant of a call of `krr_mse`."""
 
     backend: str
     precision: str | None = None
@@ -56,36 +49,34 @@ class Alternative(NamedTuple):
         return f"{self.backend}, {self.precision or 'float32'}"
 
     def call(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-        how: dict[str, Any] = {**self._asdict(), "check": "flag", "ridge": RIDGE, "bias": 1.0}
-        return partial(forward_and_backward, partial(krr_mse, **how), tensors)
+        how = solving(**self._asdict(), check="flag")
+        loss = partial(krr_mse, ridge=RIDGE, bias=1.0, **how)
+        return partial(forward_and_backward, loss, tensors)
 
 
-def alternatives(shape: Shape, device: str) -> list[Alternative]:
-    """The ways, torch's last: a capture that its solver refuses costs the process."""
-    ways = [Alternative("cuda", "fast"), Alternative("cuda"), Alternative("triton", "fast")]
-    return [*ways, *([Alternative("cpp")] if device == "cpu" else []), Alternative("torch")]
+def alternatives() -> list[Alternative]:
+    """Return the variants, torch's last: a failed capture of its solver ends the process."""
+    fast = [Alternative(name, "fast") for name in ("auto", "triton")]
+    return [*fast, Alternative("auto"), Alternative("triton"), Alternative("torch")]
 
 
 def inputs(shape: Shape, device: str) -> list[Tensor]:
-    """f_syn, y_syn, which ask for gradients, f_real, y_real."""
-    f_syn, f_real = (f.to(device) for f in features(shape.m, shape.b, columns=shape.d))
-    draw = generator(0, "targets")
-    y_syn, y_real = (torch.randn(n, shape.p, generator=draw).to(device) for n in (shape.m, shape.b))
-    return [f_syn.requires_grad_(), y_syn.requires_grad_(), f_real, y_real]
+    """Draw f_syn, y_syn, which require gradients, f_real, y_real on a device."""
+    return [leaf(x, x.to(device)) for x in drawn(shape)]
 
 
 def units(toy: bool) -> Iterator[Unit]:
-    """A unit a shape."""
+    """Yield a unit for each shape."""
     for shape in TOY if toy else FULL:
         yield Unit(f"m {shape.m}, p {shape.p}", partial(rows, shape))
 
 
 def rows(shape: Shape, run: Run) -> Rows:
-    """Each way eagerly, then as a graph, then kernel by kernel: "m 1000, p 512: cuda, fast"."""
+    """Yield each variant eagerly, as a graph, and by kernels: "m 1000, p 512: auto, fast"."""
     compared, label = Compared(shape, run), f"m {shape.m}, p {shape.p}: "
     yield f"{label}{RELEASED}", partial(compared.baseline, RELEASED)
     yield f"{label}{KEPT_EYE}", partial(compared.baseline, KEPT_EYE)
-    ways = alternatives(shape, run.device)
+    ways = alternatives()
     for way in ways:
         yield f"{label}{way.name}", partial(compared.eager, way)
     for way in ways:
@@ -97,12 +88,12 @@ def rows(shape: Shape, run: Run) -> Rows:
 
 
 def _lacks(row: dict[str, Any] | None) -> bool:
-    """Whether there is no such way here, or it has failed or is wrong."""
+    """Return whether a variant was refused, failed or is wrong."""
     return row is None or "ms" not in row or "wrong" in row
 
 
 class Compared:
-    """One shape: its tensors, made when the first row asks, and the errors of what is computed."""
+    """One shape: its tensors, made for its first row, and the errors of the variants."""
 
     def __init__(self, shape: Shape, run: Run) -> None:
         self.shape, self.run = shape, run
@@ -165,8 +156,8 @@ class Compared:
         }
 
     def eager(self, way: Alternative) -> dict[str, Any]:
-        """Measure a way in turn with the released formulation."""
-        if (why := refusal(way, self.tensors[0])) is not None:
+        """Measure a variant, interleaved with the released formulation."""
+        if (why := refusal(way.backend, self.tensors[0].detach())) is not None:
             return {"refused": why}
         call = way.call(self.tensors)
         row: dict[str, Any] = {"error": errors(call(), self.exact)}
@@ -190,20 +181,11 @@ class Compared:
         return self.run.clock.profile(way.call(self.tensors))
 
 
-def refusal(way: Alternative, x: Tensor) -> str | None:
-    """Why a backend does not compute this, or None."""
-    try:
-        choose(way.backend, x.detach(), "bench")
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> Mapping[str, float]:
-    """Relative errors of the loss and of the two gradients.
+    """Compute relative errors of the loss and of the two gradients.
 
     Raises:
-        FloatingPointError: one is not finite.
+        FloatingPointError: An error is not finite.
     """
     pairs = zip(RESULTS, got, exact, strict=True)
     return {name: relative_error([a], [b]) for name, a, b in pairs}

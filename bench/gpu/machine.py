@@ -1,4 +1,4 @@
-"""Which machine this is; python -m bench.gpu.machine says what is still to be measured on it."""
+"""This machine; python -m bench.gpu.machine prints the stages that are left to run."""
 
 import argparse
 import hashlib
@@ -22,8 +22,8 @@ _SOURCES = (
 )
 
 
-def said(*command: str) -> str | None:
-    """What a command prints, or None if it cannot be run."""
+def output_of(*command: str) -> str | None:
+    """Return the output of a command, or None if it cannot be run."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -36,7 +36,7 @@ def said(*command: str) -> str | None:
 
 
 def sources() -> str:
-    """A digest of all code that is measured or measures, whether it is committed or not."""
+    """Return a digest of all measured and measuring code, committed or not."""
     digest = hashlib.sha256()
     for pattern in _SOURCES:
         for path in sorted(ROOT.glob(pattern)):
@@ -46,25 +46,25 @@ def sources() -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out; None where there is no repository."""
-    return said("git", "rev-parse", "HEAD")
+    """Return the commit that is checked out, or None without a repository."""
+    return output_of("git", "rev-parse", "HEAD")
 
 
 def versions() -> dict[str, str | None]:
-    """Of what matters and can be asked without importing it."""
+    """Return versions, without importing the packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "triton"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    told = said("nvcc", "--version") or said("/usr/local/cuda/bin/nvcc", "--version") or ""
-    found["nvcc"] = told.partition("release ")[2].partition(",")[0] or None
+    nvcc = output_of("nvcc", "--version") or output_of("/usr/local/cuda/bin/nvcc", "--version")
+    found["nvcc"] = (nvcc or "").partition("release ")[2].partition(",")[0] or None
     return found
 
 
 def gpu() -> dict[str, Any] | None:
-    """The GPU that torch would use, or None. Starts CUDA: not for a process that forks."""
+    """Describe the GPU that torch would use, or return None. CUDA is then started: do not fork."""
     import torch
 
     if not torch.cuda.is_available():
@@ -84,16 +84,16 @@ def gpu() -> dict[str, Any] | None:
 
 
 def driver() -> str | None:
-    """The version of the driver."""
-    told = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return told.splitlines()[0].strip() if told else None
+    """Return the version of the driver."""
+    output = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return output.splitlines()[0].strip() if output else None
 
 
 def describe(dry_run: bool) -> dict[str, Any]:
-    """This machine and the code that is here.
+    """Describe this machine and the code.
 
     Raises:
-        DataError: it has no GPU, and this is no dry run.
+        DataError: It has no GPU, and this is no dry run.
     """
     about = None if dry_run else gpu()
     if about is None and not dry_run:
@@ -106,7 +106,7 @@ def describe(dry_run: bool) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the stages that are still to do, in their order, and below them the GPU's target."""
+    """Print the stages that are left, in their order, and on a second line the target of nvcc."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kept", type=Path, required=True)

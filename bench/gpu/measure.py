@@ -33,15 +33,15 @@ Rows = Iterable[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 class Run(NamedTuple):
-    """What the rows of a stage are made with.
+    """The context in which the rows of a stage are measured.
 
     Attributes:
-        stage: its name.
+        stage: Name of the stage.
         device: "cuda", or "cpu" in a dry run.
-        toy: sizes that take no time.
-        images: a prepared store, if there is one.
-        clock: for the device.
-        row: the row of this stage that has a name, if it is there already.
+        toy: Sizes that take no time.
+        images: A prepared store, if there is one.
+        clock: Timer for the device.
+        row: The row of this stage that has a name, if it is there already.
     """
 
     stage: str
@@ -53,14 +53,14 @@ class Run(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Rows that one process makes. Only what has no row yet is called, in its order."""
+    """The rows that one process measures, in order; rows that have a valid result are skipped."""
 
     name: str
     rows: Callable[[Run], Rows]
 
 
 def child(send: Connection, unit: Unit, make_run: Callable[[], Run], kept: Results) -> None:
-    """Make the rows of a unit that are not settled: ("try", name), then ("row", name, row)."""
+    """Measure the unsettled rows of a unit; send ("try", name), then ("row", name, row)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     try:
         made = make_run()
@@ -84,7 +84,7 @@ def child(send: Connection, unit: Unit, make_run: Callable[[], Run], kept: Resul
 
 
 def attempt(clock: Clock, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """A row, or why there is none; and whether the device is lost for this process."""
+    """Measure a row or say why it failed; return also whether the device is lost."""
     try:
         row = make()
         clock.wait()
@@ -103,7 +103,7 @@ def attempt(clock: Clock, make: Callable[[], dict[str, Any]]) -> tuple[dict[str,
 def carry_out(
     stage: str, unit: Unit, make_run: Callable[[], Run], kept: Results, end: float
 ) -> bool:
-    """Make the rows of a unit, one child after the other; False if the time was over before."""
+    """Measure the rows of a unit in successive children; return False if the time ran out."""
     fork = multiprocessing.get_context("fork")
     while True:
         if time.monotonic() > end:
@@ -147,9 +147,9 @@ def carry_out(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; 0 if all rows are there, right or wrong, 75 if the time was over before."""
+    """Measure a stage; return 0 if all rows are there, right or wrong, 75 if the time ran out."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.measure")
-    parser.add_argument("stage", choices=("ceilings", "krr", "step", "steps", "parts"))
+    parser.add_argument("stage", choices=("krr", "step", "steps", "parts"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--images", type=Path)

@@ -1,7 +1,7 @@
-"""Each part of a closed form by everybody who has it: the rows that `krrst_fast/measured.json` has.
+"""Each part of a closed form by every implementation: the rows of `krrst_fast/backends/tuned.json`.
 
-The sizes are those that the shapes of `krr.py` come to, and some smaller. Every call finds a cold
-L2 cache. Errors are against float64, on the features as rounded for "fast".
+The sizes are those of the shapes in `krr.py`, and some smaller ones. Every call finds a cold L2
+cache. Errors are against float64, with features rounded as for precision "fast".
 """
 
 import functools
@@ -14,13 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common import LATENT, relative_error
+from bench.common import LATENT, refusal, relative_error
 from bench.gpu.measure import Rows, Run, Unit
 from bench.gpu.table import FLOOR, FLOORS
-from krrst_fast import plain, reference
+from krrst_fast import operators, reference
 from krrst_fast.backends import choose
-from krrst_fast.factor import FLOAT64_UP_TO, SOLVERS, Solver
-from krrst_fast.library import factored_solve, ridge_factor
+from krrst_fast.backends import torch as torch_backend
+from krrst_fast.cholesky import (
+    CUDA_METHODS,
+    FLOAT64_UP_TO,
+    Method,
+    factored_solve,
+    ridge_factor,
+)
 
 Size = tuple[int, ...]
 _TWO = ("torch", "triton")
@@ -53,15 +59,45 @@ class Part(NamedTuple):
 
 
 def units(toy: bool) -> Iterator[Unit]:
-    """A unit a part."""
+    """Yield a unit for the ceilings of the libraries, then one for each part."""
+    yield Unit("ceilings", ceilings)
     for part, (make, sizes) in (TOY if toy else FULL).items():
         yield Unit(part, partial(rows, part, sizes, make))
+
+
+def ceilings(run: Run) -> Rows:
+    """Yield a copy, products in two precisions, and Cholesky factors by the libraries."""
+    draw = partial(torch.randn, device=run.device)
+    size, n = (1 << 20, 32) if run.toy else (2 << 30, 8192)
+
+    def copy() -> dict[str, Any]:
+        source = torch.randint(256, (size // 2,), dtype=torch.uint8, device=run.device)
+        goal = torch.empty_like(source)
+        taken = run.clock.alone(lambda: goal.copy_(source))
+        return taken | {"gb_per_s": size / taken["ms"] / 1e6}  # each byte is read and written
+
+    def product(dtype: torch.dtype) -> dict[str, Any]:
+        a, b = (draw(n, n).to(dtype) for _ in range(2))
+        taken = run.clock.alone(lambda: a @ b)
+        return taken | {"tflops": 2 * n**3 / taken["ms"] / 1e9}
+
+    def factor(m: int) -> dict[str, Any]:
+        x = draw(m, m)
+        k = x @ x.mT + m * torch.eye(m, device=run.device)
+        taken = run.clock.alone(lambda: torch.linalg.cholesky_ex(k))
+        return taken | {"tflops": m**3 / 3 / taken["ms"] / 1e9}
+
+    yield "ceiling: copy", copy
+    for dtype in (torch.float16, torch.float32):
+        yield f"ceiling: product of {str(dtype).removeprefix('torch.')}", partial(product, dtype)
+    for m in (10, 20) if run.toy else (1000, 2000, 8192):
+        yield f"ceiling: Cholesky factor of {m}", partial(factor, m)
 
 
 def rows(
     part: str, sizes: dict[str, tuple[Size, ...]], make: Callable[..., Work], run: Run
 ) -> Rows:
-    """A row a precision, size and implementation: "gram fast 1000x8192: triton"."""
+    """Yield a row for each precision, size and implementation: "gram fast 1000x8192: triton"."""
     for precision, size in ((x, size) for x in sizes for size in sizes[x]):
         cached = Cached(partial(make, size, precision, run.device))
         about = {"part": part, "precision": precision, "size": list(size)}
@@ -75,7 +111,7 @@ def rows(
 
 
 class Cached:
-    """The work at one size, and its exact result, made when the first row asks."""
+    """The calls of one part at one size and their exact result, made when first needed."""
 
     def __init__(self, make: Callable[[], Work]) -> None:
         self.make = make
@@ -92,14 +128,18 @@ class Cached:
 def measured(
     run: Run, cached: Cached, name: str, about: dict[str, Any], of_torch: str, of_first: str
 ) -> dict[str, Any]:
-    """Time and error of one implementation: of its graph, or of calls where it cannot be captured.
+    """Measure an implementation: its graph, or plain calls where it cannot be captured.
 
-    In a graph small parts cost what the device takes for them, not what Python takes.
+    A graph measures the time of the device without that of Python, which is larger for small sizes.
 
     Args:
-        run, cached, name, about: what is measured.
-        of_torch: the row of torch at this size, whose error is the measure of the others.
-        of_first: the row of the first size: what could not be captured there is not tried again.
+        run: Context of the measurement.
+        cached: The calls at this size.
+        name: The implementation.
+        about: Part, precision and size, for the row.
+        of_torch: Name of torch's row at this size; an error may be at most twice as large.
+        of_first: Name of this implementation's row at the first size; if no graph could be captured
+            there, none is tried again.
     """
     if (why := cached.work.refused.get(name)) is not None:
         return {**about, "refused": why}
@@ -122,7 +162,7 @@ def measured(
 
 
 def features(n: int, d: int, precision: str, device: str, *, by_columns: bool = False) -> Tensor:
-    """Activations of a random ReLU layer [N, D]; for "fast" in float16."""
+    """Draw activations of a random ReLU layer [N, D]; in float16 if `precision` is "fast"."""
     latent = torch.randn(n, LATENT, device=device)
     f = (latent @ (torch.randn(LATENT, d, device=device) / LATENT**0.5)).relu_()
     f = f.half() if precision == "fast" else f
@@ -130,18 +170,14 @@ def features(n: int, d: int, precision: str, device: str, *, by_columns: bool = 
 
 
 def _backends(x: Tensor, calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
-    """Those that do not refuse tensors like x; and why the others do."""
-    refused = {}
-    for name in calls:
-        try:
-            choose(name.partition(" ")[0], x, "bench")
-        except ValueError as error:
-            refused[name] = str(error)
+    """Return the calls of backends that take tensors like x, and the reasons of the others."""
+    found = {name: refusal(name.partition(" ")[0], x) for name in calls}
+    refused = {name: why for name, why in found.items() if why is not None}
     return {name: call for name, call in calls.items() if name not in refused}, refused
 
 
 def _of(x: Tensor, op: str, torchs: Callable[..., Any], *rest: Any) -> Work:
-    """An operation that the Triton backend has, and torch."""
+    """Return an operation by the Triton backend and by torch."""
 
     def listed(call: Callable[..., Any], *arguments: Any) -> Sequence[Tensor]:
         result = call(*arguments)
@@ -158,35 +194,37 @@ def _of(x: Tensor, op: str, torchs: Callable[..., Any], *rest: Any) -> Work:
 
 
 def gram(size: Size, precision: str, device: str) -> Work:
-    """Of N rows of D numbers; where N < D are too many for a dual system, of columns."""
+    """Return the Gram of N rows of D numbers; for more than 5000 rows stored by columns."""
     n, d = size
-    return _of(features(n, d, precision, device, by_columns=n > 5000), "gram", plain.gram, 1.0, 1.0)
+    return _of(
+        features(n, d, precision, device, by_columns=n > 5000), "gram", torch_backend.gram, 1.0, 1.0
+    )
 
 
 def matmul(size: Size, precision: str, device: str, *, by_columns: bool = False) -> Work:
-    """Features [N, K], by rows or by columns, times [K, P]."""
+    """Return the product of features [N, K], stored by rows or columns, and [K, P]."""
     n, k, p = size
     a = features(n, k, precision, device, by_columns=by_columns)
-    return _of(a, "matmul", plain.matmul, torch.randn(k, p, device=device))
+    return _of(a, "matmul", torch_backend.matmul, torch.randn(k, p, device=device))
 
 
 def mse(size: Size, precision: str, device: str) -> Work:
-    """Residual and mean square of a prediction from D features, or (fewer) from a K_rs."""
+    """Return residual and mean square of a prediction from D features, or from a K_rs."""
     b, d, p = size
     f = features(b, d, precision, device, by_columns=precision == "float32" and d <= b)
     w, y, offset = (torch.randn(*shape, device=device) for shape in ((d, p), (b, p), (p,)))
-    return _of(f, "mse", partial(plain.mse, plain.matmul), w, y, 1.0, offset)
+    return _of(f, "predicted_residual_mse", torch_backend.predicted_residual_mse, w, y, 1.0, offset)
 
 
 def closing(size: Size, precision: str, device: str) -> Work:
-    """The gradient [M, D] from two pairs of [M, P] and [D, P]."""
+    """Return the gradient [M, D] from two pairs of [M, P] and [D, P]."""
     m, d, p = size
     alpha, v, beta, w = (torch.randn(n, p, device=device) for n in (m, d, m, d))
-    return _of(alpha, "closing", partial(plain.closing, plain.matmul), v, beta, w, 1.0)
+    return _of(alpha, "closing_matmul", torch_backend.closing_matmul, v, beta, w, 1.0)
 
 
 def solve(size: Size, precision: str, device: str) -> Work:
-    """A Cholesky factor of an M x M system, or of N of them, and two solves with P columns each."""
+    """Return a Cholesky factor of [N?, M, M] and two solves with P columns each."""
     *many, m, p = size
     f = features(math.prod(many) * m, max(2 * m, 2048), "float32", device).view(*many, m, -1)
     wide = precision == "float64" and m > FLOAT64_UP_TO
@@ -195,22 +233,25 @@ def solve(size: Size, precision: str, device: str) -> Work:
     y, z = (torch.randn(*size, device=device, dtype=k.dtype) for _ in range(2))
     lam = RIDGE * k.diagonal(dim1=-2, dim2=-1).sum(-1)
 
-    def both(solver: Solver) -> Sequence[Tensor]:
-        found = ridge_factor(k, lam, 0, False, solver)
-        return [factored_solve(x, found.factor, found.inverse, solver.own) for x in (y, z)]
+    def both(method: Method) -> Sequence[Tensor]:
+        found = ridge_factor(k, lam, 0, False, method)
+        return [factored_solve(x, found.factor, found.inverse, method) for x in (y, z)]
 
     def exact() -> Sequence[Tensor]:
         system = k.double() + lam.double()[..., None, None] * torch.eye(m, device=device)
         return torch.linalg.solve(system, torch.cat((y, z), -1).double()).split(p, -1)
 
-    # The CUDA backend asks for float32 features; in float64 its solver alone is of use.
-    x = torch.empty(0, device=device)
-    calls, refused = _backends(x, {name: partial(both, one) for name, one in SOLVERS.items()})
+    calls, refused = {}, {}
+    for name, method in CUDA_METHODS.items():
+        if method.own_up_to and not (k.is_cuda and operators.HAS_CUDA_EXTENSION):
+            refused[name] = f"the CUDA extension is {operators.CUDA_EXTENSION}"
+        else:
+            calls[name] = partial(both, method)
     return Work(calls, refused, exact)
 
 
 def views(size: Size, precision: str, device: str) -> Work:
-    """Crops, flips and normalisation of B images of so many pixels."""
+    """Return crops, flips and normalisation of B images of so many pixels."""
     b, pixels = size
     side = round(pixels**0.5)
     draw = (
@@ -229,78 +270,68 @@ def views(size: Size, precision: str, device: str) -> Work:
     return Work(found, refused, lambda: (plainly(),))
 
 
-def _both(*sizes: Size) -> dict[str, tuple[Size, ...]]:
-    return {"float32": sizes, "fast": sizes}
+def _sizes(text: str) -> tuple[Size, ...]:
+    return tuple(tuple(map(int, size.split("x"))) for size in text.split())
 
 
-_MATMUL = _both(
-    (1000, 8192, 10),
-    (1000, 8192, 100),
-    (1000, 8192, 1024),
-    (2000, 8192, 512),
-    (5000, 8192, 100),
-    (10000, 8192, 512),
-    (100, 2048, 64),
-)
-# What stands between the solutions in form "k".
-_MATMUL["float32"] += ((1000, 1024, 512), (1000, 512, 1000), (1000, 1024, 8192))
-_MSE = _both((1024, 8192, 512), (1024, 8192, 100), (1024, 8192, 10), (256, 2048, 64))
-_MSE["float32"] += ((1024, 1000, 512),)
+def _both(text: str, float32: str = "") -> dict[str, tuple[Size, ...]]:
+    """Return sizes for both precisions, and some for float32 alone."""
+    return {"float32": _sizes(f"{text} {float32}"), "fast": _sizes(text)}
+
+
+by_columns = partial(matmul, by_columns=True)
 
 FULL = {
     "solve": Part(
         solve,
         {
-            "float32": (
-                *((1000, 512), (1000, 100), (1000, 10), (2000, 512), (5000, 100), (8193, 512)),
-            ),
-            "float64": (
-                *((100, 64), (256, 512), (500, 10), (500, 512), (1000, 512), (1000, 10)),
-                *((2000, 512),),
-            ),
+            "float32": _sizes("1000x512 1000x100 1000x10 2000x512 5000x100 8193x512"),
+            "float64": _sizes("100x64 256x512 500x10 500x512 1000x512 1000x10 2000x512"),
         },
     ),
     "gram": Part(
         gram,
+        _both("1000x8192 2000x8192 5000x8192 8192x10000 100x2048 256x2048 500x8192"),
+    ),
+    "matmul": Part(
+        matmul,
         _both(
-            *((1000, 8192), (2000, 8192), (5000, 8192), (8192, 10000)),
-            *((100, 2048), (256, 2048), (500, 8192)),
+            "1000x8192x10 1000x8192x100 1000x8192x1024 2000x8192x512 5000x8192x100 "
+            "10000x8192x512 100x2048x64",
+            # Products of form "k", which have no features as an operand.
+            float32="1000x1024x512 1000x512x1000 1000x1024x8192",
         ),
     ),
-    "matmul": Part(matmul, _MATMUL),
     "matmul_t": Part(
-        partial(matmul, by_columns=True),
+        by_columns,
         _both(
-            (8192, 1000, 10),
-            (8192, 1000, 100),
-            (8192, 1000, 512),
-            (8192, 1024, 1000),
-            (8192, 2000, 512),
-            (8192, 5000, 100),
-            (8192, 10000, 512),
-            (2048, 100, 64),
+            "8192x1000x10 8192x1000x100 8192x1000x512 8192x1024x1000 8192x2000x512 8192x5000x100 "
+            "8192x10000x512 2048x100x64"
         ),
     ),
-    "mse": Part(mse, _MSE),
+    "mse": Part(
+        mse,
+        _both("1024x8192x512 1024x8192x100 1024x8192x10 256x2048x64", float32="1024x1000x512"),
+    ),
     "closing": Part(
         closing,
         {
-            "float32": (
-                *((1000, 8192, 512), (1000, 8192, 100), (1000, 8192, 10), (2000, 8192, 512)),
-                *((5000, 8192, 100), (10000, 8192, 512), (100, 2048, 64)),
+            "float32": _sizes(
+                "1000x8192x512 1000x8192x100 1000x8192x10 2000x8192x512 5000x8192x100 "
+                "10000x8192x512 100x2048x64"
             )
         },
     ),
-    "solve_many": Part(solve, {"float64": ((4096, 25, 5), (256, 25, 5), (64, 100, 64))}),
-    "views": Part(views, {"float32": ((1024, 1024), (1024, 4096), (256, 1024))}),
+    "solve_many": Part(solve, {"float64": _sizes("4096x25x5 256x25x5 64x100x64")}),
+    "views": Part(views, {"float32": _sizes("1024x1024 1024x4096 256x1024")}),
 }
 TOY = {
-    "gram": Part(gram, _both((10, 40))),
-    "matmul": Part(matmul, _both((10, 40, 4))),
-    "matmul_t": Part(partial(matmul, by_columns=True), _both((40, 10, 4))),
-    "mse": Part(mse, _both((12, 40, 4))),
-    "closing": Part(closing, {"float32": ((10, 40, 4),)}),
-    "solve": Part(solve, {"float32": ((600, 4),), "float64": ((20, 4),)}),
-    "solve_many": Part(solve, {"float64": ((3, 20, 4),)}),
-    "views": Part(views, {"float32": ((4, 64),)}),
+    "gram": Part(gram, _both("10x40")),
+    "matmul": Part(matmul, _both("10x40x4")),
+    "matmul_t": Part(by_columns, _both("40x10x4")),
+    "mse": Part(mse, _both("12x40x4")),
+    "closing": Part(closing, {"float32": _sizes("10x40x4")}),
+    "solve": Part(solve, {"float32": _sizes("600x4"), "float64": _sizes("20x4")}),
+    "solve_many": Part(solve, {"float64": _sizes("3x20x4")}),
+    "views": Part(views, {"float32": _sizes("4x64")}),
 }

@@ -1,7 +1,7 @@
-"""What becomes of a command that ended: python -m bench.gpu.record STAGE CODE SECONDS --out --work
+"""Adds a command that ended to the results: python -m bench.gpu.record STAGE CODE SECONDS ...
 
-A stage that measures has its rows already; of the others they are read from what was printed. Both
-files are written anew each time, so that a run which is cut loses nothing that was measured.
+A stage that measures has written its rows itself; those of the others are read from their logs. The
+results and the page are written after each command, so that a run which is cut loses no row.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from bench.gpu import report
@@ -17,7 +16,7 @@ from bench.gpu.results import CHECKS, STAGES, Results, Row
 from krrst_fast.errors import KrrstError
 
 CUT = (75, 124, 137)
-"""Exit codes of a command that has more to do: its own, that of `timeout`, that of a kill."""
+"""Exit codes of a command with rows left to do: its own, that of `timeout`, that of a kill."""
 
 # pytest's own words for an outcome, and those of its plugin for several processes.
 _OUTCOME = r"(PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)"
@@ -25,22 +24,19 @@ _ALONE = re.compile(rf"^(\S+::.+?) {_OUTCOME}\b", re.MULTILINE)
 _BY_WORKERS = re.compile(rf"^\[gw\d+\] \[ *\d+%\] {_OUTCOME} (\S+::.+?) *$", re.MULTILINE)
 
 
-def build(code: int, work: Path, log: str) -> dict[str, Row]:
-    """The modules that were built, and the kernels that were compiled beside them."""
-    modules = sorted(path.name for path in (work / "site" / "krrst_fast").glob("*.so"))
-    warnings = [line for line in log.splitlines() if "warning" in line.lower()]
-    row: Row = {"modules": modules, "warnings": warnings[:20]}
-    return {"build": row | ({"wrong": [f"exit code {code}: it does not build"]} if code else {})}
+def command(name: str, code: int, log: str) -> dict[str, Row]:
+    """Return the row of a plain command: its last line, which says why if it refused or failed."""
+    lines = log.splitlines() or [""]
+    refused = re.search(r"^refused: (.+)$", log, re.MULTILINE)
+    if refused:
+        return {name: {"refused": refused[1]}}
+    row: Row = {"last line": lines[-1]}
+    failed = code and code not in CUT
+    return {name: row | ({"wrong": [f"exit code {code}: {lines[-1]}"]} if failed else {})}
 
 
-def kernels(code: int, work: Path, log: str) -> dict[str, Row]:
-    """The Triton kernels that were compiled ahead: the last line says how many."""
-    row: Row = {"said": (log.splitlines() or [""])[-1]}
-    return {"kernels": row | ({"wrong": [f"exit code {code}: {row['said']}"]} if code else {})}
-
-
-def selftest(code: int, work: Path, log: str) -> dict[str, Row]:
-    """The checks of the self-test, as far as it came."""
+def selftest(code: int, work: Path) -> dict[str, Row]:
+    """Return the checks of the self-test, which writes its file after each of them."""
     try:
         found = json.loads((work / "selftest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,41 +48,19 @@ def selftest(code: int, work: Path, log: str) -> dict[str, Row]:
     return {"selftest": row | {"machine": found["machine"]}}
 
 
-def tests(code: int, work: Path, log: str) -> dict[str, Row]:
-    """The outcomes of pytest, counted line by line: a run that was cut counts as far as it came."""
-    found = dict(_ALONE.findall(log)) | {name: said for said, name in _BY_WORKERS.findall(log)}
-    wrong = [name for name, said in found.items() if said in ("FAILED", "ERROR")]
+def tests(code: int, log: str) -> dict[str, Row]:
+    """Count the outcomes of pytest line by line, so that a run that was cut counts as well."""
+    found = dict(_ALONE.findall(log)) | {name: word for word, name in _BY_WORKERS.findall(log)}
+    wrong = [name for name, word in found.items() if word in ("FAILED", "ERROR")]
     wrong += re.findall(r"^ERROR (\S+\.py)\b", log, re.MULTILINE)
     if code not in (0, 1, *CUT) or (code == 1 and not wrong):
         wrong.append(f"pytest ended with exit code {code}")
-    outcomes = dict(Counter(said.lower() for said in found.values()))
+    outcomes = dict(Counter(word.lower() for word in found.values()))
     return {"tests": {"outcomes": outcomes, "wrong": list(dict.fromkeys(wrong))}}
 
 
-def tool(name: str) -> Callable[[int, Path, str], dict[str, Row]]:
-    """What a tool of compute-sanitizer found."""
-
-    def rows(code: int, work: Path, log: str) -> dict[str, Row]:
-        refused = re.search(r"^refused: (.+)$", log, re.MULTILINE)
-        if refused:
-            return {name: {"refused": refused[1]}}
-        errors = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.+)$", log, re.MULTILINE)
-        row: Row = {"said": errors[-1] if errors else "", "calls": "calls" in log}
-        if code in CUT:
-            return {name: row | {"said": "its time was over"}}
-        return {name: row | ({"wrong": [f"exit code {code}"]} if code else {})}
-
-    return rows
-
-
-READ = {
-    **{"build": build, "kernels": kernels, "selftest": selftest, "tests": tests},
-    **{name: tool(name) for name in ("racecheck", "memcheck")},
-}
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Note a stage, write both files, print a line; 1 if something is wrong in it, 75 if cut."""
+    """Add a stage, write both files, print a line; return 1 if something is wrong, 75 if cut."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.record")
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("code", type=int)
@@ -109,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
             kept.forget(stage)  # a verdict on other code
         path = asked.work / f"{part}.log"
         log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for name, row in READ[part](asked.code, asked.work, log).items():
+        if stage == "selftest":
+            rows = selftest(asked.code, asked.work)
+        else:
+            rows = tests(asked.code, log) if stage == "tests" else command(part, asked.code, log)
+        for name, row in rows.items():
             kept.add(stage, name, row | ({"cut": True} if asked.code in CUT else {}))
         why = log.splitlines()[-1:] if asked.code else []
     else:

@@ -1,4 +1,4 @@
-"""The released formulation, as research code writes it: what everything here is compared with."""
+"""The released formulation, as research code writes it: the baseline of all measurements."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,18 +13,18 @@ RIDGE = 1e-6
 
 
 def with_one(f: Tensor) -> Tensor:
-    """Features [N, D] and a column of ones: an odd row length."""
+    """Append a column of ones to features [N, D], which makes rows of odd length."""
     return torch.cat([f, torch.ones(len(f), 1, dtype=f.dtype, device=f.device)], dim=1)
 
 
 def released_mse(
     f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, *, eye: Tensor | None = None
 ) -> Tensor:
-    """The outer loss of KRR-ST: ones column, full Gram, LU, and autograd for the way back.
+    """Compute the outer loss of KRR-ST: ones column, full Gram, LU, backward by autograd.
 
     Args:
         f_syn, y_syn, f_real, y_real: [M, D], [M, P], [B, D], [B, P].
-        eye: the identity [M, M] on the device; made on the CPU and moved there if left out, as the
+        eye: The identity [M, M] on the device; made on the CPU and moved there if left out, as the
             authors do in every step.
     """
     syn, real = with_one(f_syn), with_one(f_real)
@@ -41,11 +41,11 @@ class ReleasedStep:
     """One outer step in plain PyTorch, on the device: the target runs at every step.
 
     Args:
-        network: of the pool, in evaluation mode.
-        target: normalised images [B, C, H, W] -> [B, P].
-        x_syn, y_syn: where the synthetic set starts.
-        lr: of AdamW on the set.
-        sgd: the settings of the network's own optimizer.
+        network: Network of the pool, in evaluation mode.
+        target: Normalised images [B, C, H, W] -> [B, P].
+        x_syn, y_syn: Initial synthetic set.
+        lr: Rate of AdamW on the set.
+        sgd: The settings of the network's own optimizer.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class ReleasedStep:
         self.inner = torch.optim.SGD(network.parameters(), **sgd)
 
     def views(self, draw: Mapping[str, Any]) -> Tensor:
-        """Crop, flip and normalise by padding, indexing and arithmetic."""
+        """Crop, flip and normalise the images of a draw in plain tensor operations."""
         return reference.views(**draw)
 
     def fit(self) -> None:
-        """One full-batch SGD step of the network on the synthetic set."""
+        """Make one full-batch SGD step of the network on the synthetic set."""
         self.network.train().requires_grad_(True)
         self.inner.zero_grad()
         loss = nn.functional.mse_loss(self.network(self.x_syn.detach()), self.y_syn.detach())

@@ -1,4 +1,4 @@
-"""The results as a page, as a short table for the terminal, and what of them is published.
+"""The results as a page, as a short table for the terminal, and as published files.
 
 python -m bench.gpu.report --out FOLDER [--publish]
 """
@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.charts import digits
 from bench.gpu import table
 from bench.gpu.results import STAGES, Results, Row, write, wrong
 from bench.gpu.table import RELEASED
+from bench.markdown import cells, digits, head, rewrite, scientific
 from krrst_fast.errors import DataError, KrrstError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ Lines = Iterator[str]
 
 
 class Way(NamedTuple):
-    """A way to call `krr_mse` at one shape: the rows of its calls and of its graph."""
+    """A variant of `krr_mse` at one shape: its results as plain calls and as a CUDA graph."""
 
     name: str
     eager: Row
@@ -41,7 +41,7 @@ class Way(NamedTuple):
         return self.graph.get("ms", self.eager["ms"])
 
     def times(self, ms: float | None) -> float | None:
-        """How many times as fast as the released formulation so many milliseconds are."""
+        """Return the ratio of the released formulation's time to `ms`."""
         return self.eager["released_ms"] / ms if ms else None
 
 
@@ -70,7 +70,7 @@ class Shape(NamedTuple):
 
 
 def shapes(found: Results) -> list[Shape]:
-    """The KRR rows by shape."""
+    """Return the KRR rows by shape."""
     by_shape: dict[str, dict[str, Row]] = {}
     for name, row in found.rows("krr").items():
         label, _, what = name.partition(": ")
@@ -92,18 +92,8 @@ def shapes(found: Results) -> list[Shape]:
     return made
 
 
-def cells(*values: Any) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(str(x).replace('|', '/') for x in values)} |"
-
-
-def head(*names: str) -> Lines:
-    yield cells(*names)
-    yield "|---" * len(names) + "|"
-
-
 def spread(row: Row) -> str:
-    """A median, with its 10th and 90th percentile."""
+    """Format a median with its 10th and 90th percentile."""
     if "ms" not in row:
         return row.get("failed") or row.get("refused") or "-"
     if "p10" not in row:
@@ -116,22 +106,22 @@ def number(value: float | None, count: int = 3) -> str:
 
 
 def error(row: Row, name: str = "error") -> str:
-    """The largest error of a row."""
+    """Format the largest error of a row."""
     values = row.get(name)
-    return f"{max(values.values()):.1e}".replace("e-0", "e-") if values else "-"
+    return scientific(max(values.values())) if values else "-"
 
 
 def line(found: Results, stage: str) -> str:
-    """A stage in a line, and a line for each of the first things that are wrong."""
+    """Format a stage in a line, with a line for each of its first faults."""
     one, complaints = found.stages[stage], list(found.complaints(stage))
     state = "finished" if one["finished"] else "NOT FINISHED"
-    told = [f"{stage:9} {state}, {len(one['rows'])} rows, {one['seconds']:.0f} s {one['why']}"]
-    told += [f"  WRONG {x}"[:200] for x in complaints[:5]]
-    return "\n".join([*told, *([f"  and {len(complaints) - 5} more"] if complaints[5:] else [])])
+    lines = [f"{stage:9} {state}, {len(one['rows'])} rows, {one['seconds']:.0f} s {one['why']}"]
+    lines += [f"  WRONG {x}"[:200] for x in complaints[:5]]
+    return "\n".join([*lines, *([f"  and {len(complaints) - 5} more"] if complaints[5:] else [])])
 
 
 def readme_table(found: Results) -> Lines:
-    """A line a shape, in short."""
+    """Yield the table of shapes, a line each."""
     yield from head(
         *("M", "P", "released formulation ms", "krrst_fast ms", "in a graph ms", "times as fast"),
         *("goal", "error of the released", "of krrst_fast"),
@@ -161,48 +151,40 @@ HIDDEN = ("sources", "date", "part", "precision", "size", "shape", "largest", "c
 
 
 def flat(row: Row) -> dict[str, str]:
-    """The cells of a row by column; of errors the largest, of medians the spread too."""
-    told: dict[str, str] = {}
+    """Return the cells of a row by column: the largest error, medians with their spread."""
+    row_cells: dict[str, str] = {}
     for name, value in row.items():
         if name in ("p10", "p90", *HIDDEN):
             continue
         if name == "ms":
-            told[name] = spread(row)
+            row_cells[name] = spread(row)
         elif name.startswith("error") and isinstance(value, dict):
-            told[name] = error(row, name)
+            row_cells[name] = error(row, name)
         elif isinstance(value, dict):
-            told |= {name: spread(value)} if "ms" in value else flat(value)
+            row_cells |= {name: spread(value)} if "ms" in value else flat(value)
         elif isinstance(value, list):
-            told[name] = "; ".join(map(str, value))
+            row_cells[name] = "; ".join(map(str, value))
         else:
-            told[name] = digits(value) if type(value) in (int, float) else str(value)
-    return told
+            row_cells[name] = digits(value) if type(value) in (int, float) else str(value)
+    return row_cells
 
 
 def grid(rows: Mapping[str, Row]) -> Lines:
-    """Rows side by side: as many columns as they have numbers, or turned, where they are few."""
-    told = {name: flat(row) for name, row in rows.items()}
-    columns = list(dict.fromkeys(column for row in told.values() for column in row))
-    if len(columns) > 2 * len(told):
-        told, columns = (
-            {
-                column: {name: row.get(column, "-") for name, row in told.items()}
-                for column in columns
-            },
-            list(told),
-        )
+    """Format a line a row, a column a number, and the largest kernels of a profile below."""
+    flattened = {name: flat(row) for name, row in rows.items()}
+    columns = list(dict.fromkeys(column for row in flattened.values() for column in row))
     yield from head("", *columns)
-    for name, row in told.items():
+    for name, row in flattened.items():
         yield cells(name, *(row.get(column, "-") for column in columns))
     for name, row in rows.items():
         if "largest" in row:
             yield from ("", f"{name}:", "", *head("kernel", "launches", "ms"))
-            for one in row["largest"]:
-                yield cells(f"`{one['name']}`", f"{one['launches']:g}", digits(one["ms"]))
+            for kernel in row["largest"]:
+                yield cells(f"`{kernel['name']}`", f"{kernel['launches']:g}", digits(kernel["ms"]))
 
 
 def page(found: Results) -> Lines:
-    """Everything, for people."""
+    """Yield the page with all results."""
     yield f"# {found.machine['gpu'] or 'Dry run on the CPU: no figure here means anything'}"
     yield from ("", under(found), "", *readme_table(found), "")
     yield from head("stage", "state", "rows", "seconds", "measured with sources", "wrong")
@@ -212,23 +194,14 @@ def page(found: Results) -> Lines:
         code = ", ".join(f"{digest} ({count})" for digest, count in of.items())
         complaints = "; ".join(found.complaints(name)) or "-"
         yield cells(name, state, len(one["rows"]), one["seconds"], code, complaints[:1000])
-    yield from ("", *older(found))
-    for name, what in STAGES.items():
+    yield ""
+    for name in STAGES:
         if found.rows(name):
-            yield from (f"## {name}: {what}", "", *grid(found.rows(name)), "")
-
-
-def older(found: Results) -> Lines:
-    """Which rows were measured with other code than the newest."""
-    now = found.machine["sources"]
-    for stage, one in found.stages.items():
-        names = [name for name, row in one["rows"].items() if row["sources"] != now]
-        if names:
-            yield f"Measured before the sources were {now}, {stage}: {'; '.join(names)}.\n"
+            yield from (f"## {name}", "", *grid(found.rows(name)), "")
 
 
 def under(found: Results) -> str:
-    """What everything was measured on and with."""
+    """Return the machine, the versions and the command of the results."""
     machine, about = found.machine, found.machine["about"]
     versions = machine["versions"]
     dates = [row["date"] for one in found.stages.values() for row in one["rows"].values()]
@@ -243,37 +216,21 @@ def under(found: Results) -> str:
 
 
 def short(found: Results) -> str:
-    """What matters most, in at most so many characters: read from the end of a long output."""
-    told = [
-        under(found),
-        "M, P: released ms | ours ms | graph ms | x graph (x eager) | goal | error",
-    ]
-    for shape in shapes(found):
-        way, label = shape.best, f"{shape.about['m']}, {shape.about['p']}"
-        if way is None:
-            told.append(f"{label}: {number(shape.released.get('ms'))} | nothing of ours is right")
-            continue
-        times = f"{number(way.times(way.ms), 2)} ({number(way.times(way.eager['ms']), 2)})"
-        graph = number(way.graph.get("ms"))
-        told.append(
-            f"{label}: {number(shape.released.get('ms'))} | {digits(way.eager['ms'])} | {graph} | "
-            f"{times} | {' '.join(shape.verdict)} | {error(shape.released)}, {error(way.eager)}"
-            f" | {way.name}"
-        )
+    """Return what matters most in at most LONGEST characters, for the end of a long output."""
+    lines = [under(found), *readme_table(found)][:-2]
     whole = found.rows("step").get("whole steps", {})
     if "times_released" in whole:
         ms = [number(whole[name]["ms"]) for name in ("released", "krrst_fast")]
-        told.append(f"outer step: {ms[0]} | {ms[1]} ms | x {digits(whole['times_released'], 2)}")
+        times = digits(whole["times_released"], 2)
+        lines.append(f"outer step: {ms[0]} ms released, {ms[1]} ms krrst_fast, x {times}")
     outcomes = found.rows("tests").get("tests", {}).get("outcomes", {})
-    told.append(f"tests: {', '.join(f'{n} {what}' for what, n in outcomes.items()) or '-'}")
-    lines = [line(found, stage).splitlines() for stage in found.stages]
-    told += [first for first, *_ in lines]
-    told += [f"{stage}:{x}" for stage, (_, *rest) in zip(found.stages, lines) for x in rest]
-    text = "\n".join(x[:400] for x in told)
+    lines.append(f"tests: {', '.join(f'{n} {what}' for what, n in outcomes.items()) or '-'}")
+    stages = [line(found, stage).splitlines() for stage in found.stages]
+    lines += [first for first, *_ in stages]
+    lines += [f"{name}:{x}" for name, (_, *rest) in zip(found.stages, stages) for x in rest]
+    text = "\n".join(x[:400] for x in lines)
     end = f"\nfiles: {found.path}, {found.path.with_name('gpu.md')}\n"
-    cut = "\n..."
-    fits = LONGEST - len(end)
-    return (text if len(text) <= fits else text[: fits - len(cut)] + cut) + end
+    return text[: LONGEST - len(end)] + end
 
 
 def write_page(found: Results) -> None:
@@ -282,20 +239,18 @@ def write_page(found: Results) -> None:
 
 
 def publish(found: Results, root: Path = ROOT) -> list[Path]:
-    """Write docs/results/<gpu>.md, krrst_fast/measured.json and the README's table.
+    """Write docs/results/<gpu>.md, krrst_fast/backends/tuned.json and the README's table.
 
     Raises:
-        DataError: it was a dry run, or nothing that can be published was measured.
+        DataError: It was a dry run, or nothing that can be published was measured.
     """
     if found.machine["sizes"] != "full" or found.machine["gpu"] is None:
         raise DataError("bench/gpu.sh: a dry run on the CPU is not published")
     if not any(shape.best for shape in shapes(found)):
         raise DataError("bench/gpu.sh: nothing to publish: no row of the KRR table is right")
-    from bench.report import rewrite  # imports torch
-
     name = found.machine["gpu"].lower().replace(" ", "-").removeprefix("nvidia-")
     written = [root / "README.md", root / "docs" / "results" / f"{name}.md"]
-    rewrite(written[0], [*readme_table(found), "", under(found)], marks=(BEGIN, END))
+    rewrite(written[0], [*readme_table(found), "", under(found)], BEGIN, END)
     written[1].parent.mkdir(parents=True, exist_ok=True)
     write(written[1], "\n".join(page(found)) + "\n")
     tables = table.dispatch(found)
@@ -306,7 +261,7 @@ def publish(found: Results, root: Path = ROOT) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the short table, or publish; 1 if something is wrong or unfinished, 2 if it cannot."""
+    """Print the short table, or publish; return 1 for wrong or missing rows, 2 on an error."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--publish", action="store_true")

@@ -14,17 +14,8 @@ from typing import Any
 from krrst_fast.errors import DataError
 
 FILE = "gpu.json"
-STAGES = {
-    "build": "the package for this GPU, and every Triton kernel that the other stages launch",
-    "ceilings": "a copy, products and factors by the libraries",
-    "krr": "the KRR loss with its gradients against the released formulation",
-    "step": "where the time of an outer step goes",
-    "steps": "outer steps on images",
-    "selftest": "every operator against float64",
-    "tests": "pytest -m gpu",
-    "parts": "which implementation of a part is fastest, by size",
-    "sanitizer": "our kernels under compute-sanitizer: races, then wild reads and writes",
-}
+STAGES = ("build", "krr", "step", "steps", "selftest", "tests", "parts", "sanitizer")
+"""In their order; docs/gpu.md says what each gives."""
 CHECKS = ("build", "selftest", "tests", "sanitizer")
 """Stages that say whether the code is right: of other code they say nothing."""
 
@@ -32,7 +23,7 @@ Row = dict[str, Any]
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that is whole or not there. (`krrst_fast.files` would import torch: seconds.)"""
+    """Write a file that is whole or not there. (`runs.files` would import torch: seconds.)"""
     temporary = path.with_name(f".{path.name}.new")  # one process writes at a time
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -42,7 +33,7 @@ def write(path: Path, text: str) -> None:
 
 
 def now() -> str:
-    """The time, to the second."""
+    """Return the current UTC time in ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -50,10 +41,10 @@ class Results:
     """Rows by stage, and the machine they were made on.
 
     Args:
-        out: the folder that holds the file.
+        out: The folder that holds the file.
 
     Raises:
-        DataError: the file is not one of results.
+        DataError: The file is not one of results.
     """
 
     def __init__(self, out: Path) -> None:
@@ -68,7 +59,7 @@ class Results:
 
     @classmethod
     def begin(cls, out: Path, machine: Mapping[str, Any]) -> "Results":
-        """Those in a folder, for this machine and the code that is here.
+        """Open the results in a folder for this machine and code.
 
         What was measured on another GPU, with another torch or triton, or in other sizes is not
         mixed with them: it is put aside as `gpu-before.json`.
@@ -88,7 +79,7 @@ class Results:
         write(self.path, json.dumps(self.all, indent=1, allow_nan=False) + "\n")
 
     def rows(self, stage: str) -> dict[str, Row]:
-        """The rows of a stage."""
+        """Return the rows of a stage."""
         return self.stages.get(stage, {}).get("rows", {})
 
     def begin_stage(self, stage: str) -> dict[str, Any]:
@@ -120,7 +111,7 @@ class Results:
         self.save()
 
     def settled(self, stage: str, name: str) -> bool:
-        """Whether a row need not be measured: it is there, and right, or failed with this code.
+        """Return whether a row need not be measured: it is right, or failed with this code.
 
         What was refused is asked again: it may have been built meanwhile.
         """
@@ -130,7 +121,7 @@ class Results:
         return not wrong(row) or row["sources"] == self.machine["sources"]
 
     def done(self, stage: str) -> bool:
-        """Whether a stage need not be run."""
+        """Return whether a stage need not be run."""
         one = self.stages.get(stage)
         if one is None or not one["finished"]:
             return False
@@ -140,17 +131,17 @@ class Results:
         return stage not in CHECKS and not bad
 
     def complaints(self, stage: str) -> Iterator[str]:
-        """What is wrong in a stage, a line each."""
+        """Yield the faults of a stage, a line each."""
         for name, row in self.rows(stage).items():
             yield from (f"{name}: {one}" for one in wrong(row))
 
 
 def about(machine: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What rows must have in common to be compared."""
+    """Return what rows must have in common to be compared."""
     versions = machine["versions"]
     return machine["gpu"], machine["sizes"], versions["torch"], versions["triton"]
 
 
 def wrong(row: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a row."""
+    """Return the faults of a row."""
     return [*([row["failed"]] if "failed" in row else []), *row.get("wrong", ())]

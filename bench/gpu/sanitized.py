@@ -9,21 +9,21 @@ its own: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.common import refusal, solving
 from krrst_fast import krr_mse
-from krrst_fast.backends import BACKENDS
 
 Call = partial[Any]
 
 
 def cholesky(device: str) -> Iterator[Call]:
-    """Factors and solves round the tiles of 32 and 64; on a CPU the operators' fallback."""
+    """Yield factors and solves of sizes around the tiles of 32 and 64."""
     ops = torch.ops.krrst_fast
     for m in (1, 33, 64, 65, 150):
         x = torch.randn(3, m, m + 2, device=device)
@@ -39,29 +39,33 @@ def _solved(k: Tensor, ridge: Tensor, y: Tensor) -> Tensor:
     return torch.ops.krrst_fast.batched_cholesky_solve(y, factor)
 
 
-def krr(device: str) -> Iterator[Call]:
-    """The loss with its gradients: rows, features and targets that no block divides."""
-    for m, d, b, p in ((67, 131, 33, 5), (131, 67, 70, 73), (1, 1, 1, 1)):
+SHAPES = ((67, 131, 33, 5), (131, 67, 70, 73), (1, 1, 1, 1))
+"""M, D, B, P: rows, features and targets that no block divides."""
+
+
+def krr(device: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[Call]:
+    """Yield the loss with its gradients, in every closed form."""
+    for m, d, b, p in shapes:
         f_syn, y_syn, f_real, y_real = (
             torch.randn(*size, device=device) for size in ((m, d), (m, p), (b, d), (b, p))
         )
         leaves = f_syn.requires_grad_(), y_syn.requires_grad_()
-        for backend in BACKENDS:
-            if backend.name == "tuned" or backend.refuses(f_syn.detach()) is not None:
+        for backend in ("cpp", "triton", "torch"):
+            if refusal(backend, f_syn.detach()) is not None:
                 continue
             for precision in (None, "fast"):
                 for form in ("k", "w", "primal"):
-                    how = {"backend": backend.name, "precision": precision, "form": form}
+                    how = solving(backend, precision=precision, form=form, check="flag")
                     yield partial(_gradients, how, *leaves, f_real, y_real)
 
 
 def _gradients(how: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-    loss = krr_mse(*tensors, **how, ridge=0.1, bias=1.0, check="flag")
+    loss = krr_mse(*tensors, **how, ridge=0.1, bias=1.0)
     return torch.autograd.grad(loss, tensors[:2])
 
 
 def views(device: str) -> Iterator[Call]:
-    """Crops beyond every edge."""
+    """Yield views with crops beyond every edge."""
     if device == "cpu" or importlib.util.find_spec("triton") is None:
         return
     from krrst_fast.kernels.views import views as kernel

@@ -1,4 +1,4 @@
-"""Where the time of an outer step goes, ours and the released formulation's, part by part.
+"""The time of an outer step part by part, ours and the released formulation's.
 
 At the paper's settings for CIFAR-100. Parts are timed inside whole steps, without a wait between
 them; the totals are of whole steps in turn.
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bench.gpu.released import RIDGE, ReleasedStep, released_mse
 from krrst_fast import krr_mse
 from krrst_fast.data.augment import ViewConfig, draw_views
 from krrst_fast.distill.step import LinearDecay, outer_step
+from krrst_fast.models import Network
 from krrst_fast.ops.views import views
 
 RATE = LinearDecay(start=1e-4, final=1e-7, steps=160_000)
@@ -56,21 +57,21 @@ class Marks:
 
 
 def units(toy: bool) -> Iterator[Unit]:
-    """One unit."""
+    """Yield one unit."""
     yield Unit("step", rows)
 
 
 def rows(run: Run) -> Rows:
-    """The parts of either's step, whole steps in turn, and the kernels of whole steps."""
+    """Yield the parts of both steps, interleaved whole steps, and the kernels of whole steps."""
     both = Both(run)
-    yield "krrst_fast", lambda: parts(run, partial(our_step, both.ours, both.draw))
-    yield "released", lambda: parts(run, partial(released_step, both.theirs, both.draw))
+    yield "krrst_fast", lambda: parts(run, our_step(both.ours, both.draw))
+    yield "released", lambda: parts(run, released_step(both.theirs, both.draw))
     yield "whole steps", lambda: whole_steps(run, both)
     yield "kernels", lambda: run.clock.profile(partial(ours, both), calls=3, top=25)
 
 
 class Both:
-    """Our step and the released one, made when the first row asks."""
+    """Our step and the released one, made for the first row."""
 
     def __init__(self, run: Run) -> None:
         self.scale = images.TOY if run.toy else images.FULL
@@ -78,8 +79,8 @@ class Both:
 
     # No network is renewed while it is measured: every step is the same work.
     def _made(self) -> images.Distillation:
-        some = images.noise(self.scale.size)
-        return images.make(self.scale, some, self.device, slots=1, online_steps=10**9)
+        noise = images.noise(self.scale.size)
+        return images.make(self.scale, noise, self.device, slots=1, online_steps=10**9)
 
     @functools.cached_property
     def ours(self) -> images.Distillation:
@@ -97,16 +98,15 @@ class Both:
 
 
 def drawer(made: images.Distillation, batch: int) -> Callable[[], dict[str, Any]]:
-    """Draws a random view of a random image, `batch` times: what `views` is called with."""
+    """Return a function that draws the arguments of `views`: `batch` random views."""
     kept = made.images
     random = torch.Generator().manual_seed(0)
 
     def draw() -> dict[str, Any]:
         index = torch.randint(len(kept.pixels), (batch,), generator=random)
-        there = [x.to(kept.pixels.device) for x in (index, *draw_views(batch, VIEW, random))]
-        told: dict[str, Any] = dict(zip(("index", "offset", "flip"), there))
-        told |= {"images": kept.pixels, "padding": VIEW.padding}
-        return told | {"mean": kept.mean, "std": kept.std}
+        view = draw_views(index.to(kept.pixels.device), VIEW, random)
+        options = {"images": kept.pixels, "padding": VIEW.padding}
+        return view._asdict() | options | {"mean": kept.mean, "std": kept.std}
 
     return draw
 
@@ -114,62 +114,82 @@ def drawer(made: images.Distillation, batch: int) -> Callable[[], dict[str, Any]
 VIEW = ViewConfig()
 
 
-def our_step(made: images.Distillation, draw: Callable[[], dict[str, Any]], mark: Marks) -> None:
-    """`outer_step` taken apart."""
+class Step(NamedTuple):
+    """An outer step as its operations, so that both implementations are taken apart alike.
+
+    Attributes:
+        views: Draws the real images.
+        target: Returns the targets of the real images.
+        network: Network of the pool.
+        x_syn, y_syn: The synthetic set.
+        zero: Clears the gradients of the set.
+        loss: The KRR loss of features and targets.
+        update: The optimizer step of the set.
+        train: The step of the network.
+    """
+
+    views: Callable[[], Tensor]
+    target: Callable[[Tensor], Tensor]
+    network: Network
+    x_syn: Tensor
+    y_syn: Tensor
+    zero: Callable[[], Any]
+    loss: Callable[..., Tensor]
+    update: Callable[[], Any]
+    train: Callable[[], Any]
+
+    def __call__(self, mark: Marks) -> None:
+        """Make the step, and mark the end of each part."""
+        x_real = self.views()
+        mark("views")
+        with torch.no_grad():
+            y_real = self.target(x_real)
+        mark("target forward")
+        f_syn = self.network.embed(self.x_syn)
+        mark("features of the synthetic images")
+        with torch.no_grad():
+            f_real = self.network.embed(x_real)
+        mark("features of the real images")
+        self.zero()
+        leaf = f_syn.detach().requires_grad_()
+        loss = self.loss(leaf, self.y_syn, f_real, y_real)
+        mark("KRR forward")
+        # In two pieces, which autograd would do in one; it stores gradients as optimizers expect.
+        loss.backward()
+        mark("KRR backward")
+        f_syn.backward(leaf.grad)
+        mark("network backward")
+        self.update()
+        mark("AdamW")
+        self.train()
+        mark("SGD step of the network")
+
+
+def our_step(made: images.Distillation, draw: Callable[[], dict[str, Any]]) -> Step:
+    """Return `outer_step` taken apart."""
     state, slot = made.state, made.state.pool.slots[0]
-    x_real = views(**draw())
-    mark("views")
-    y_real = made.target(x_real)
-    mark("target forward")
-    f_syn = slot.network.embed(state.x_syn)
-    mark("features of the synthetic images")
-    with torch.no_grad():
-        f_real = slot.network.embed(x_real)
-    mark("features of the real images")
-    state.optimizer.zero_grad(set_to_none=True)
-    leaf = f_syn.detach().requires_grad_()
-    loss = krr_mse(leaf, state.y_syn, f_real, y_real, ridge=RIDGE, bias=1.0)
-    mark("KRR forward")
-    _backward(loss, leaf, f_syn, mark)
-    state.optimizer.step()
-    mark("AdamW")
-    state.pool.advance(slot, state.x_syn.detach(), state.y_syn.detach())
-    mark("SGD step of the network")
+    return Step(
+        *(lambda: views(**draw()), made.target, slot.network, state.x_syn, state.y_syn),
+        zero=partial(state.optimizer.zero_grad, set_to_none=True),
+        loss=partial(krr_mse, ridge=RIDGE, bias=1.0),
+        update=state.optimizer.step,
+        train=lambda: state.pool.advance(slot, state.x_syn.detach(), state.y_syn.detach()),
+    )
 
 
-def released_step(theirs: ReleasedStep, draw: Callable[[], dict[str, Any]], mark: Marks) -> None:
-    """The same by plain PyTorch."""
-    x_real = theirs.views(draw())
-    mark("views")
-    with torch.no_grad():
-        y_real = theirs.target(x_real)
-    mark("target forward")
-    f_syn = theirs.network.embed(theirs.x_syn)
-    mark("features of the synthetic images")
-    with torch.no_grad():
-        f_real = theirs.network.embed(x_real)
-    mark("features of the real images")
-    theirs.outer.zero_grad()
-    leaf = f_syn.detach().requires_grad_()
-    loss = released_mse(leaf, theirs.y_syn, f_real, y_real)
-    mark("KRR forward")
-    _backward(loss, leaf, f_syn, mark)
-    theirs.outer.step()
-    mark("AdamW")
-    theirs.fit()
-    mark("SGD step of the network")
-
-
-def _backward(loss: Tensor, leaf: Tensor, f_syn: Tensor, mark: Marks) -> None:
-    """In two pieces that autograd would do in one; it stores gradients as optimizers expect."""
-    loss.backward()
-    mark("KRR backward")
-    f_syn.backward(leaf.grad)
-    mark("network backward")
+def released_step(theirs: ReleasedStep, draw: Callable[[], dict[str, Any]]) -> Step:
+    """Return the same by plain PyTorch."""
+    return Step(
+        *(lambda: theirs.views(draw()), theirs.target, theirs.network, theirs.x_syn, theirs.y_syn),
+        zero=theirs.outer.zero_grad,
+        loss=released_mse,
+        update=theirs.outer.step,
+        train=theirs.fit,
+    )
 
 
 def parts(run: Run, step: Callable[[Marks], None]) -> dict[str, Any]:
-    """Medians of the parts over some steps, after two that warm up."""
+    """Measure medians of the parts over some steps, after two that warm up."""
     taken = []
     for _ in range(2 + (1 if run.toy else REPEATS)):
         mark = Marks(run.device)
@@ -185,10 +205,11 @@ def ours(both: Both) -> None:
 
 
 def whole_steps(run: Run, both: Both) -> dict[str, Any]:
-    """Whole steps in turn: `outer_step` itself, and the released formulation."""
+    """Measure interleaved whole steps: `outer_step` itself, and the released formulation."""
+    theirs = released_step(both.theirs, both.draw)
     calls = {
         "krrst_fast": partial(ours, both),
-        "released": lambda: released_step(both.theirs, both.draw, Marks(run.device)),
+        "released": lambda: theirs(Marks(run.device)),
     }
     taken = run.clock.in_turn(calls, seconds=5.0)
     row = {name: one._asdict() for name, one in taken.items()}

@@ -1,4 +1,4 @@
-"""Outer steps on images, by the code that a distillation runs: how fast, and does the loss fall."""
+"""Outer steps on images by the code of a distillation: their speed, and whether the loss falls."""
 
 import time
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from krrst_fast.distill.cache import LARGEST, TargetCache, views_per_image
 from krrst_fast.distill.loop import warm_up
 from krrst_fast.distill.source import Source
 from krrst_fast.distill.step import LinearDecay, outer_step
-from krrst_fast.environment import peak_memory_mb
+from krrst_fast.runs.environment import peak_memory_mb
 
 
 class Length(NamedTuple):
-    """Steps in all, those that are not timed, and how many losses are averaged at either end."""
+    """Number of steps, of untimed first steps, and of losses averaged at either end."""
 
     steps: int
     untimed: int
@@ -34,26 +34,26 @@ LR = 1e-3
 
 
 def units(toy: bool) -> Iterator[Unit]:
-    """One unit."""
+    """Yield one unit."""
     yield Unit("steps", rows)
 
 
 def rows(run: Run) -> Rows:
-    """A row with the target at every step, and one with its outputs looked up where they fit."""
+    """Yield a row with the target at every step, and one with its outputs in a table."""
     scale = images.TOY if run.toy else images.FULL
-    some = images.read(run.images, scale.size)
+    kept = images.read(run.images, scale.size)
     if run.toy:
-        some = some._replace(pixels=some.pixels[:20])
-    about = f"{some.name}, the target"
-    yield f"{about} at every step", lambda: distil(run, scale, some, cached=False)
-    if 4 * len(some.pixels) * views_per_image(ViewConfig()) * scale.p <= LARGEST:
-        yield f"{about} looked up", lambda: distil(run, scale, some, cached=True)
+        kept = kept._replace(pixels=kept.pixels[:20])
+    about = f"{kept.name}, the target"
+    yield f"{about} at every step", lambda: distil(run, scale, kept, cached=False)
+    if 4 * len(kept.pixels) * views_per_image(ViewConfig()) * scale.p <= LARGEST:
+        yield f"{about} looked up", lambda: distil(run, scale, kept, cached=True)
 
 
-def distil(run: Run, scale: images.Scale, some: images.Images, *, cached: bool) -> dict[str, Any]:
-    """Some steps of one distillation."""
+def distil(run: Run, scale: images.Scale, kept: images.Images, *, cached: bool) -> dict[str, Any]:
+    """Make the steps of a distillation."""
     length = TOY if run.toy else FULL
-    made = images.make(*(scale, some, run.device), slots=SLOTS, online_steps=length.online_steps)
+    made = images.make(*(scale, kept, run.device), slots=SLOTS, online_steps=length.online_steps)
     if run.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     source, fill = made.source, 0.0
@@ -70,8 +70,8 @@ def distil(run: Run, scale: images.Scale, some: images.Images, *, cached: bool) 
     losses, seconds = advance(run, made, source, length)
     start, end = losses[: length.averaged].mean(), losses[-length.averaged :].mean()
     row: dict[str, Any] = {
-        "images": some.name,
-        "count": len(some.pixels),
+        "images": kept.name,
+        "count": len(kept.pixels),
         "steps": length.steps,
         "steps_per_second": (length.steps - length.untimed) / seconds,
         "ms": seconds / (length.steps - length.untimed) * 1e3,
@@ -89,14 +89,14 @@ def distil(run: Run, scale: images.Scale, some: images.Images, *, cached: bool) 
 def advance(
     run: Run, made: images.Distillation, source: Source, length: Length
 ) -> tuple[torch.Tensor, float]:
-    """The loss of each step, and the seconds that those which are timed took."""
+    """Make the steps; return the loss of each, and the seconds of the timed ones."""
     rate = LinearDecay(start=LR, final=LR * 1e-3, steps=length.steps)
     losses, begin = [], 0.0
     for step in range(length.steps):
         if step == length.untimed:
             run.clock.wait()
             begin = time.perf_counter()
-        told = outer_step(made.state, source, rate, ridge=RIDGE, ridge_of="trace")
-        losses.append(told.loss)
+        measured = outer_step(made.state, source, rate, ridge=RIDGE, ridge_of="trace")
+        losses.append(measured.loss)
     run.clock.wait()
     return torch.stack(losses).cpu(), time.perf_counter() - begin

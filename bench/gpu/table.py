@@ -1,4 +1,4 @@
-"""From measured rows to what the library reads: which implementation is fastest at which size."""
+"""The table that the library reads: the time of each implementation at each size."""
 
 import json
 from collections.abc import Mapping
@@ -8,29 +8,29 @@ from typing import Any
 from bench.gpu.results import Results, wrong
 
 RELEASED, KEPT_EYE = "released", "released, identity on the device"
-FILE = Path("krrst_fast") / "measured.json"
+FILE = Path("krrst_fast/backends/tuned.json")
 FLOORS = {"float64": 1e-13}
 FLOOR = 1e-6
 """An error that every implementation has: some roundings of float32."""
 
 
 def dispatch(found: Results) -> dict[str, Any]:
-    """The table of one architecture from the rows of "parts": {"sm_90": {..., "rows": [...]}}.
+    """Return the table of one architecture from the rows of "parts": {"sm_90": {...}}.
 
     A size has a row if torch has a time there; what is wrong has none.
     """
     by_size: dict[tuple, dict[str, Any]] = {}
     for name, row in found.rows("parts").items():
-        if "ms" in row and not wrong(row):
+        if "part" in row and "ms" in row and not wrong(row):
             key = row["part"], row["precision"], tuple(row["size"])
             by_size.setdefault(key, {})[name.partition(": ")[2]] = row
     rows = []
-    for (part, precision, size), some in by_size.items():
+    for (part, precision, size), by_name in by_size.items():
         # A graph leaves out what Python takes: where one has none, calls are compared with calls.
-        which = "eager_ms" if any("no_graph" in row for row in some.values()) else "ms"
-        ms = {name: row.get(which, row["ms"]) for name, row in some.items()}
+        which = "eager_ms" if any("no_graph" in row for row in by_name.values()) else "ms"
+        ms = {name: row.get(which, row["ms"]) for name, row in by_name.items()}
         rows.append({"part": part, "precision": precision, "size": list(size), "ms": ms})
-    dates = [row["date"] for some in by_size.values() for row in some.values()]
+    dates = [row["date"] for by_name in by_size.values() for row in by_name.values()]
     machine = found.machine
     gpu = machine["about"] or {"name": "none", "architecture": "cpu"}
     about = {"gpu": gpu["name"], "date": max(dates, default="")[:10], "command": "bench/gpu.sh"}
@@ -40,7 +40,7 @@ def dispatch(found: Results) -> dict[str, Any]:
 
 
 def merged(path: Path, tables: Mapping[str, Any]) -> str:
-    """The text of a file of tables with these in it; those of other architectures stay."""
+    """Return the text of a file of tables, in which these replace those of their architectures."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = []
     for name, one in sorted({**found, **tables}.items()):

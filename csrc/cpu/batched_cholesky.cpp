@@ -7,7 +7,7 @@
 namespace krrst::cpu {
 namespace {
 
-// Right-hand sides that are solved for together: the vectors of a tile.
+// Right-hand sides that are solved together: the vectors of a tile.
 constexpr int64_t kVectors = 4;
 
 // The upper triangle of k, by rows, and zeros around it.
@@ -48,7 +48,7 @@ void batched_cholesky(const Matrices<const T>& k, const double* ridge, int64_t p
 
 template <typename T>
 void batched_cholesky_solve(const Matrices<const T>& y, const Matrices<const double>& factor,
-                            int64_t problems, int64_t m, int64_t columns, T* out,
+                            int64_t problems, int64_t m, int64_t columns, const Matrices<T>& out,
                             const Parallel& threads) {
   if (m == 0 || columns == 0) return;
   const Triangular& kernel = triangular();
@@ -64,8 +64,7 @@ void batched_cholesky_solve(const Matrices<const T>& y, const Matrices<const dou
       if (count < stride) std::fill(x.get(), x.get() + m * stride, 0.0);
       copy(y[n].from(0, j), m, count, Matrix<double>{x.get(), stride, 1});
       kernel.solve(m, l.data, l.row, l.column, inverse.get(), x.get(), stride);
-      copy(Matrix<const double>{x.get(), stride, 1}, m, count,
-           Matrix<T>{out + (n * columns + j) * m, 1, m});
+      copy(Matrix<const double>{x.get(), stride, 1}, m, count, out[n].from(0, j));
     }
   });
 }
@@ -74,7 +73,8 @@ void batched_cholesky_solve(const Matrices<const T>& y, const Matrices<const dou
   template void batched_cholesky<T>(const Matrices<const T>&, const double*, int64_t, int64_t,     \
                                     double*, int32_t*, const Parallel&);                           \
   template void batched_cholesky_solve<T>(const Matrices<const T>&, const Matrices<const double>&, \
-                                          int64_t, int64_t, int64_t, T*, const Parallel&);
+                                          int64_t, int64_t, int64_t, const Matrices<T>&,           \
+                                          const Parallel&);
 KRRST_INSTANTIATE(float)
 KRRST_INSTANTIATE(double)
 

@@ -14,11 +14,11 @@ template <typename T>
 void batched_cholesky(const Matrices<const T>& k, const double* ridge, int64_t problems, int64_t m,
                       double* factor, int32_t* pivot, const Parallel& parallel);
 
-// out[n] = (L L^T)^-1 y[n] in float64, for L = factor[n] [m, m] and y[n] [m, columns] of any
-// strides. out holds its transpose [problems, columns, m] row-major, as LAPACK does.
+// out[n] = (L L^T)^-1 y[n] in float64, for L = factor[n] [m, m], y[n] and out[n]
+// [m, columns] of any strides.
 template <typename T>
 void batched_cholesky_solve(const Matrices<const T>& y, const Matrices<const double>& factor,
-                            int64_t problems, int64_t m, int64_t columns, T* out,
+                            int64_t problems, int64_t m, int64_t columns, const Matrices<T>& out,
                             const Parallel& parallel);
 
 }  // namespace krrst::cpu

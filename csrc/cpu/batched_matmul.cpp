@@ -5,13 +5,13 @@
 namespace krrst::cpu {
 namespace {
 
-// From so many problems on, each is one task; fewer are cut into blocks, of a size that depends on
-// nothing but the shapes.
+// From this many problems on, each problem is one task. Fewer problems are cut into blocks, whose
+// size depends on the shapes alone, so that results do not depend on the number of threads.
 constexpr int64_t kManyProblems = 64;
 constexpr int64_t kBlockRows = 60, kBlockColumns = 960;
 
-// How products are computed: as they are or as b^T a^T = out^T, with which operands copied, by
-// which kernel. `narrow`: out has fewer columns than a vector, b is copied with columns of zeros.
+// A way to compute a product: as a b or as b^T a^T = out^T, which operands are copied, and the
+// inner loop. `narrow`: out has fewer columns than a vector, and b is copied with columns of zeros.
 struct Plan {
   bool transposed, pack_a, pack_b, dot, narrow;
 };
@@ -22,8 +22,8 @@ Product<T> transposed(const Product<T>& p) {
           p.a_column, p.a_row, p.out,  p.out_column, p.out_row,  p.next};
 }
 
-// The cheapest way, in vector operations as they were measured: the sums over the lanes of a tile
-// of dot products and a value that is copied cost as much as one or several of them.
+// The way with the fewest vector operations. The weights were measured: a sum over the lanes of a
+// tile of dot products, and a copied value, each cost as much as one or several operations.
 template <typename T>
 Plan choose(const Product<T>& p) {
   const int64_t lanes = small<T>().lanes, outputs = p.rows * p.columns;
@@ -113,7 +113,7 @@ class Compute {
   const Scratch<T> a_, b_, out_;
 };
 
-// A range cut into `parts` of almost one size: the beginning of part i.
+// The beginning of part i of a range that is cut into `parts` of almost equal size.
 int64_t cut(int64_t length, int64_t parts, int64_t i) { return length * i / parts; }
 
 }  // namespace

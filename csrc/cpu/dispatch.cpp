@@ -7,21 +7,31 @@ namespace krrst::cpu {
 namespace {
 
 const Kernels* choose() {
-#if defined(__x86_64__)
   const char* cap = std::getenv("KRRST_FAST_ISA");
-  const auto capped = [cap](const char* isa) { return cap && !std::strcmp(cap, isa); };
-  __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (capped("baseline")) return &kernels_baseline;
-  if (avx512 && !capped("avx2")) return &kernels_avx512;
-  if (avx2) return &kernels_avx2;
-#endif
-  return &kernels_baseline;
+  const Kernels* widest = nullptr;
+  for (const Kernels* set : supported()) {
+    widest = set;
+    if (cap && !std::strcmp(cap, set->isa)) break;
+  }
+  return widest;
 }
 
 }  // namespace
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> sets{&kernels_baseline};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    sets.push_back(&kernels_avx2);
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    sets.push_back(&kernels_avx512);
+  }
+#endif
+  return sets;
+}
 
 const Kernels& kernels() {
   static const Kernels* const chosen = choose();

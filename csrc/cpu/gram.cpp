@@ -12,10 +12,11 @@ namespace {
 
 // Depth of a packed chunk: with it, a panel of either operand stays in a 1 MB L2 next to its tiles.
 constexpr int64_t kChunk = 256;
-// Up to so many rows dot products along them are faster than packed panels: few rows do not fill
-// the panels. Short rows fill no vectors, but then the panels are no better.
+// Up to this many rows, dot products along the rows are faster than packed panels, which few rows
+// do not fill.
 constexpr int64_t kFewRows = 64, kDotRows = 192;
-// So many problems, of at most so many rows, give every thread enough of its own.
+// With at least this many problems, of at most this many rows, every thread computes whole
+// problems.
 constexpr int64_t kManyProblems = 16, kManyRows = 512;
 
 // The (row, column) of entry t of a lower triangle stored row by row.
@@ -130,7 +131,7 @@ struct Dots {
   }
 };
 
-// Few problems: the threads share each of them, a long row block going with a short one.
+// Few problems: the threads share each one; a task takes a long row block and a short one.
 template <typename T>
 void gram_of_dots(const Dots<T>& dots, const Matrix<const T>& x, T* k, const Parallel& parallel) {
   const Scratch<T> packed(dots.packs(x) ? dots.n * dots.packed_depth() : 0);
@@ -141,7 +142,7 @@ void gram_of_dots(const Dots<T>& dots, const Matrix<const T>& x, T* k, const Par
   });
 }
 
-// Many problems: each of them is one thread's.
+// Many problems: one thread computes a whole problem.
 template <typename T>
 void grams_of_dots(const Dots<T>& dots, const Matrices<const T>& x, int64_t problems, T* k,
                    const Parallel& parallel) {

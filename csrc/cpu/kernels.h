@@ -1,5 +1,7 @@
-// What one instruction set computes with.
+// The inner loops of one instruction set.
 #pragma once
+#include <vector>
+
 #include "gemm.h"
 #include "small.h"
 
@@ -16,8 +18,10 @@ struct Kernels {
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
-// The widest set this processor runs, chosen once; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it
-// (tests).
+// The sets that this processor runs, narrowest first.
+std::vector<const Kernels*> supported();
+
+// The widest of them, chosen once per process; KRRST_FAST_ISA=baseline|avx2|avx512 lowers it.
 const Kernels& kernels();
 
 }  // namespace krrst::cpu

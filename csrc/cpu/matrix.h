@@ -27,12 +27,14 @@ struct Matrices {
   Matrix<T> operator[](int64_t n) const { return {data + n * step, row, column}; }
 };
 
-// Uninitialised memory of a thread, on a cache line.
+// Uninitialised memory of a thread, on a cache line; null for none.
 template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count), kLine))) {}
+      : data_(count > 0
+                  ? static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count), kLine))
+                  : nullptr) {}
   T* get() const { return data_.get(); }
 
  private:

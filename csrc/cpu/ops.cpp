@@ -1,79 +1,21 @@
-// Glue between torch and the CPU kernels, on torch's stable ABI: takes pointers, allocates, lends
-// the thread pool. Shapes and dtypes were checked by the Python operator; what is checked here is
-// what would be a wild read if somebody called the operator past it.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <atomic>
-#include <initializer_list>
-#include <optional>
+// The operators of the CPU kernels. The Python operators check shapes and dtypes; this file checks
+// again what would otherwise read outside of a tensor when an operator is called directly.
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "batched_cholesky.h"
 #include "batched_matmul.h"
+#include "glue.h"
 #include "gram.h"
+#include "kernels.h"
 #include "module.h"
 #include "thin_matmul.h"
 #include "views.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace krrst::glue;
 
 namespace {
-
-// An exception may not leave a parallel region: it is noted there and thrown here.
-void on_torch_threads(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  std::atomic<bool> failed{false};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    try {
-      body(first, last);
-    } catch (...) {
-      failed = true;
-    }
-  });
-  STD_TORCH_CHECK(!failed, "krrst_fast: a CPU kernel ran out of memory");
-}
-
-// An empty tensor like x. malloc takes memory of this size from the system and gives it back with
-// the tensor, and the system makes and zeroes a page at the first write to it: with pages of 2 MB
-// that is four times faster than with pages of 4 KB.
-Tensor fresh(const Tensor& x, std::initializer_list<int64_t> shape,
-             std::optional<ScalarType> dtype = std::nullopt) {
-  constexpr size_t kLarge = 32 << 20, kPage = 2 << 20;
-  Tensor out = torch::stable::new_empty(x, shape, dtype);
-#if defined(__linux__)
-  const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
-  if (bytes >= kLarge) {
-    const auto first = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
-    const auto last = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-  }
-#endif
-  return out;
-}
-
-template <typename F>
-void for_real_dtype(const char* op, const Tensor& x, F&& body) {
-  if (x.scalar_type() == ScalarType::Float) return body(float{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, op,
-                  ": the tensors must be float32 or float64");
-  body(double{});
-}
-
-// Entries [.., i, j] of a 2-D or 3-D tensor.
-template <typename T>
-krrst::cpu::Matrices<const T> matrices(const Tensor& x) {
-  const int64_t d = x.dim();
-  return {static_cast<const T*>(x.data_ptr()), d == 3 ? x.stride(0) : 0, x.stride(d - 2),
-          x.stride(d - 1)};
-}
 
 Tensor gram(Tensor x, double scale, double bias) {
   const int64_t d = x.dim();
@@ -112,15 +54,15 @@ std::tuple<Tensor, Tensor> batched_cholesky(Tensor k, Tensor ridge) {
     const auto* values = static_cast<const decltype(zero)*>(ridge.data_ptr());
     for (int64_t n = 0; n < problems; ++n) ridges[n] = values[n * ridge.stride(0)];
   });
-  Tensor factor = fresh(k, {problems, m, m}, ScalarType::Double);
-  Tensor pivot = torch::stable::new_empty(k, {problems}, ScalarType::Int);
+  Tensor factor = fresh(ScalarType::Double, {problems, m, m}, true);
+  Tensor pivot = fresh(ScalarType::Int, {problems});
   for_real_dtype("batched_cholesky", k, [&](auto zero) {
     using T = decltype(zero);
     krrst::cpu::batched_cholesky<T>(matrices<T>(k), ridges.data(), problems, m,
                                     static_cast<double*>(factor.data_ptr()),
                                     static_cast<int32_t*>(pivot.data_ptr()), on_torch_threads);
   });
-  return {torch::stable::transpose(factor, 1, 2), pivot};
+  return {factor, pivot};
 }
 
 Tensor batched_cholesky_solve(Tensor y, Tensor factor) {
@@ -129,14 +71,15 @@ Tensor batched_cholesky_solve(Tensor y, Tensor factor) {
                   "batched_cholesky_solve: y and factor must be [N, M, P] and [N, M, M]");
   STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Double,
                   "batched_cholesky_solve: the factor must be float64");
-  Tensor out = fresh(y, {y.size(0), y.size(2), y.size(1)});
+  Tensor out = fresh(y, {y.size(0), y.size(1), y.size(2)}, true);
   for_real_dtype("batched_cholesky_solve", y, [&](auto zero) {
     using T = decltype(zero);
-    krrst::cpu::batched_cholesky_solve<T>(matrices<T>(y), matrices<double>(factor), y.size(0),
-                                          y.size(1), y.size(2), static_cast<T*>(out.data_ptr()),
-                                          on_torch_threads);
+    const int64_t m = y.size(1), columns = y.size(2);
+    krrst::cpu::batched_cholesky_solve<T>(
+        matrices<T>(y), matrices<double>(factor), y.size(0), m, columns,
+        {static_cast<T*>(out.data_ptr()), m * columns, 1, m}, on_torch_threads);
   });
-  return torch::stable::transpose(out, 1, 2);
+  return out;
 }
 
 Tensor thin_matmul(Tensor a, Tensor b) {
@@ -189,7 +132,21 @@ Tensor views(Tensor images, Tensor index, Tensor offset, Tensor flip, int64_t pa
   return out;
 }
 
+std::string isa() { return krrst::cpu::kernels().isa; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const krrst::cpu::Kernels* set : krrst::cpu::supported()) names.emplace_back(set->isa);
+  return names;
+}
+
 }  // namespace
+
+// Operators without a tensor argument, which have no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(krrst_fast, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("isas", TORCH_BOX(&isas));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(krrst_fast, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram));

@@ -1,4 +1,4 @@
-// How the kernels ask for threads without knowing torch: the glue passes torch's own pool.
+// Threads for the inner loops without torch's headers: ops.cpp passes torch's own pool.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -9,7 +9,7 @@ namespace krrst::cpu {
 using Parallel = std::function<void(int64_t count,
                                     const std::function<void(int64_t first, int64_t last)>& body)>;
 
-// No other thread.
+// Runs everything on the calling thread.
 inline const Parallel& this_thread() {
   static const Parallel alone = [](int64_t count,
                                    const std::function<void(int64_t, int64_t)>& body) {
@@ -18,7 +18,7 @@ inline const Parallel& this_thread() {
   return alone;
 }
 
-// `threads`, unless waking them takes longer than so many multiplications.
+// Returns `threads`, or one thread if waking the others takes longer than so many multiplications.
 inline const Parallel& worth(int64_t multiplications, const Parallel& threads) {
   return multiplications < (1 << 20) ? this_thread() : threads;
 }

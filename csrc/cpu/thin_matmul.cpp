@@ -8,8 +8,8 @@
 namespace krrst::cpu {
 namespace {
 
-// How much of `a` a thread packs at a time: as long a run of memory as its layout gives, in half an
-// L2.
+// Size of the part of `a` that a thread packs at a time: the longest contiguous runs of its layout
+// that fit into half of the L2 cache.
 struct Block {
   int64_t panels, depth;
 };

@@ -1,8 +1,9 @@
 #pragma once
 // A block of GPU threads, written so that the same source also compiles as plain C++, where a loop
-// plays the threads: index logic is then tested on a machine without a GPU (tests/cuda_model.cpp).
-// Every step of a block is a body run for each thread between two barriers; what a thread keeps
-// from one step to the next is Private, what the threads of a block exchange is in a shared struct.
+// takes the place of the threads: index logic is then tested on a machine without a GPU
+// (tests/cuda_model.cpp). Every step of a block is a body run for each thread between two barriers;
+// what a thread keeps from one step to the next is Private, what the threads of a block exchange is
+// in a shared struct.
 #include <cmath>
 #include <cstdint>
 
@@ -31,7 +32,7 @@ struct Block {
     __syncthreads();
   }
 
-  // Without a barrier: the body touches nothing that another thread of the block writes.
+  // Without a barrier, for a body that touches nothing another thread of the block writes.
   template <typename F>
   KRRST_DEVICE void alone(F&& body) const {
     body(static_cast<int>(threadIdx.x));

@@ -1,7 +1,7 @@
 // A blocked right-looking Cholesky factorisation. Two launches a step: `panel` multiplies the tiles
-// below a diagonal tile by the inverse of its factor; `update` takes their product off what remains
-// and factors and inverts the next diagonal tile, hidden behind the rest of the update. Products
-// are plain fused multiply-adds in the precision of the factor.
+// below a diagonal tile by the inverse of its factor; `update` subtracts their product from the
+// rest and factors and inverts the next diagonal tile, hidden behind the rest of the update.
+// Products are plain fused multiply-adds in the precision of the factor.
 #include "cholesky_blocks.h"
 
 namespace krrst::cuda {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(Shape<kTile>::threads, kResident<kTile>)
   update_block(Block{}, shared, system, out, step, place());
 }
 
-// Half as many blocks: two triangles at hand take more registers.
+// Half as many blocks: two triangles in registers leave room for fewer.
 template <int kSide, typename Y, typename T>
 __global__ void __launch_bounds__(Shape<kSide>::threads, kResident<kSide> / 2)
     solve_kernel(CholeskySolve<Y, T> call) {

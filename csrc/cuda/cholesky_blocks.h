@@ -1,5 +1,5 @@
 #pragma once
-// What one block of threads does in each launch of cholesky.cu; plain C++ as well (see block.h).
+// The work of one block of threads in each launch of cholesky.cu; also compiles as plain C++.
 // Matrices are cut into tiles of kSide x kSide. Letters: M rows, P right-hand sides, N problems.
 #include "cholesky.h"
 #include "tile.h"
@@ -73,7 +73,7 @@ KRRST_DEVICE void finish_diagonal(const Block& block, Shared<T, kSide>& shared,
   });
 }
 
-// The first diagonal tile; for M <= kSide all there is.
+// The first diagonal tile; for M <= kSide the whole factorisation.
 template <int kSide, typename Source, typename T>
 KRRST_DEVICE void first_block(const Block& block, Shared<T, kSide>& shared,
                               const System<Source>& system, const Cholesky<T>& out,
@@ -115,8 +115,8 @@ KRRST_DEVICE void panel_block(const Block& block, Shared<T, kTile>& shared,
   });
 }
 
-// Takes column `step` of the factor off tile (i, j) of what remains; the diagonal tile of the next
-// step is finished on the spot, while other blocks still work on the rest.
+// Subtracts the product of column `step` of the factor from tile (i, j) of the trailing matrix. The
+// block of the next diagonal tile also factors it, while other blocks still update the rest.
 template <typename Source, typename T>
 KRRST_DEVICE void update_block(const Block& block, Shared<T, kTile>& shared,
                                const System<Source>& system, const Cholesky<T>& out, int64_t step,
@@ -131,7 +131,7 @@ KRRST_DEVICE void update_block(const Block& block, Shared<T, kTile>& shared,
   const Operand<T> left = {row.target.from(0, done), row.rows, kTile},
                    right = {other.target.from(0, done), count, kTile};
   multiply<kTile, -1>(block, shared, tile, left, right);
-  // Added only now: the product is rounded by its own size, which is the smaller one.
+  // Added last: the sum of the products is smaller, and so are its rounding errors.
   block.alone([&](int t) {
     if (i == j) return add_diagonal<kTile>(t, row.source.from(0, column), ridge, count, tile[t]);
     each_entry<kTile>(t, [&](int r, int c, int e) {

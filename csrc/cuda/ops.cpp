@@ -1,7 +1,6 @@
 // Glue between torch and the CUDA kernels, on torch's stable ABI: takes pointers and the stream,
-// allocates, launches on the tensors' device. Shapes and dtypes were checked by the Python
-// operator; what is checked here is what would be a wild read if somebody called the operator past
-// it.
+// allocates, launches on the tensors' device. The Python operators check shapes and dtypes; this
+// file checks again what would otherwise read outside of a tensor when one is called directly.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>

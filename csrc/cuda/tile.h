@@ -22,7 +22,7 @@ struct Shape {
   static constexpr int depth = kSide / 4, pad = kSide + 4;
 };
 
-// What the threads of a block exchange. `slabs` holds two slabs of either operand of a product, or
+// Shared memory of a block. `slabs` holds two slabs of either operand of a product, or
 // a triangle: [column][row].
 template <typename T, int kSide>
 struct Shared {
@@ -65,7 +65,7 @@ KRRST_DEVICE void clear(const Block& block, Tile<T, kSide>& tile) {
   block.alone([&](int t) { each_entry<kSide>(t, [&](int, int, int e) { tile[t][e] = 0; }); });
 }
 
-// How much of a count that starts in a tile lies in it.
+// Rows, or columns, of a tile that lie inside the matrix, when `count` remain from its start on.
 template <int kSide>
 KRRST_DEVICE int cut(int64_t count) {
   return count < kSide ? static_cast<int>(count) : kSide;
@@ -108,7 +108,7 @@ KRRST_DEVICE void store_slab(int t, bool by_rows, const T* values,
     slab[part.depth + e * part.depth_step][part.row + e * part.row_step] = values[e];
 }
 
-// tile += sign * left right^T, in slabs of which the next is on its way while one is multiplied.
+// tile += sign * left right^T, in slabs; the next slab is loaded while one is multiplied.
 template <int kSide, int kSign, typename T, typename A, typename B>
 KRRST_DEVICE void multiply(const Block& block, Shared<T, kSide>& shared, Tile<T, kSide>& tile,
                            const Operand<A>& left, const Operand<B>& right) {
@@ -201,7 +201,7 @@ KRRST_DEVICE void eliminate(const Block& block, Shared<T, kSide>& shared, Tile<T
   }
 }
 
-// Takes a triangle [count, count] into shared.slabs, with ones on the diagonal beyond it.
+// Loads a triangle [count, count] into shared.slabs, with ones on the diagonal beyond it.
 template <typename T, int kSide, typename Source>
 KRRST_DEVICE void take_triangle(const Block& block, Shared<T, kSide>& shared,
                                 const View<Source>& triangle, int64_t count) {

@@ -1,4 +1,4 @@
-// krrst_fast._native: what a data worker needs without importing torch.
+// krrst_fast._native: functions for the workers of the input path, which do not import torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

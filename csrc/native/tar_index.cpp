@@ -15,7 +15,7 @@ namespace krrst::native {
 namespace {
 
 constexpr int64_t kBlock = 512;
-// Longer names and pax records than this are damage, not names.
+// Longer names and pax records mean a damaged archive.
 constexpr int64_t kMaxText = 1 << 20;
 
 using Header = std::array<char, kBlock>;
@@ -92,7 +92,7 @@ std::string header_name(const Header& header) {
   return prefix.empty() ? name : prefix + "/" + name;
 }
 
-// What extended headers said about the member that comes next.
+// Values of extended headers, which hold for the next member.
 struct Extended {
   std::string name;
   int64_t size = -1;

@@ -5,29 +5,29 @@ from torch import Tensor
 
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.distill.start import represent
-from krrst_fast.distilled_set import DistilledSet
 from krrst_fast.errors import DataError
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 from krrst_fast.targets import FrozenTarget
 
 
 def random_subset(
     store: ImageStore, target: FrozenTarget, num_images: int, *, seed: int
 ) -> DistilledSet:
-    """Random images of the train split, un-augmented, with the target's representations.
+    """Draw random images of the train split, un-augmented, with the target's representations.
 
     Args:
         store: The source images; labels are not needed.
         target: Gives the representations, and the mean and std the images are normalised with.
         num_images: M.
-        seed: Of the draw, without replacement.
+        seed: Seed of the draw, which is without replacement.
 
     Returns:
         Images [M, 3, H, W] and targets [M, P], both float32 on the CPU.
 
     Raises:
-        DataError: the store has fewer images, or images of another size than the target's.
+        DataError: The store has fewer images, or images of another size than the target's.
     """
     if store.size != target.image_size:
         raise DataError(
@@ -46,16 +46,16 @@ def random_subset(
 
 
 def random_subset_labels(store: ImageStore, num_images: int, *, seed: int) -> Tensor:
-    """The labels [M] of the images that `random_subset` draws with the same seed.
+    """Return the labels [M] of the images that `random_subset` draws with the same seed.
 
     Raises:
-        DataError: the store has no labels, or fewer images.
+        DataError: The store has no labels, or fewer images.
     """
     return store.labels("train")[random_index(store, num_images, seed=seed)]
 
 
 def random_index(store: ImageStore, num_images: int, *, seed: int) -> Tensor:
-    """Positions [M] of the drawn images in the train split."""
+    """Draw the positions [M] of random images of the train split."""
     count = store.count("train")
     if num_images > count:
         raise DataError(

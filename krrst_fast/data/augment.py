@@ -1,18 +1,19 @@
-"""The views of a real batch: random crop after zero padding, and horizontal flip."""
+"""The views of real images: random crop after zero padding, and horizontal flip."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from krrst_fast.config import require
 from krrst_fast.ops.views import views
+from krrst_fast.runs.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """Which views an image has: (2 padding + 1)^2 crops, twice that with flips."""
+    """The possible views of an image: (2 padding + 1)^2 crops, twice as many with flips."""
 
     padding: int = 4
     """Zero pixels round the image that a crop may reach into."""
@@ -22,30 +23,47 @@ class ViewConfig:
         require(self.padding >= 0, self, "padding", "at least 0")
 
 
-def draw_views(batch: int, config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one view for each image of a batch.
+class View(NamedTuple):
+    """One view of each image of a batch; all three on one device."""
+
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
+    """The images, int64 [B]."""
+    offset: Tensor
+    """The upper left corner (dy, dx) of each crop, from 0 to 2 * padding: int64 [B, 2]."""
+    flip: Tensor
+    """bool [B]."""
+
+
+def draw_views(index: Tensor, config: ViewConfig, generator: torch.Generator) -> View:
+    """Draw a random view of each image of a batch.
 
     Args:
-        batch: number of images B.
-        config: which views there are.
-        generator: a CPU generator; the draw is the same for every device.
-
-    Returns:
-        offset int64 [B, 2] (dy, dx in 0..2 * padding) and flip bool [B], on the CPU.
+        index: The images, int64 [B].
+        config: The possible views.
+        generator: A CPU generator; the draw is the same for every device.
     """
-    offset = torch.randint(2 * config.padding + 1, (batch, 2), generator=generator)
-    flip = torch.randint(2, (batch,), generator=generator).bool()
-    return offset, flip if config.flip else torch.zeros_like(flip)
+    offset = torch.randint(2 * config.padding + 1, (len(index), 2), generator=generator)
+    flip = torch.randint(2, (len(index),), generator=generator).bool()
+    flip = flip if config.flip else torch.zeros_like(flip)
+    return View(index, offset.to(index.device), flip.to(index.device))
 
 
-def plain_views(
+def render(
     images: Tensor,
-    index: Tensor,
+    view: View,
+    *,
+    padding: int,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The images `index` [B] of uint8 [N, C, H, W], normalised and not augmented: [B, C, H, W]."""
-    offset = index.new_zeros(len(index), 2)
-    flip = torch.zeros_like(index, dtype=torch.bool)
-    return views(images, index, offset, flip, padding=0, mean=mean, std=std, dtype=dtype)
+    """Return the normalised views [B, C, H, W] of uint8 `images` [N, C, H, W]."""
+    return views(images, *view, padding=padding, mean=mean, std=std, dtype=dtype)
+
+
+def plain_views(
+    images: Tensor, index: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Return the images `index` [B] of uint8 [N, C, H, W] without augmentation, normalised."""
+    plain = View(index, index.new_zeros(len(index), 2), torch.zeros_like(index, dtype=torch.bool))
+    return render(images, plain, padding=0, mean=mean, std=std)

@@ -19,7 +19,7 @@ MAX_PIXELS = 89_478_485
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow's warnings of odd metadata are dropped; that of a decompression bomb is an error."""
+    """Drop Pillow's warnings of odd metadata, and make that of a decompression bomb an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -36,7 +36,7 @@ def pixels(image: bytes | Path | npt.NDArray, size: int) -> npt.NDArray[np.uint8
         uint8 [3, size, size].
 
     Raises:
-        DataError: damaged, too large, or no picture at all; it says why, not which.
+        DataError: Damaged, too large, or no picture at all; it says why, not which.
     """
     if isinstance(image, np.ndarray):
         return _fit(_from_array(image), size)
@@ -82,14 +82,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _upper_byte(grey: npt.NDArray) -> npt.NDArray[np.uint8]:
-    """16-bit grey [H, W] to 8 bits, as Pillow itself does for 16-bit colour."""
+    """Reduce 16-bit grey [H, W] to 8 bits, as Pillow itself does for 16-bit colour."""
     if grey.min() < 0 or grey.max() > 0xFFFF:
         raise DataError(f"holds grey values from {grey.min()} to {grey.max()}, need 16 bits")
     return (grey >> 8).astype(np.uint8)
 
 
 def _from_array(array: npt.NDArray) -> Image.Image:
-    """An array [H, W, C] as an RGB image."""
+    """Return an array [H, W, C] as an RGB image."""
     height, width, channels = array.shape
     _refuse_bomb(width, height)
     array = array if array.dtype == np.uint8 else _quantise(array)
@@ -99,7 +99,7 @@ def _from_array(array: npt.NDArray) -> Image.Image:
 
 
 def _quantise(array: npt.NDArray) -> npt.NDArray[np.uint8]:
-    """Floats in [0, 1] to the nearest of 256 levels."""
+    """Round floats in [0, 1] to the nearest of 256 levels."""
     if not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"pixels must be uint8 or floats in [0, 1], got {array.dtype}")
     low, high = float(array.min()), float(array.max())
@@ -115,7 +115,7 @@ def _quantise(array: npt.NDArray) -> npt.NDArray[np.uint8]:
 
 
 def _fit(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """The centre square, resized; cropping first keeps a 1 x 100000 image small."""
+    """Crop to the centre square, then resize: the other order would enlarge a 1 x 100000 image."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2

@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass
 class Packer:
-    """How the images of one source are packed, and which of them were left out."""
+    """Options for packing the images of a source, and the images that were left out."""
 
     size: int
     on_error: Literal["refuse", "skip"]
@@ -39,7 +39,7 @@ class Packer:
         Only a chunk of the images is in memory at a time.
 
         Raises:
-            DataError: there is no image, or one cannot be decoded.
+            DataError: There is no image, or one cannot be decoded.
         """
         writer = StoreWriter(folder, self.size, source.classes)
         with decode.quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -68,7 +68,7 @@ class Packer:
         return iter(tqdm(items, desc=f"prepare {split.name}", unit="img", total=total))
 
     def _decoded(self, chunk: list[Item], pool: ThreadPoolExecutor) -> list[tuple[Pixels, int]]:
-        """Pixels and labels of the images that can be decoded, in their order."""
+        """Return pixels and labels of the images that can be decoded, in their order."""
         good = []
         for item, result in zip(chunk, pool.map(self._attempt, chunk)):
             if not isinstance(result, DataError):

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from krrst_fast.config import require
 from krrst_fast.data.source import DIGITS
 from krrst_fast.data.store import INDEX, ImageStore, open_store
 from krrst_fast.errors import ConfigError
-from krrst_fast.files import atomic_folder, refuse_existing
+from krrst_fast.runs.config import require, require_choices
+from krrst_fast.runs.files import atomic_folder, refuse_existing
 
 MAX_SIZE = 4096
 
@@ -33,7 +33,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         require(bool(self.source), self, "source", "a path, or digits")
         require(1 <= self.size <= MAX_SIZE, self, "size", f"from 1 to {MAX_SIZE}")
-        require(self.on_error in ("refuse", "skip"), self, "on_error", "refuse or skip")
+        require_choices(self)
         require(self.limit is None or self.limit >= 1, self, "limit", "at least 1")
 
 
@@ -41,7 +41,7 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> ImageStore:
     """Decode every image of the source and write the store, whole or not at all.
 
     Raises:
-        DataError: the source is missing, empty or damaged.
+        DataError: The source is missing, empty or damaged.
         ConfigError: `out` exists, or what decodes images is not installed.
     """
     _refuse_output(config)
@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> ImageStore:
 
 
 def _refuse_output(config: PrepareConfig) -> None:
-    """What may be replaced is a store, never the images it is made from."""
+    """Check that the output replaces a store, never the images that it is made from."""
     refuse_existing(config.out, overwrite=config.overwrite, marker=INDEX)
     if config.source == DIGITS:
         return

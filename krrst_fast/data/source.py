@@ -1,7 +1,7 @@
-"""What every format gives: splits, each a stream of named images that are decoded one at a time."""
+"""The common result of all formats: splits, each a stream of named, still encoded images."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,14 +56,22 @@ class Source:
 
 
 def split_of(word: str) -> str | None:
-    """The split that a folder or a file called `word` holds, if the name says it."""
+    """Return the split that a folder or a file called `word` holds, if the name says it."""
     return _SPLIT_OF.get(word.lower())
 
 
-def split_in(name: str) -> str | None:
-    """The split that a word of a file name says: `imagenet-train-000003.tar` is of train."""
+def _split_in(name: str) -> str | None:
+    """Return the split that a word of a file name says: `imagenet-train-000003.tar` is of train."""
     words = re.split(r"[^A-Za-z]+", name)
     return next((split_of(word) for word in words if split_of(word)), None)
+
+
+def by_split(files: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str, list[Path]]:
+    """Group files by the split that a word of their name says; train by default."""
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        splits.setdefault(_split_in(name_of(path)) or "train", []).append(path)
+    return splits
 
 
 def held_out_as_test(source: Source) -> Source:
@@ -78,13 +86,13 @@ def held_out_as_test(source: Source) -> Source:
 
 
 def natural(text: str) -> list[str | int]:
-    """A sort key that puts image_10 after image_9."""
+    """Return a sort key that puts image_10 after image_9."""
     parts = re.split(r"(\d+)", text)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def sample_order(path: Path) -> tuple[int, list[str | int]]:
-    """The order of image files over all classes: by the last number in the name, then by path.
+    """Return the sort key of an image file: the last number in its name, then its path.
 
     The same samples then come in the same order whatever the format, and a prefix of the set holds
     every class: `n01440764_0.JPEG` of each class comes before any `n01440764_1.JPEG`.

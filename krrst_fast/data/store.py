@@ -13,7 +13,7 @@ from torch import Tensor
 
 from krrst_fast.data.source import UNLABELLED
 from krrst_fast.errors import DataError
-from krrst_fast.files import read_json, recover_folder, write_json
+from krrst_fast.runs.files import read_json, recover_folder, write_json
 
 FORMAT_VERSION = 1
 CHANNELS = 3
@@ -40,12 +40,12 @@ class ImageStore:
     has_labels: bool
 
     def count(self, split: str = "train") -> int:
-        """How many images a split has."""
+        """Return how many images a split has."""
         start, stop = self._range(split)
         return stop - start
 
     def images(self, split: str = "train") -> Tensor:
-        """The pixels of a split: uint8 [N, channels, size, size], memory-mapped, not copied.
+        """Map the pixels of a split: uint8 [N, channels, size, size], not copied.
 
         The pages are private to the process: writing to the tensor never changes the file.
         """
@@ -58,10 +58,10 @@ class ImageStore:
         return torch.from_numpy(mapped)
 
     def labels(self, split: str = "train") -> Tensor:
-        """The labels of a split: int64 [N].
+        """Read the labels of a split: int64 [N].
 
         Raises:
-            DataError: the split is not labelled.
+            DataError: The split is not labelled.
         """
         start, stop = self._range(split)
         if self.has_labels:
@@ -71,6 +71,12 @@ class ImageStore:
         raise DataError(
             f"{self.path}: labels are needed, and the images of split {split!r} have none"
         )
+
+    def identity(self) -> str:
+        """Return what tells this set of pixels from another, wherever its folder lies."""
+        crc = read_json(self.path / INDEX)["crc32"][IMAGES]
+        shape = f"{self.count('train')}x{self.channels}x{self.size}x{self.size}"
+        return f"{shape}, crc32 {crc:08x}"
 
     def _range(self, split: str) -> tuple[int, int]:
         if split not in self.splits:
@@ -82,11 +88,11 @@ def open_store(path: Path, verify: bool = False) -> ImageStore:
     """Open the store that `prepare` wrote; one that a kill left moved aside is moved back.
 
     Args:
-        path: its folder.
-        verify: read every file once and compare its checksum; the lengths are always compared.
+        path: Folder of the store.
+        verify: Read every file once and compare its checksum; the lengths are always compared.
 
     Raises:
-        DataError: not a store, of a newer format, or damaged.
+        DataError: Not a store, of a newer format, or damaged.
     """
     path = Path(path)
     recover_folder(path)
@@ -119,7 +125,7 @@ def _from_index(path: Path, index: dict[str, Any]) -> ImageStore:
         )
     splits = {str(k): (int(start), int(stop)) for k, (start, stop) in index["splits"].items()}
     if any(not 0 <= start <= stop <= int(index["count"]) for start, stop in splits.values()):
-        raise DataError(f"{path / INDEX}: the splits {splits} reach past the images")
+        raise DataError(f"{path / INDEX}: the splits {splits} exceed the number of images")
     return ImageStore(
         path=path,
         size=int(index["size"]),
@@ -141,7 +147,7 @@ def _check_length(path: Path, expected: int) -> None:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -161,7 +167,7 @@ class StoreWriter:
         self._histograms: dict[str, npt.NDArray[np.int64]] = {}
 
     def add(self, split: str, images: list[tuple[npt.NDArray[np.uint8], int]]) -> None:
-        """Append images [3, size, size] and their labels to a split; one split after the other."""
+        """Append images [3, size, size] and labels to a split; finish one split before the next."""
         if not images:
             return
         block = np.stack([pixels for pixels, _ in images])
@@ -207,7 +213,7 @@ class StoreWriter:
 
 
 def _moments(histogram: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel from counts [channels, 256], in [0, 1] units.
+    """Return mean and deviation of each channel from counts [channels, 256], in [0, 1] units.
 
     The counts are exact, so the result does not depend on the order of the images. A channel
     that is constant gets the deviation of one level: it is divided by.

@@ -7,21 +7,21 @@ them are a finite table, and looking them up is exact.
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import ViewConfig
+from krrst_fast.data.augment import View, ViewConfig, render
 from krrst_fast.distill.config import DistillConfig
-from krrst_fast.ops.views import views
+from krrst_fast.runs.progress import progress_bar
 from krrst_fast.targets import FrozenTarget
 
 LARGEST = 2**30
-"""Bytes that a cache nobody asked for may take."""
+"""Bytes that a cache may take with the setting "auto"."""
 CHUNK = 256
 
 
 def is_cached(config: DistillConfig, count: int, dim: int) -> bool:
-    """Whether a run keeps a table of the target's outputs.
+    """Return whether a run keeps a table of the target's outputs.
 
     Args:
-        config: of the run; "auto" keeps one that is small and costs less than it saves.
+        config: Settings of the run; "auto" keeps a small cache that costs less than it saves.
         count: N, the real images.
         dim: P, the outputs of the target.
     """
@@ -32,23 +32,23 @@ def is_cached(config: DistillConfig, count: int, dim: int) -> bool:
 
 
 def views_per_image(view: ViewConfig) -> int:
-    """How many views an image has."""
+    """Return how many views an image has."""
     return (2 * view.padding + 1) ** 2 * (2 if view.flip else 1)
 
 
 class TargetCache:
-    """A `Represent` that looks the outputs up.
+    """Look up the outputs of the target (a `Represent` function).
 
     The table is filled in chunks that do not depend on where the run is, so a resumed run finds the
     same bits. They differ in the last bits from outputs computed on a batch, whose shape may make
     the target sum in another order.
 
     Args:
-        target: on the device of `images`.
+        target: Target network, on the device of `images`.
         images: [N, C, H, W] uint8.
-        view: which views there are.
-        dtype: in which the views are made; the target takes them in float32.
-        progress: show a bar, where there is a terminal.
+        view: The possible views.
+        dtype: Dtype of the views; the target takes them in float32.
+        progress: Show a bar, where there is a terminal.
     """
 
     def __init__(
@@ -60,22 +60,16 @@ class TargetCache:
         *,
         progress: bool = False,
     ) -> None:
-        from tqdm import tqdm
-
         self._side = 2 * view.padding + 1
         self._flips = 2 if view.flip else 1
         rows = len(images) * views_per_image(view)
         self.outputs = torch.empty(rows, target.dim, device=images.device)
         """[N * views, P], the views of an image one after another."""
-        off = None if progress else True
-        with tqdm(total=rows, desc="target outputs", unit="view", disable=off) as bar:
+        with progress_bar(progress, total=rows, desc="target outputs", unit="view") as bar:
             for chunk in torch.arange(rows, device=images.device).split(CHUNK):
-                index, offset, flip = self._view(chunk)
-                batch = views(
+                batch = render(
                     images,
-                    index,
-                    offset,
-                    flip,
+                    self._view(chunk),
                     padding=view.padding,
                     mean=target.mean,
                     std=target.std,
@@ -85,16 +79,16 @@ class TargetCache:
                 bar.update(len(chunk))
 
     def __call__(self, index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
-        """The target's outputs [B, P] on the views (index [B], offset [B, 2], flip [B])."""
+        """Return the target's outputs [B, P] on the views (index [B], offset [B, 2], flip [B])."""
         return self.outputs[self._row(index, offset, flip)]
 
     def _row(self, index: Tensor, offset: Tensor, flip: Tensor) -> Tensor:
         dy, dx = offset.unbind(1)
         return ((index * self._side + dy) * self._side + dx) * self._flips + flip
 
-    def _view(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The index, offset and flip that have these rows."""
+    def _view(self, row: Tensor) -> View:
+        """Return the views that have these rows."""
         row, flip = row // self._flips, row % self._flips
         row, dx = row // self._side, row % self._side
         index, dy = row // self._side, row % self._side
-        return index, torch.stack((dy, dx), dim=1), flip.bool()
+        return View(index, torch.stack((dy, dx), dim=1), flip.bool())

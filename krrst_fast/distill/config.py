@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from krrst_fast.config import require
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.models import ModelConfig
+from krrst_fast.ops.solver import RidgeOf, Solver
+from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """The networks whose features the outer loss sees, and how they are trained between visits."""
+    """The pool of networks that give features to the outer loss, and their training."""
 
     size: int = 10
     """How many networks are alive at once."""
@@ -26,22 +27,19 @@ class PoolConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        require(self.size >= 1, self, "size", "at least 1")
-        require(self.online_steps >= 2, self, "online_steps", "at least 2")
-        require(self.lr > 0, self, "lr", "positive")
+        require_choices(self)
+        require_at_least(1, self, "size")
+        require_at_least(2, self, "online_steps")
+        require_positive(self, "lr")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
-        require(self.weight_decay >= 0, self, "weight_decay", "0 or more")
-        require(self.reset in ("paper", "released"), self, "reset", "paper or released")
+        require_at_least(0, self, "weight_decay")
 
 
-_CHOICES = {
-    "ridge_of": ("trace", "mean_diagonal", "absolute"),
-    "image_space": ("normalized", "raw"),
-    "init_images": ("real", "noise"),
-    "init_targets": ("target", "random"),
-    "dtype": ("float32", "float64"),
-    "target_cache": ("auto", "on", "off"),
-}
+FREE_SETTINGS = ("store", "target", "out", "device", "checkpoint_every", "log_every")
+"""Settings that may change in the middle of a run: they say where and how often, not what.
+
+The images and the target themselves may not change: the identities of both are compared.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +63,11 @@ class DistillConfig:
     final_lr_fraction: float = 1e-3
     """What is left of `lr` at the end."""
     ridge: float = 1e-6
-    ridge_of: Literal["trace", "mean_diagonal", "absolute"] = "trace"
+    ridge_of: RidgeOf = "trace"
     """What `ridge` is a multiple of."""
+    solver: Solver = Solver()
+    """How the outer loss is computed. With check "flag" no step waits for its loss, and a failed
+    one is found when the next row is logged or the next checkpoint is due."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """The augmentation of the real batch."""
     target_cache: Literal["auto", "on", "off"] = "auto"
@@ -88,10 +89,11 @@ class DistillConfig:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "steps", "batch_size", "checkpoint_every", "log_every"):
-            require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(self.lr > 0, self, "lr", "positive")
+        require_choices(self)
+        require_at_least(
+            *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
+        )
+        require_positive(self, "lr", "ridge")
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
-        require(self.ridge > 0, self, "ridge", "positive")
-        for name, choices in _CHOICES.items():
-            require(getattr(self, name) in choices, self, name, " or ".join(choices))
+        reference = self.solver.backend == "reference"
+        require(not reference, self, "solver", "of another backend than reference")

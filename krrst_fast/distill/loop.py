@@ -7,31 +7,40 @@ from typing import Any
 
 import torch
 
-from krrst_fast import environment
-from krrst_fast.config import to_dict
 from krrst_fast.data.store import ImageStore, open_store
-from krrst_fast.distill.checkpoint import (
-    Identity,
-    cut_metrics,
-    identity,
-    load_checkpoint,
-    require_same_inputs,
-    require_same_run,
-    save_checkpoint,
-)
-from krrst_fast.distill.config import DistillConfig
+from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
+from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.distill.source import Source
 from krrst_fast.distill.start import (
+    Identity,
     as_distilled,
+    identity,
     initial_set,
     make_source,
     make_state,
     target_variance,
 )
-from krrst_fast.distill.step import LinearDecay, State, StepReport, located, outer_step
-from krrst_fast.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.distill.step import (
+    LinearDecay,
+    State,
+    StepReport,
+    located,
+    outer_step,
+    require_finite,
+)
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
-from krrst_fast.files import append_jsonl, new_folder, read_json, refuse_existing, write_json
+from krrst_fast.runs import environment
+from krrst_fast.runs.checkpoint import (
+    check_folder,
+    cut_metrics,
+    load_checkpoint,
+    require_same_inputs,
+    save_checkpoint,
+)
+from krrst_fast.runs.config import config_hash, to_dict
+from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.log import RunLog, due, summary
+from krrst_fast.runs.progress import progress_bar
 from krrst_fast.targets import FrozenTarget, load_target
 
 
@@ -42,19 +51,19 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     initial.safetensors, and last of all distilled.safetensors.
 
     Args:
-        config: the settings.
-        resume: go on from the folder's checkpoint; a finished run gives its result, and a run that
+        config: The settings.
+        resume: Go on from the folder's checkpoint; a finished run gives its result, and a run that
             was killed before its first checkpoint, or never begun, starts. On a CPU with as many
             threads the result has the bits of a run that was not interrupted.
-        progress: show a bar, where there is a terminal.
+        progress: Show a bar, where there is a terminal.
 
     Raises:
-        ConfigError: the output folder holds something else, or the target does not fit the store.
-        DataError: the store or the target cannot be read, or the store holds too few images.
-        CheckpointError: the run to be resumed has other settings or inputs, or is damaged.
-        NonFiniteError, NotPositiveDefiniteError: a step failed; the last checkpoint is left.
+        ConfigError: The output folder holds something else, or the target does not fit the store.
+        DataError: The store or the target cannot be read, or the store holds too few images.
+        CheckpointError: The run to be resumed has other settings or inputs, or is damaged.
+        NonFiniteError, NotPositiveDefiniteError: A step failed; the last checkpoint is left.
     """
-    _check_folder(config, resume)
+    check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store, target = open_store(config.store), load_target(config.target)
     inputs = identity(store, target)
     if (config.out / FILE_NAME).exists():
@@ -80,25 +89,12 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     totals = _take_up(config, inputs, state, progress)
     _run(config, inputs, state, source, totals, progress)
 
-    variance = target_variance(config, store, target)
-    write_json(config.out / "summary.json", _summary(config, totals, variance))
+    written = summary(totals, config.steps, config.batch_size)
+    written["target_variance"] = target_variance(config, store, target)
+    write_json(config.out / "summary.json", written)
     result = as_distilled(config, inputs, state, target)
     result.save(config.out / FILE_NAME)
     return result
-
-
-def _check_folder(config: DistillConfig, resume: bool) -> None:
-    """Refuse a folder in use, or one that holds no run or another run than the one to resume."""
-    if not resume:
-        refuse_existing(config.out)
-        return
-    if (config.out / "config.json").exists():
-        path = config.out / "config.json"
-        require_same_run(path, read_json(path), config)
-    elif config.out.is_dir() and any(not p.name.startswith(".") for p in config.out.iterdir()):
-        raise ConfigError(
-            f"{config.out}: holds files but no config.json: there is no run to resume"
-        )
 
 
 def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> None:
@@ -118,7 +114,7 @@ def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget
 
 
 def _located(config: DistillConfig) -> DistillConfig:
-    """With paths that mean the same in every directory: later commands read them in the folder."""
+    """Make the paths absolute: later commands read them from config.json in other directories."""
     store, target, out = (path.resolve() for path in (config.store, config.target, config.out))
     return replace(config, store=store, target=target, out=out)
 
@@ -128,7 +124,7 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _require_alike(path: Path, initial: DistilledSet) -> None:
-    """A resumed run must begin with the set that is there already."""
+    """Raise CheckpointError unless a resumed run begins with the set in its folder."""
     before = load_distilled(path)
     require_same_inputs(path, before.meta, initial.meta)
     for then, now in ((before.images, initial.images), (before.targets, initial.targets)):
@@ -145,7 +141,8 @@ def _take_up(
     """Bring the state to the checkpoint, or make the first one. Returns the totals so far."""
     path, metrics = config.out / "checkpoint.pt", config.out / "metrics.jsonl"
     if path.exists():
-        saved = load_checkpoint(path, config, inputs)
+        saved = load_checkpoint(path, config, FREE_SETTINGS)
+        require_same_inputs(path, saved.get("inputs", {}), inputs)
         state.load_state_dict(saved["state"])
         cut_metrics(metrics, state.step)
         return saved["totals"]
@@ -156,7 +153,7 @@ def _take_up(
         "warm_up_seconds": time.perf_counter() - began,
         "peak_memory_mb": environment.peak_memory_mb(state.x_syn.device),
     }
-    save_checkpoint(path, config, inputs, state, totals)
+    save_checkpoint(path, config, _contents(config, inputs, state, totals))
     cut_metrics(metrics, 0)
     return totals
 
@@ -164,7 +161,7 @@ def _take_up(
 def warm_up(state: State, *, progress: bool = False) -> None:
     """Train each network of the pool a random number of steps in [1, T)."""
     ages = state.pool.starting_ages(state.generator)
-    with _bar(progress, total=sum(ages), desc="pool warm-up", unit="step") as bar:
+    with progress_bar(progress, total=sum(ages), desc="pool warm-up", unit="step") as bar:
         for slot, age in zip(state.pool.slots, ages):
             while slot.age < age:
                 with located(0, slot):
@@ -180,91 +177,75 @@ def _run(
     totals: dict[str, float],
     progress: bool,
 ) -> None:
-    """The outer steps that are left. Adds to `totals`."""
+    """Take the outer steps that are left, with log and checkpoints; add to `totals`."""
     rate = LinearDecay(
         start=config.lr, final=config.lr * config.final_lr_fraction, steps=config.steps
     )
-    log = _Log(config, state.step, totals)
-    with _bar(progress, total=config.steps, initial=state.step, desc="distill") as bar:
+    log = RunLog(
+        config.out / "metrics.jsonl",
+        step=state.step,
+        batch_size=config.batch_size,
+        device=state.x_syn.device,
+        totals=totals,
+    )
+    with progress_bar(
+        progress, total=config.steps, initial=state.step, desc="distill", unit="step"
+    ) as bar:
         while state.step < config.steps:
-            report = outer_step(state, source, rate, ridge=config.ridge, ridge_of=config.ridge_of)
+            report = outer_step(
+                state,
+                source,
+                rate,
+                ridge=config.ridge,
+                ridge_of=config.ridge_of,
+                solver=config.solver,
+            )
+            logs = due(state.step, config.log_every, config.steps)
+            saves = due(state.step, config.checkpoint_every, config.steps)
+            if (logs or saves) and config.solver.check == "flag":
+                with located(state.step, state.pool.slots[report.slot]):
+                    require_finite(report.loss)
             # The row before the checkpoint: a kill between them leaves a row too many, which is
             # cut, and never one too few.
-            if _due(state.step, config.log_every, config.steps):
-                bar.set_postfix(log.write(report, state.step), refresh=False)
-            if _due(state.step, config.checkpoint_every, config.steps):
+            if logs:
+                bar.set_postfix(_shown(log.write(state.step, _values(report))), refresh=False)
+            if saves:
                 log.count_time()
-                save_checkpoint(config.out / "checkpoint.pt", config, inputs, state, totals)
+                contents = _contents(config, inputs, state, totals)
+                save_checkpoint(config.out / "checkpoint.pt", config, contents)
             bar.update()
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return step % every == 0 or step == last
-
-
-class _Log:
-    """Writes the rows of metrics.jsonl and keeps the totals."""
-
-    def __init__(self, config: DistillConfig, step: int, totals: dict[str, float]) -> None:
-        self._path = config.out / "metrics.jsonl"
-        self._batch_size = config.batch_size
-        self._device = environment.pick_device(config.device)
-        self._totals = totals
-        self._counted = time.perf_counter()
-        self._row_step, self._row_seconds = step, totals["seconds"]
-
-    def count_time(self) -> None:
-        """Add the time since the last call to the totals."""
-        now = time.perf_counter()
-        self._totals["seconds"] += now - self._counted
-        self._counted = now
-        peak = environment.peak_memory_mb(self._device)
-        self._totals["peak_memory_mb"] = max(self._totals["peak_memory_mb"], peak)
-
-    def write(self, report: StepReport, step: int) -> dict[str, str]:
-        """Append the row of a step; returns what the progress bar shows of it."""
-        solve = report.solve
-        loss, ridge, condition = map(float, (report.loss, solve.ridge, solve.condition))
-        self.count_time()
-        seconds = self._totals["seconds"]
-        images = (step - self._row_step) * self._batch_size
-        row = {
-            "step": step,
-            "loss": loss,
-            "ridge": ridge,
-            "condition": condition,
-            "retries": int(solve.retries),
-            "slot": report.slot,
-            "slot_age": report.slot_age,
-            "lr": report.lr,
-            "images_per_second": images / max(seconds - self._row_seconds, 1e-9),
-            "seconds": seconds,
-            "peak_memory_mb": self._totals["peak_memory_mb"],
-        }
-        append_jsonl(self._path, row)
-        self._row_step, self._row_seconds = step, seconds
-        shown = {"loss": loss, "ridge": ridge, "cond": condition}
-        rate = {"images/s": f"{row['images_per_second']:.0f}"}
-        return {name: f"{value:.3g}" for name, value in shown.items()} | rate
-
-
-def _bar(progress: bool, **options: Any) -> Any:
-    from tqdm import tqdm
-
-    # None: no bar where standard error is not a terminal.
-    return tqdm(disable=None if progress else True, **options)
-
-
-def _summary(
-    config: DistillConfig, totals: dict[str, float], variance: float
-) -> dict[str, float | int]:
-    per_step = totals["seconds"] / config.steps
+def _contents(
+    config: DistillConfig, inputs: Identity, state: State, totals: dict[str, float]
+) -> dict[str, Any]:
+    """Return what a checkpoint holds beside its format and the settings."""
     return {
-        "steps": config.steps,
-        "seconds": totals["seconds"],
-        "seconds_per_step": per_step,
-        "images_per_second": config.batch_size / per_step,
-        "warm_up_seconds": totals["warm_up_seconds"],
-        "peak_memory_mb": totals["peak_memory_mb"],
-        "target_variance": variance,
+        "config_hash": config_hash(config, ignore=FREE_SETTINGS),
+        "inputs": dict(inputs),
+        "state": state.state_dict(),
+        "totals": totals,
+    }
+
+
+def _values(report: StepReport) -> dict[str, float]:
+    """Return what the log keeps of a step."""
+    solve = report.solve
+    return {
+        "loss": float(report.loss),
+        "ridge": float(solve.ridge),
+        "condition": float(solve.condition),
+        "retries": int(solve.retries),
+        "slot": report.slot,
+        "slot_age": report.slot_age,
+        "lr": report.lr,
+    }
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "loss": f"{row['loss']:.3g}",
+        "ridge": f"{row['ridge']:.3g}",
+        "cond": f"{row['condition']:.3g}",
+        "images/s": f"{row['images_per_second']:.0f}",
     }

@@ -1,4 +1,4 @@
-"""The pool: networks at different ages, each trained a little on the synthetic set at every visit.
+"""The pool: networks of different ages; each outer step trains one of them on the synthetic set.
 
 At rest a network is in evaluation mode and asks for no gradients: its features can be taken as they
 are, and a backward pass through it reaches its input and nothing else. Only `Slot.fit` trains.
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
-from krrst_fast.seeding import derive
+from krrst_fast.runs.seeding import derive
 
 
 class Slot:
     """A place in the pool and the network that is in it now.
 
     Attributes:
-        number: which slot this is.
-        network: the network, at rest.
-        age: the SGD steps it has had.
-        generation: how many networks were in the slot before it.
+        number: Position in the pool.
+        network: The network, at rest.
+        age: The SGD steps it has had.
+        generation: Number of networks that the slot has had before.
     """
 
     def __init__(self, number: int, pool: "Pool") -> None:
@@ -35,11 +35,11 @@ class Slot:
         self.generation = 0
 
     def fit(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
-        """One full-batch SGD step on mean((W f(x_syn) - y_syn)^2), in training mode.
+        """Make one full-batch SGD step on mean((W f(x_syn) - y_syn)^2), in training mode.
 
         Args:
-            x_syn: images [M, C, H, W], without gradient.
-            y_syn: targets [M, P], without gradient.
+            x_syn: Images [M, C, H, W], without gradient.
+            y_syn: Targets [M, P], without gradient.
 
         Returns:
             The loss before the step, a scalar.
@@ -57,7 +57,7 @@ class Slot:
 
 @contextmanager
 def training(network: nn.Module) -> Iterator[None]:
-    """Training mode with gradients for the parameters; at rest again afterwards."""
+    """Put the network into training mode with gradients, and back afterwards."""
     network.train().requires_grad_(True)
     try:
         yield
@@ -69,13 +69,13 @@ class Pool:
     """`config.size` slots and the rule that renews them.
 
     Args:
-        config: the settings.
-        image_size: height and width of the images.
-        channels: of the images.
+        config: The settings.
+        image_size: Height and width of the images.
+        channels: Channels of the images.
         num_outputs: P, the width of the targets.
-        seed: of the initial weights; each network's own seed follows from it.
-        device: where the networks live.
-        dtype: of their parameters.
+        seed: Seed from which the seed of each network is derived.
+        device: Device of the networks.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Pool:
         self.slots = [Slot(number, self) for number in range(config.size)]
 
     def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
-        """The untrained network number `generation` of a slot, at rest, and its optimiser."""
+        """Return untrained network number `generation` of a slot, and its optimiser."""
         seed = derive(self._seed, "network", number, generation)
         network = build(self.config.model, **self._shape, seed=seed)
         place(network, self._device, self._dtype).eval().requires_grad_(False)
@@ -109,16 +109,16 @@ class Pool:
         return network, optimizer
 
     def starting_ages(self, generator: torch.Generator) -> list[int]:
-        """For each slot the number of SGD steps, in [1, T), that it is to start with."""
+        """Draw for each slot the number of SGD steps of its start, in [1, T)."""
         size = (self.config.size,)
         return torch.randint(1, self.config.online_steps, size, generator=generator).tolist()
 
     def draw(self, generator: torch.Generator) -> Slot:
-        """A slot, each as likely as the others."""
+        """Draw a slot uniformly."""
         return self.slots[int(torch.randint(len(self.slots), (), generator=generator))]
 
     def advance(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
-        """One SGD step of the slot's network, or a fresh network if it has had all its steps."""
+        """Make one SGD step of the slot's network, or renew it if it has had all its steps."""
         if slot.age < self.config.online_steps and not self._spent(slot):
             slot.fit(x_syn, y_syn)
             return
@@ -127,11 +127,11 @@ class Pool:
         slot.age = 0
 
     def _spent(self, slot: Slot) -> bool:
-        """The released code never sets the counter of a full slot back to zero."""
+        """Return whether a slot is renewed at each step: in the released code, once it was full."""
         return self.config.reset == "released" and slot.generation > 0
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Everything that changes, slot by slot."""
+        """Return everything that changes, slot by slot."""
         return [
             {
                 "age": slot.age,

@@ -1,30 +1,38 @@
-"""What a run starts from: the first synthetic set, the real images, the pool. And its result."""
+"""The start of a run (first synthetic set, real images, pool), and its result."""
 
 import json
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from krrst_fast.config import config_hash, to_dict
-from krrst_fast.data.augment import draw_views, plain_views
+from krrst_fast.data.augment import draw_views, plain_views, render
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.cache import TargetCache, is_cached
-from krrst_fast.distill.checkpoint import FREE_SETTINGS, Identity, identity
-from krrst_fast.distill.config import DistillConfig
+from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
+from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.distill.pool import Pool
-from krrst_fast.distill.source import Epochs, Represent, Source
+from krrst_fast.distill.source import Represent, Source
 from krrst_fast.distill.step import State
-from krrst_fast.distilled_set import DistilledSet
-from krrst_fast.ops.views import views
-from krrst_fast.seeding import generator
+from krrst_fast.runs.config import config_hash, to_dict
+from krrst_fast.runs.epochs import Epochs
+from krrst_fast.runs.seeding import generator
 from krrst_fast.targets import FrozenTarget
 
 CHUNK = 256
 VARIANCE_IMAGES = 1024
 
 
+Identity = Mapping[str, str]
+
+
+def identity(store: ImageStore, target: FrozenTarget) -> dict[str, str]:
+    """Return what tells the store and the target of a run from others, wherever they lie."""
+    return {"store": store.identity(), "target": target.identity()}
+
+
 def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> DistilledSet:
-    """Where the synthetic set starts: random real images, or noise, and the target's outputs."""
+    """Make the first synthetic set: random real images, or noise, and the target's outputs."""
     draw = generator(config.seed, "initial")
     index = torch.randperm(store.count("train"), generator=draw)[: config.num_images]
     images = real = plain_views(store.images("train"), index, target.mean, target.std)
@@ -48,31 +56,28 @@ def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) 
 def display_scale(
     config: DistillConfig, target: FrozenTarget
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and std that make pixels of the synthetic images."""
+    """Return the mean and std that make pixels of the synthetic images."""
     if config.image_space == "raw":
         return (0.0,) * len(target.mean), (1.0,) * len(target.std)
     return tuple(target.mean), tuple(target.std)
 
 
 def represent(target: FrozenTarget, images: Tensor) -> Tensor:
-    """The target's outputs [N, P] on normalised images [N, C, H, W], a chunk at a time."""
+    """Compute the target's outputs [N, P] on normalised images [N, C, H, W], in chunks."""
     device = next(target.model.parameters()).device
     return torch.cat([target(chunk.to(device)).cpu().float() for chunk in images.split(CHUNK)])
 
 
 def target_variance(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> float:
-    """The variance of the target's outputs over images, averaged over outputs: the loss's scale.
+    """Compute the variance of the target's outputs over images: the scale of the loss.
 
-    Like the loss it is of augmented images, each in a random view.
+    It is averaged over outputs and, like the loss, of images in random views.
     """
     draw = generator(config.seed, "variance")
     index = torch.randperm(store.count("train"), generator=draw)[:VARIANCE_IMAGES]
-    offset, flip = draw_views(len(index), config.views, draw)
-    images = views(
+    images = render(
         store.images("train"),
-        index,
-        offset,
-        flip,
+        draw_views(index, config.views, draw),
         padding=config.views.padding,
         mean=target.mean,
         std=target.std,
@@ -88,7 +93,7 @@ def make_source(
     *,
     progress: bool = False,
 ) -> Source:
-    """The store on the device; the target is run on every batch, or on every view beforehand."""
+    """Put the store on the device, with the target to run on each batch, or its outputs kept."""
     images, dtype = store.images("train").to(device), getattr(torch, config.dtype)
 
     def run_target(index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def make_source(
 
 
 def make_state(config: DistillConfig, initial: DistilledSet, device: torch.device) -> State:
-    """The state before the pool's warm-up."""
+    """Make the state before the pool's warm-up."""
     dtype = getattr(torch, config.dtype)
     pool = Pool(
         config.pool,
@@ -132,7 +137,7 @@ def make_state(config: DistillConfig, initial: DistilledSet, device: torch.devic
 def as_distilled(
     config: DistillConfig, inputs: Identity, state: State, target: FrozenTarget
 ) -> DistilledSet:
-    """The synthetic set as it is now, with the settings and the inputs it was made by."""
+    """Return the synthetic set as it is now, with the settings and the inputs it was made by."""
     mean, std = display_scale(config, target)
     settings = {k: v for k, v in to_dict(config).items() if k not in FREE_SETTINGS}
     return DistilledSet(

@@ -14,7 +14,7 @@ from krrst_fast.distill.source import Source
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.krr import krr_mse
-from krrst_fast.ops.options import RidgeOf
+from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class State:
     """All that an outer step changes.
 
     Attributes:
-        step: the outer steps done.
-        x_syn: the synthetic images [M, C, H, W], a leaf with gradient.
-        y_syn: their targets [M, P], a leaf with gradient.
+        step: The outer steps done.
+        x_syn: The synthetic images [M, C, H, W], a leaf with gradient.
+        y_syn: Targets of x_syn [M, P], a leaf with gradient.
         optimizer: AdamW on these two, without weight decay.
-        pool: the networks.
-        generator: draws slots and views.
+        pool: The networks.
+        generator: Draws slots and views.
     """
 
     def __init__(
@@ -52,7 +52,16 @@ class State:
         self.generator = generator
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, from which `load_state_dict` goes on with the same bits."""
+        """Return plain values and tensors: `load_state_dict` goes on from them with the same bits.
+
+        Raises:
+            NonFiniteError: The synthetic set holds NaN or infinity.
+        """
+        for name, tensor in (("images", self.x_syn), ("targets", self.y_syn)):
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"distill: the {name} hold NaN or infinity at step {self.step}"
+                )
         return {
             "step": self.step,
             "x_syn": self.x_syn.detach(),
@@ -63,7 +72,7 @@ class State:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Go on from what `state_dict` returned."""
         self.step = state["step"]
         with torch.no_grad():
             self.x_syn.copy_(state["x_syn"])
@@ -76,7 +85,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What an outer step saw. Its tensors are left on the device."""
+    """Measurements of an outer step; tensors stay on the device."""
 
     loss: Tensor
     solve: SolveInfo
@@ -88,13 +97,22 @@ class StepReport:
 
 
 def outer_step(
-    state: State, source: Source, rate: LinearDecay, *, ridge: float, ridge_of: RidgeOf
+    state: State,
+    source: Source,
+    rate: LinearDecay,
+    *,
+    ridge: float,
+    ridge_of: RidgeOf,
+    solver: Solver = DEFAULT,
 ) -> StepReport:
-    """The body of Algorithm 1 of KRR-ST. Moves `state` on by one step.
+    """Take one step of Algorithm 1 of KRR-ST, in place on `state`.
+
+    With solver.check="flag" the loss is not read: after a failure it is NaN, in this step and, as
+    the images are then NaN too, in every later one.
 
     Raises:
-        NonFiniteError: the loss is NaN or infinite, or the network's training diverged.
-        NotPositiveDefiniteError: the gram has no factor even with a larger ridge.
+        NonFiniteError: The loss is NaN or infinite, or the network's training diverged.
+        NotPositiveDefiniteError: The Cholesky factorisation fails with the largest ridge.
     """
     x_syn, y_syn = state.x_syn, state.y_syn  # [M, C, H, W], [M, P]
     x_real, y_real = source.draw(state.step, state.generator)  # [B, C, H, W], [B, P]
@@ -108,9 +126,18 @@ def outer_step(
 
     with located(state.step + 1, slot):
         loss, solve = krr_mse(
-            f_syn, y_syn, f_real, y_real, ridge=ridge, ridge_of=ridge_of, bias=1.0, return_info=True
+            f_syn,
+            y_syn,
+            f_real,
+            y_real,
+            ridge=ridge,
+            ridge_of=ridge_of,
+            bias=1.0,
+            solver=solver,
+            return_info=True,
         )
-        require_finite(loss)
+        if solver.check == "raise":
+            require_finite(loss)
 
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -131,7 +158,7 @@ def outer_step(
 
 @contextmanager
 def located(step: int, slot: Slot) -> Iterator[None]:
-    """Say in a numerical error which step and which network it was."""
+    """Name the step and the network in a numerical error."""
     try:
         yield
     except (NonFiniteError, NotPositiveDefiniteError) as error:

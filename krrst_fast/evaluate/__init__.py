@@ -9,11 +9,10 @@ from krrst_fast.evaluate.config import (
     ProbeConfig,
 )
 from krrst_fast.evaluate.run import evaluate
-from krrst_fast.evaluate.table import Difference, Evaluation, Row, Summary, paired_difference
+from krrst_fast.evaluate.table import Evaluation, Row, Sample, Summary
 
 __all__ = [
     "METHODS",
-    "Difference",
     "Evaluation",
     "EvaluateConfig",
     "FinetuneConfig",
@@ -21,7 +20,7 @@ __all__ = [
     "PretrainConfig",
     "ProbeConfig",
     "Row",
+    "Sample",
     "Summary",
     "evaluate",
-    "paired_difference",
 ]

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from krrst_fast.config import require
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.models import ModelConfig
+from krrst_fast.ops.solver import Solver
+from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 
 Method = Literal["none", "random_labels", "random_target", "distilled", "target"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -28,13 +29,10 @@ class PretrainConfig:
     label_weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, self, "steps", "at least 1")
-        require(self.batch_size >= 1, self, "batch_size", "at least 1")
-        require(self.lr > 0, self, "lr", "positive")
+        require_at_least(1, self, "steps", "batch_size")
+        require_positive(self, "lr", "label_lr")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
-        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
-        require(self.label_lr > 0, self, "label_lr", "positive")
-        require(self.label_weight_decay >= 0, self, "label_weight_decay", "at least 0")
+        require_at_least(0, self, "weight_decay", "label_weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +55,13 @@ class ProbeConfig:
     from 0.01 to 0.1 with two labels a class as with all; leave-one-out on so few picks badly."""
 
     def __post_init__(self) -> None:
-        require(self.solver in ("sgd", "ridge"), self, "solver", "sgd or ridge")
+        require_choices(self)
         enough = self.labels_per_class is None or self.labels_per_class >= 1
         require(enough, self, "labels_per_class", "at least 1, or none for all")
         draws = self.label_draws == 1 if self.labels_per_class is None else self.label_draws >= 1
         require(draws, self, "label_draws", "at least 1, and 1 where all labels are taken")
-        require(self.steps >= 1, self, "steps", "at least 1")
-        require(self.batch_size >= 1, self, "batch_size", "at least 1")
-        require(self.lr > 0, self, "lr", "positive")
-        require(self.ridge > 0, self, "ridge", "positive")
+        require_at_least(1, self, "steps", "batch_size")
+        require_positive(self, "lr", "ridge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +79,17 @@ class FinetuneConfig:
     views: ViewConfig = ViewConfig()
 
     def __post_init__(self) -> None:
-        require(self.steps >= 0, self, "steps", "at least 0")
-        require(self.batch_size >= 1, self, "batch_size", "at least 1")
-        require(self.lr > 0, self, "lr", "positive")
+        require_at_least(0, self, "steps", "weight_decay")
+        require_at_least(1, self, "batch_size")
+        require_positive(self, "lr")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
-        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
         enough = self.labels_per_class is None or self.labels_per_class >= 1
         require(enough, self, "labels_per_class", "at least 1, or none for all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to pre-train on, what to test on, and how."""
+    """Settings of an evaluation: the sets to pre-train on, the labelled store, the training."""
 
     run: Path
     """A distillation run, or a distilled set alone; results go to its folder `evaluation/`."""
@@ -115,6 +110,8 @@ class EvaluateConfig:
     pretrain: PretrainConfig = PretrainConfig()
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    solver: Solver = Solver()
+    """How a probe in closed form (`probe.solver` ridge) is computed."""
     device: str = "auto"
     overwrite: bool = False
     """Replace a result of that name that was made with other settings."""
@@ -124,7 +121,9 @@ class EvaluateConfig:
         require(known, self, "methods", f"one or more of {', '.join(METHODS)}")
         twice = len(set(self.methods)) < len(self.methods)
         require(not twice, self, "methods", "given once each")
-        require(self.seeds >= 1, self, "seeds", "at least 1")
-        require(self.first_seed >= 0, self, "first_seed", "at least 0")
+        require_at_least(1, self, "seeds")
+        require_at_least(0, self, "first_seed")
+        reference = self.solver.backend == "reference"
+        require(not reference, self, "solver", "of another backend than reference")
         plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
         require(plain, self, "name", "a file name without a folder")

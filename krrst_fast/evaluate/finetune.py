@@ -5,11 +5,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from krrst_fast.data.augment import draw_views
+from krrst_fast.data.augment import draw_views, render
 from krrst_fast.evaluate.config import FinetuneConfig
 from krrst_fast.evaluate.sgd import batches, descend
-from krrst_fast.ops.views import views
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 
 def finetune(
@@ -27,31 +26,28 @@ def finetune(
     """Train all of `net` on random views of the chosen images, in place; leave it in eval mode.
 
     Args:
-        net: [B, 3, H, W] -> [B, classes].
-        images: uint8 [N, 3, H, W], on the device of `net`.
-        index: The images to train on [L].
-        labels: Theirs [L].
+        net: Network that maps images [B, 3, H, W] to class scores [B, classes].
+        images: All images, uint8 [N, 3, H, W], on the device of `net`.
+        index: Positions of the images to train on, int64 [L].
+        labels: Labels of these images, int64 [L].
         config: Steps, batch size, SGD settings, augmentation.
-        mean: Of the normalisation.
-        std: Of the normalisation.
-        seed: Of the batch order and the views.
-        tick: Called after every step.
+        mean: Channel means that normalise the images.
+        std: Channel standard deviations that normalise the images.
+        seed: Seed of the batch order and the views.
+        tick: Function to call after every step.
 
     Returns:
         The loss of the last step.
 
     Raises:
-        NonFiniteError: training diverged.
+        NonFiniteError: Training diverged.
     """
     draws, device = generator(seed, "finetune views"), images.device
 
     def loss_of(batch: Tensor) -> Tensor:
-        offset, flip = draw_views(len(batch), config.views, draws)
-        x = views(
+        x = render(
             images,
-            index[batch].to(device),
-            offset.to(device),
-            flip.to(device),
+            draw_views(index[batch].to(device), config.views, draws),
             padding=config.views.padding,
             mean=mean,
             std=std,

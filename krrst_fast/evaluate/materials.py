@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.config import to_dict
 from krrst_fast.data.store import ImageStore, open_store
-from krrst_fast.distill.recorded import recorded_path
-from krrst_fast.distilled_set import DistilledSet, load_distilled
-from krrst_fast.environment import pick_device, version
+from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.evaluate.config import METHODS, EvaluateConfig, Method
-from krrst_fast.files import read_json
+from krrst_fast.runs.config import to_dict
+from krrst_fast.runs.environment import pick_device, version
+from krrst_fast.runs.files import read_json
 from krrst_fast.targets import FrozenTarget, load_target
 
 _NEEDS_SOURCE: frozenset[Method] = frozenset({"none", "random_labels", "random_target"})
@@ -68,13 +67,13 @@ class Materials:
         return len(self.store.classes)
 
     def mean_std(self, method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """How real images are normalised for the network of `method`."""
+        """Return mean and deviation that normalise real images for the network of `method`."""
         if method in _NEEDS_TARGET and self.target is not None:
             return self.target.mean, self.target.std
         return self.mean, self.std
 
     def fingerprint(self, method: Method) -> str:
-        """Of all that a row of `method` depends on but its seed: equal means the same figures."""
+        """Return a digest of everything but the seed that a row of `method` depends on."""
         settings = to_dict(self.config)
         for key in ("run", "store", "source", "target", "name", "methods", "seeds"):
             del settings[key]
@@ -102,8 +101,8 @@ def open_materials(config: EvaluateConfig) -> Materials:
     """Open and check what `config` names.
 
     Raises:
-        DataError: something is missing, unlabelled, of another image size, or too small.
-        ConfigError: the source or the target of the random rivals is not known.
+        DataError: Something is missing, unlabelled, of another image size, or too small.
+        ConfigError: The source or the target of the random rivals is not known.
     """
     wanted = set(config.methods)
     distilled = load_distilled(config.run)
@@ -161,7 +160,7 @@ def _check_labelled(store: ImageStore, distilled: DistilledSet) -> None:
 
 
 def _test_split(store: ImageStore) -> str:
-    """The split that accuracy is measured on."""
+    """Return the split that accuracy is measured on."""
     filled = [name for name in store.splits if store.count(name) > 0]
     for name in ("test", "val"):
         if name in filled and "train" in filled:
@@ -199,7 +198,7 @@ def _from_run(run: Path, key: str, setting: str) -> Path:
     values = read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get(key), str):
         raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
-    return recorded_path(run, values, key)
+    return Path(values[key])
 
 
 def _of_tensors(tensors: list[Tensor]) -> str:

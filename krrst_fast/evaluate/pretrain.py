@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from krrst_fast.evaluate.config import PretrainConfig
 from krrst_fast.evaluate.sgd import batches, descend
-from krrst_fast.seeding import generator
+from krrst_fast.runs.seeding import generator
 
 
 def pretrain(
@@ -23,19 +23,19 @@ def pretrain(
     """Train `net` to give each image's target representation, by mean squared error.
 
     Args:
-        net: [B, 3, H, W] -> [B, P]; left in eval mode with the running BatchNorm statistics of
-            the images.
-        images: [M, 3, H, W], as the network sees them.
-        targets: [M, P].
+        net: Network that maps [B, 3, H, W] to [B, P]; left in eval mode with the running BatchNorm
+            statistics of the images.
+        images: Normalised images [M, 3, H, W].
+        targets: Target representations [M, P].
         config: Steps, batch size and SGD settings.
-        seed: Of the batch order.
-        tick: Called after every step.
+        seed: Seed of the batch order.
+        tick: Function to call after every step.
 
     Returns:
         The loss of the last step.
 
     Raises:
-        NonFiniteError: training diverged.
+        NonFiniteError: Training diverged.
     """
 
     def loss_of(index: Tensor) -> Tensor:

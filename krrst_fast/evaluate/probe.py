@@ -11,8 +11,9 @@ from krrst_fast.data.augment import plain_views
 from krrst_fast.errors import DataError, NonFiniteError
 from krrst_fast.evaluate.config import ProbeConfig
 from krrst_fast.evaluate.sgd import batches, descend
-from krrst_fast.krr import krr_fit
-from krrst_fast.seeding import generator
+from krrst_fast.ops.fit import krr_fit
+from krrst_fast.ops.solver import DEFAULT, Solver
+from krrst_fast.runs.seeding import generator
 
 _EMBED_BATCH = 512
 
@@ -21,27 +22,27 @@ class Embeds(Protocol):
     """A network with features."""
 
     def embed(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D]."""
+        """Return features [B, D] of images [B, 3, H, W]."""
         ...
 
 
 def draw_labelled(
     labels: Tensor, classes: int, per_class: int | None, *, seed: int, where: str
 ) -> Tensor:
-    """Positions of `per_class` random images of each class, in ascending order.
+    """Return positions of `per_class` random images of each class, in ascending order.
 
     Args:
         labels: [N] in 0..classes-1.
         classes: Number of classes.
         per_class: None takes every image.
-        seed: Of the draw.
+        seed: Seed of the draw.
         where: Name of the data for the error.
 
     Returns:
         Indices into `labels`, int64 [classes * per_class], or [N].
 
     Raises:
-        DataError: a class has fewer images than asked.
+        DataError: A class has fewer images than asked.
     """
     if per_class is None:
         return torch.arange(len(labels))
@@ -51,8 +52,8 @@ def draw_labelled(
         members = (labels == label).nonzero().flatten()
         if len(members) < per_class:
             raise DataError(
-                f"{where}: class {label} has {len(members)} labelled images in the train split, "
-                f"and labels_per_class asks for {per_class}"
+                f"{where}: class {label} has only {len(members)} labelled training images, and "
+                f"labels_per_class is {per_class}"
             )
         picks.append(members[torch.randperm(len(members), generator=draw)[:per_class]])
     return torch.cat(picks).sort().values
@@ -66,12 +67,12 @@ def embed(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
-    """Features [len(index), D] of the uint8 `images` [N, 3, H, W], un-augmented.
+    """Compute features [len(index), D] of the uint8 `images` [N, 3, H, W], un-augmented.
 
     The images are on the device of the network, and so are the features.
 
     Raises:
-        NonFiniteError: a feature is NaN or infinite.
+        NonFiniteError: A feature is NaN or infinite.
     """
     parts = []
     with torch.no_grad():
@@ -92,22 +93,24 @@ def probe_accuracy(
     config: ProbeConfig,
     *,
     seed: int,
+    solver: Solver = DEFAULT,
     tick: Callable[[], object] | None = None,
 ) -> float:
-    """Per cent of `test` that a linear classifier fitted on `train` names rightly.
+    """Return the accuracy in per cent on `test` of a linear classifier fitted on `train`.
 
     Args:
-        train: Features [N, D].
-        train_labels: [N].
-        test: Features [T, D].
-        test_labels: [T].
+        train: Features to fit [N, D].
+        train_labels: Labels of these [N].
+        test: Features to classify [T, D].
+        test_labels: Labels of these [T].
         classes: Number of classes.
-        config: Solver and its settings.
-        seed: Of the batch order ("sgd").
-        tick: Called after every SGD step, or once.
+        config: Kind of probe and its settings.
+        seed: Seed of the batch order ("sgd").
+        solver: How the closed form is solved ("ridge").
+        tick: Function to call after every SGD step, or once.
     """
     if config.solver == "ridge":
-        scores = ridge_scores(train, train_labels, test, classes, config.ridge)
+        scores = ridge_scores(train, train_labels, test, classes, config.ridge, solver)
         if tick is not None:
             tick()
     else:
@@ -116,12 +119,19 @@ def probe_accuracy(
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Per cent of the rows of `scores` [T, classes] whose largest entry is at the label."""
+    """Return the per cent of rows of `scores` [T, classes] with the largest entry at the label."""
     return 100 * int((scores.argmax(1) == labels).sum()) / len(labels)
 
 
-def ridge_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, ridge: float) -> Tensor:
-    """Ridge regression to one-hot labels with an unpenalised intercept: scores [T, classes].
+def ridge_scores(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    classes: int,
+    ridge: float,
+    solver: Solver = DEFAULT,
+) -> Tensor:
+    """Fit ridge regression to one-hot labels, intercept not penalised; return scores [T, classes].
 
     Features are centred by the training mean and not scaled one by one: a standard deviation of
     a feature over twenty images is mostly noise. `ridge` is a multiple of the mean diagonal of the
@@ -130,7 +140,9 @@ def ridge_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, ridg
     centre = train.mean(0)
     one_hot = F.one_hot(labels, classes).to(train.dtype)
     prior = one_hot.mean(0)
-    fit = krr_fit(train - centre, one_hot - prior, ridge=ridge, ridge_of="mean_diagonal")
+    fit = krr_fit(
+        train - centre, one_hot - prior, ridge=ridge, ridge_of="mean_diagonal", solver=solver
+    )
     return fit.predict(test - centre) + prior
 
 
@@ -144,7 +156,7 @@ def sgd_scores(
     seed: int,
     tick: Callable[[], object] | None = None,
 ) -> Tensor:
-    """A linear layer trained by cross-entropy from zero weights: scores [T, classes]."""
+    """Train a linear layer by cross-entropy from zero weights; return scores [T, classes]."""
     weight = torch.zeros(classes, train.shape[1], device=train.device, requires_grad=True)
     bias = torch.zeros(classes, device=train.device, requires_grad=True)
 

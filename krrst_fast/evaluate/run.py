@@ -2,15 +2,16 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from krrst_fast.environment import describe
-from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.errors import ConfigError
 from krrst_fast.evaluate.config import EvaluateConfig, Method
 from krrst_fast.evaluate.materials import open_materials
-from krrst_fast.evaluate.table import Evaluation, Row, rows_from_json
+from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
-from krrst_fast.files import append_jsonl, read_json, read_jsonl, write_json
+from krrst_fast.runs.config import from_dict
+from krrst_fast.runs.environment import describe
+from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, write_json
+from krrst_fast.runs.progress import progress_bar
 
 
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
@@ -22,16 +23,16 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     stopped goes on where it was, and one that is asked for more seeds or methods adds them.
 
     Args:
-        config: What to pre-train on, what to test on, and how.
+        config: Settings of the evaluation.
         progress: Show a bar, where there is a terminal.
 
     Returns:
         The figures, which are also in `evaluation/NAME.json` of the run.
 
     Raises:
-        DataError: images or labels are not what the methods need.
-        ConfigError: a setting is missing, or a result with other settings would be lost.
-        NonFiniteError: a training diverged.
+        DataError: Images or labels are not what the methods need.
+        ConfigError: A setting is missing, or a result with other settings would be lost.
+        NonFiniteError: A training diverged.
     """
     materials = open_materials(config)
     trials = Trials(materials)
@@ -46,7 +47,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     missing = [job for job in jobs if job not in rows]
 
     folder.mkdir(parents=True, exist_ok=True)
-    with _bar(sum(_ticks(config, method) for method, _ in missing), progress) as bar:
+    total = sum(_ticks(config, method) for method, _ in missing)
+    with progress_bar(progress, total=total, unit="step") as bar:
         for method, seed in missing:
             bar.set_description(f"{method} seed {seed}")
             row = trials.run(method, seed, keys[method], bar.update)
@@ -74,10 +76,10 @@ def _rows_at_hand(
     keys: dict[Method, str],
     jobs: list[tuple[Method, int]],
 ) -> dict[tuple[Method, int], Row]:
-    """Rows of this very evaluation that an earlier call has already computed."""
+    """Return the rows of this evaluation that an earlier call has computed."""
     finished: list[Row] = []
     if output.exists() and not config.overwrite:
-        finished = _rows_of(output)
+        finished = list(Evaluation.from_json(read_json(output), output).rows)
         for row in finished:
             if (row.method, row.seed) not in jobs:
                 raise ConfigError(
@@ -89,7 +91,7 @@ def _rows_at_hand(
                     f"evaluate: {output} holds {row.method} with seed {row.seed} made with other "
                     "settings or data; pass --overwrite to replace it or --name to keep both"
                 )
-    found = finished + rows_from_json(read_jsonl(partial))
+    found = finished + [from_dict(Row, row) for row in read_jsonl(partial)]
     return {
         (row.method, row.seed): row
         for row in found
@@ -97,24 +99,10 @@ def _rows_at_hand(
     }
 
 
-def _rows_of(output: Path) -> list[Row]:
-    try:
-        return rows_from_json(read_json(output)["rows"])
-    except (KeyError, TypeError):
-        raise DataError(f"{output}: not a result of krrst evaluate; move it away") from None
-
-
 def _ticks(config: EvaluateConfig, method: Method) -> int:
-    """Progress of a row: one for each SGD step, one for each closed-form probe."""
+    """Count the progress of a row: one for each SGD step and each closed-form probe."""
     ticks = config.probe.label_draws * (config.probe.steps if config.probe.solver == "sgd" else 1)
     if method != "target":
         ticks += config.finetune.steps
         ticks += config.pretrain.steps if method != "none" else 0
     return ticks
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    # None: no bar where standard error is not a terminal.
-    return tqdm(total=total, unit="step", disable=None if progress else True, dynamic_ncols=True)

@@ -42,22 +42,22 @@ def descend(
     """Minimise `loss_of(index)` over the batches of `order`.
 
     Args:
-        parameters: What is trained, in place.
-        loss_of: From a batch of indices [B] to its loss.
-        order: `steps` index batches.
+        parameters: Tensors to train, in place.
+        loss_of: Function from a batch of indices [B] to its loss.
+        order: Batches of indices, `steps` of them.
         steps: Number of batches, for the decay.
         lr: Learning rate; with `cosine` it falls to 0 over the steps.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        cosine: Decay the rate.
-        what: Name of the training for the error.
-        tick: Called after every step.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        cosine: Whether the rate decays.
+        what: Name of the training in errors.
+        tick: Function to call after every step.
 
     Returns:
         The loss of the last batch, before its update.
 
     Raises:
-        NonFiniteError: training diverged.
+        NonFiniteError: Training diverged.
     """
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     loss = torch.tensor(0.0)

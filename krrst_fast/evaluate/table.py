@@ -1,25 +1,31 @@
-"""The figures of an evaluation: rows, means, paired differences, and the text table."""
+"""The result of an evaluation: rows, means, paired differences, and the text table."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from krrst_fast.config import to_dict
+from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.runs.config import from_dict, to_dict
 
 FORMAT_VERSION = 1
 RIVAL: Method = "random_target"
-"""The fair rival: as many real images, the same target, the same training."""
+"""The baseline: as many real images, with the same target and the same training."""
 
 Task = Literal["probe", "finetune"]
 TASKS: tuple[Task, ...] = ("probe", "finetune")
 
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
+_T975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16)
+_T975_MORE = 2.145
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method with one seed. Accuracies are per cent of the test images."""
+    """The result of one method with one seed; accuracies are in per cent of the test images."""
 
     method: Method
     seed: int
@@ -29,48 +35,74 @@ class Row:
     """Loss of the last pre-training step; None without pre-training."""
     seconds: float
     fingerprint: str
-    """Of all settings and data the row depends on."""
+    """Digest of all settings and data that the row depends on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Mean over seeds of a method's accuracy less the rival's with the same seed."""
+@dataclass(frozen=True)
+class Sample:
+    """Accuracies, or paired differences of accuracies, in points by seed; at least one."""
 
-    mean: float
-    standard_error: float | None
-    """Standard deviation of the differences / sqrt(count); None for a single seed."""
-    count: int
+    by_seed: Mapping[int, float]
+
+    @property
+    def count(self) -> int:
+        """Number of seeds."""
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.by_seed.values())
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the sample (n - 1); None for a single seed."""
+        return statistics.stdev(self.by_seed.values()) if self.count > 1 else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the mean; None for a single seed."""
+        return None if self.std is None else self.std / math.sqrt(self.count)
+
+    @property
+    def interval(self) -> float | None:
+        """Half of the 95 % interval of the mean by Student's t; None for a single seed."""
+        error = self.standard_error
+        return None if error is None else error * interval_factor(self.count)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One method on one task, over the seeds, in points of accuracy."""
+@dataclass(frozen=True)
+class Summary(Sample):
+    """One method on one task: its accuracies, and the differences to the baseline."""
 
-    mean: float
-    std: float | None
-    """Of the sample (n - 1); None for a single seed."""
-    count: int
-    difference: Difference | None
-    """To the rival; None for the rival itself, and where it was not run."""
+    difference: Sample | None = None
+    """None for the baseline itself, and where the baseline was not run with a seed of these."""
 
 
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """The mean of ours - theirs over the seeds that both have, with its standard error."""
+def interval_factor(seeds: int) -> float:
+    """Return the standard errors in half of a 95 % interval of the mean over `seeds` values."""
+    return _T975[seeds - 2] if seeds - 2 < len(_T975) else _T975_MORE
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Sample | None:
+    """Return ours - theirs for the seeds that both have; None where they share no seed."""
     seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return None
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
-    spread = statistics.stdev(differences) if len(seeds) > 1 else None
-    return Difference(
-        mean=statistics.fmean(differences),
-        standard_error=None if spread is None else spread / math.sqrt(len(seeds)),
-        count=len(seeds),
-    )
+    return Sample({seed: ours[seed] - theirs[seed] for seed in seeds}) if seeds else None
+
+
+def plus_minus(mean: float, spread: float | None) -> str:
+    """Return "84.4 +- 2.9", or the mean alone."""
+    return f"{mean:.1f}" + ("" if spread is None else f" +- {spread:.1f}")
+
+
+def signed(mean: float, error: float | None = None) -> str:
+    """Return "+3.0 +- 0.8" or "-0.2"; what rounds to zero is "+0.0"."""
+    return ("-" if round(mean, 1) < 0 else "+") + plus_minus(abs(mean), error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `evaluate` found; `to_json` is what its file holds."""
+    """The result of `evaluate`; its file holds `to_json`."""
 
     name: str
     config: EvaluateConfig
@@ -79,46 +111,38 @@ class Evaluation:
     """M, the images of the distilled set and of the random subsets."""
     environment: Mapping[str, Any]
     seconds: float
-    """The sum over the rows: what the figures cost, however often the evaluation was stopped."""
+    """The sum over the rows, however often the evaluation was stopped."""
 
     def accuracies(self, method: Method, task: Task) -> dict[int, float]:
-        """Accuracy by seed, in per cent; empty where the method was not run on the task."""
+        """Return the accuracy by seed, in per cent; empty where the method was not run."""
         values = {row.seed: getattr(row, task) for row in self.rows if row.method == method}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def summary(self, method: Method, task: Task) -> Summary | None:
-        """Mean, standard deviation and the paired difference to the rival, or None if not run."""
+        """Return mean, standard deviation and paired difference to the baseline, or None."""
         ours = self.accuracies(method, task)
         if not ours:
             return None
-        values = list(ours.values())
         rival = {} if method == RIVAL else self.accuracies(RIVAL, task)
-        return Summary(
-            mean=statistics.fmean(values),
-            std=statistics.stdev(values) if len(values) > 1 else None,
-            count=len(values),
-            difference=paired_difference(ours, rival),
-        )
+        return Summary(ours, paired_difference(ours, rival))
 
     def tasks(self) -> tuple[Task, ...]:
-        """The tasks that were run."""
+        """Return the tasks that were run."""
         return tuple(
             task for task in TASKS if any(getattr(row, task) is not None for row in self.rows)
         )
 
     def verdicts(self) -> list[str]:
-        """One line a task: by how much the distilled set beats the rival."""
+        """Return a line for each task: the difference of the distilled set to the baseline."""
         lines = []
         for task in self.tasks():
             summary = self.summary("distilled", task)
             if summary is not None and summary.difference is not None:
-                difference = summary.difference
-                seeds = f"{difference.count} paired seed{'s' if difference.count > 1 else ''}"
-                lines.append(f"{task}: distilled - {RIVAL} = {_signed(difference)} ({seeds})")
+                lines.append(f"{task}: distilled - {RIVAL} = {in_words(summary.difference)}")
         return lines
 
     def table(self) -> str:
-        """An aligned text table, one row a method, and the verdicts below it."""
+        """Return an aligned text table, one row a method, and the verdicts below it."""
         header = ["method"]
         for task in self.tasks():
             header += [task, f"- {RIVAL}"] if self._has_rival else [task]
@@ -137,10 +161,10 @@ class Evaluation:
             if summary is None:
                 cells += ["-", "-"] if self._has_rival else ["-"]
                 continue
-            std = "" if summary.std is None else f" +- {summary.std:.1f}"
-            cells.append(f"{summary.mean:.1f}{std}")
+            cells.append(plus_minus(summary.mean, summary.std))
             if self._has_rival:
-                cells.append("-" if summary.difference is None else _signed(summary.difference))
+                by = summary.difference
+                cells.append("-" if by is None else signed(by.mean, by.standard_error))
         return cells
 
     @property
@@ -161,7 +185,7 @@ class Evaluation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Return everything as JSON values."""
         return {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -179,16 +203,46 @@ class Evaluation:
             "environment": dict(self.environment),
         }
 
+    @classmethod
+    def from_json(cls, values: Any, path: Path) -> "Evaluation":
+        """Return the evaluation that `to_json` wrote to `path`.
+
+        Raises:
+            DataError: The values are something else.
+        """
+        try:
+            if values["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {values['format_version']!r}")
+            return cls(
+                name=str(values["name"]),
+                config=from_dict(EvaluateConfig, values["config"]),
+                rows=tuple(from_dict(Row, row) for row in values["rows"]),
+                num_images=int(values["num_images"]),
+                environment=dict(values["environment"]),
+                seconds=float(values["seconds"]),
+            )
+        except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a result of krrst evaluate ({error!r})") from None
+
     def _plain(self, method: Method, task: Task) -> dict[str, Any] | None:
         summary = self.summary(method, task)
-        return None if summary is None else asdict(summary)
+        if summary is None:
+            return None
+        by = summary.difference
+        plain: dict[str, Any] = {name: getattr(summary, name) for name in ("mean", "std", "count")}
+        names = ("mean", "standard_error", "interval", "count")
+        return plain | {"difference": by and {name: getattr(by, name) for name in names}}
 
 
-def rows_from_json(values: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows as `asdict` wrote them."""
-    return [Row(**value) for value in values]
+def in_words(difference: Sample) -> str:
+    """Return "+3.0 +- 0.8 points (5 paired seeds, 95 % interval +0.8 to +5.2)"."""
+    seeds = f"{difference.count} paired seed{'s' if difference.count > 1 else ''}"
+    if difference.interval is not None:
+        seeds += f", 95 % interval {ends(difference)}"
+    return f"{signed(difference.mean, difference.standard_error)} points ({seeds})"
 
 
-def _signed(difference: Difference) -> str:
-    error = difference.standard_error
-    return f"{difference.mean:+.1f}" + ("" if error is None else f" +- {error:.1f}")
+def ends(difference: Sample) -> str:
+    """Return the ends of the 95 % interval of the mean, "+0.8 to +5.2"."""
+    half = difference.interval or 0.0
+    return f"{signed(difference.mean - half)} to {signed(difference.mean + half)}"

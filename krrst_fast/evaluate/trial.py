@@ -18,16 +18,16 @@ from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.probe import accuracy, draw_labelled, embed, probe_accuracy
 from krrst_fast.evaluate.table import Row
 from krrst_fast.models import Network, build, place
-from krrst_fast.seeding import derive
+from krrst_fast.runs.seeding import derive
 
 Tick = Callable[[], object]
 
 
 class Trials:
-    """Runs one method with one seed after another on the same materials.
+    """A runner of methods and seeds on the same materials.
 
     Raises:
-        DataError: a class has fewer labelled images than asked, or a test image has no label.
+        DataError: A class has fewer labelled images than asked, or a test image has no label.
     """
 
     def __init__(self, materials: Materials) -> None:
@@ -65,7 +65,7 @@ class Trials:
         )
 
     def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, float | None]:
-        """The network of `method`, pre-trained, in eval mode, and its last loss."""
+        """Return the network of `method`, pre-trained, in eval mode, and its last loss."""
         given = self.materials
         config, device, count = given.config.pretrain, given.device, len(given.distilled)
         if method == "none":
@@ -91,13 +91,13 @@ class Trials:
         return self.materials.source
 
     def _random_images(self, seed: int) -> Tensor:
-        """The random real images of a seed [M, 3, H, W], as the networks see them."""
+        """Return the random real images of a seed [M, 3, H, W], normalised."""
         given, images = self.materials, self._source.images("train")
         index = random_index(self._source, len(given.distilled), seed=seed)
         return plain_views(images, index, given.mean, given.std).to(given.device)
 
     def _fresh(self, num_outputs: int, seed: int) -> Network:
-        """The initial network of a seed: the body does not depend on the number of outputs."""
+        """Return the initial network of a seed; its body is the same for every `num_outputs`."""
         net = build(
             self.materials.config.model,
             image_size=self.materials.store.size,
@@ -107,7 +107,7 @@ class Trials:
         return place(net, self.materials.device)
 
     def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
-        """Accuracy of the probe, a mean over the draws of labels."""
+        """Return the accuracy of the probe, a mean over the draws of labels."""
         given, config = self.materials, self.materials.config.probe
         test = self._features(net, method, given.test, self._all_tests, "test")
         accuracies = []
@@ -122,6 +122,7 @@ class Trials:
                     given.classes,
                     config,
                     seed=seed,
+                    solver=given.config.solver,
                     tick=tick,
                 )
             )
@@ -130,7 +131,7 @@ class Trials:
     def _features(
         self, net: Network, method: Method, split: Split, index: Tensor, name: str
     ) -> Tensor:
-        """Features of the images at `index`; the target's, which no seed changes, once only."""
+        """Compute features of the images at `index`; of the target once for all seeds."""
         fixed = method == "target" and len(index) == len(split.labels)
         if fixed and name in self._target_features:
             return self._target_features[name]

@@ -5,16 +5,16 @@ from typing import Literal
 
 import torch
 
-from krrst_fast.config import require
 from krrst_fast.errors import ConfigError
 from krrst_fast.models.convnet import ConvNet, Norm
 from krrst_fast.models.network import Network
 from krrst_fast.models.resnet import ResNet, Stem
+from krrst_fast.runs.config import require, require_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network."""
+    """Architecture of a network."""
 
     kind: Literal["convnet", "resnet10", "resnet18", "resnet50"] = "convnet"
     widths: tuple[int, ...] = (128, 256, 512)
@@ -25,29 +25,25 @@ class ModelConfig:
     """First layer of a resnet: 3x3 with stride 1 for small images, or 7x7 with a max-pool."""
 
     def __post_init__(self) -> None:
-        kinds = ("convnet", "resnet10", "resnet18", "resnet50")
-        require(self.kind in kinds, self, "kind", f"one of {', '.join(kinds)}")
+        require_choices(self)
         require(len(self.widths) > 0, self, "widths", "at least one number of channels")
         require(min(self.widths) > 0, self, "widths", "positive")
-        norms = ("batch", "instance", "none")
-        require(self.norm in norms, self, "norm", f"one of {', '.join(norms)}")
-        require(self.stem in ("small", "imagenet"), self, "stem", "small or imagenet")
 
 
 def build(
     config: ModelConfig, *, image_size: int, num_outputs: int, seed: int, channels: int = 3
 ) -> Network:
-    """A freshly initialised network on the CPU, in training mode.
+    """Return a freshly initialised network on the CPU, in training mode.
 
     Args:
-        config: which network.
-        image_size: height and width of the images it will see.
+        config: Architecture.
+        image_size: Height and width of the images it will see.
         num_outputs: P, the outputs of its linear head; 0 for no head (forward is embed).
-        seed: the same seed gives the same bits; the global random state is left as it was.
-        channels: channels of the images.
+        seed: The same seed gives the same bits; the global random state is left as it was.
+        channels: Channels of the images.
 
     Raises:
-        ConfigError: the images are too small for that many poolings, or a number is negative.
+        ConfigError: The images are too small for that many poolings, or a number is negative.
     """
     if num_outputs < 0 or channels < 1:
         raise ConfigError(

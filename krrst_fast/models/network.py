@@ -1,4 +1,4 @@
-"""What every network has: a feature map, its dimension, and a linear head called `fc`."""
+"""Base class of the networks: a feature map, its dimension, and a linear head called `fc`."""
 
 from abc import ABC, abstractmethod
 from typing import TypeVar
@@ -14,8 +14,8 @@ class Network(nn.Module, ABC):
 
     Attributes:
         feature_dim: D, the number of features `embed` returns.
-        channels: the number of input channels.
-        image_size: height and width of the input, or None if any size will do.
+        channels: The number of input channels.
+        image_size: Height and width of the input, or None if any size will do.
     """
 
     def __init__(self, *, feature_dim: int, channels: int, image_size: int | None) -> None:
@@ -26,14 +26,14 @@ class Network(nn.Module, ABC):
         self.fc: nn.Module = nn.Identity()
 
     def set_head(self, num_outputs: int) -> None:
-        """A fresh linear head of `num_outputs`, or none at all where that is 0."""
+        """Make a new linear head of `num_outputs`, or none if that is 0."""
         self.fc = nn.Linear(self.feature_dim, num_outputs) if num_outputs else nn.Identity()
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features of the images: [B, C, H, W] -> [B, D].
+        """Compute features [B, D] of images [B, C, H, W].
 
         Raises:
-            ValueError: the images have another shape than this network takes.
+            ValueError: The images have another shape than this network takes.
         """
         size = self.image_size
         square = x.dim() == 4 and (size is None or x.shape[2:] == (size, size))
@@ -43,12 +43,12 @@ class Network(nn.Module, ABC):
         return self._features(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the head: [B, C, H, W] -> [B, P], or [B, D] without a head."""
+        """Return the outputs of the head: [B, C, H, W] -> [B, P], or [B, D] without a head."""
         return self.fc(self.embed(x))
 
     @abstractmethod
     def _features(self, x: Tensor) -> Tensor:
-        """The last feature map, [B, C', H', W'] with C' * H' * W' = D."""
+        """Return the last feature map, [B, C', H', W'] with C' * H' * W' = D."""
 
 
 def place(network: N, device: torch.device | str, dtype: torch.dtype = torch.float32) -> N:

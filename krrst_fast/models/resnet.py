@@ -27,7 +27,7 @@ class _Residual(nn.Module, ABC):
 
     @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
-        """What is added to the shortcut."""
+        """Return the term that is added to the shortcut."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)

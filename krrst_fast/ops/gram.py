@@ -1,81 +1,95 @@
-"""The gram of a set of features with itself."""
+"""The Gram matrix of a set of features."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from krrst_fast import library, reference
-from krrst_fast.backends import BackendName, choose
-from krrst_fast.exact import exact_arithmetic
-from krrst_fast.ops import checks
-from krrst_fast.ops.once import Batched, Tensors, gradients
-from krrst_fast.ops.options import Options, Precision
-from krrst_fast.ops.prepare import fold, result_dtype, unfold, working_dtype
+from krrst_fast import reference
+from krrst_fast.backends import Backend, choose
+from krrst_fast.backends.torch import matmul
+from krrst_fast.ops import composite
+from krrst_fast.ops.autograd import Batched, Tensors, gradients, needs_composite
+from krrst_fast.ops.problem import (
+    check_kernel,
+    check_matrices,
+    check_solver,
+    finite,
+    fold,
+    keepable,
+    symbol,
+    unfold,
+    working_dtype,
+)
+from krrst_fast.ops.solver import DEFAULT, Solver
+from krrst_fast.precision import exact_arithmetic
 
 
-def gram(
-    x: Tensor,
-    *,
-    scale: float = 1.0,
-    bias: float = 0.0,
-    precision: Precision | None = None,
-    backend: BackendName = "auto",
-) -> Tensor:
-    """K = scale X X^T + bias, differentiable once.
+def gram(x: Tensor, *, scale: float = 1.0, bias: float = 0.0, solver: Solver = DEFAULT) -> Tensor:
+    """Compute the Gram matrix K = scale X X^T + bias, differentiably.
 
-    The C++ kernel, taken from 48 rows on, computes one triangle and is exactly symmetric.
+    The C++ kernel, used from 48 rows on, computes one triangle and is exactly symmetric.
 
     Args:
-        x: features [..., N, D], float32, float64, or half precision (computed in float32), any
-            strides (`gram(x.mT)` is the feature gram).
-        scale: multiplies every inner product.
-        bias: added to every entry.
-        precision: None | "float64" | "float32" | "fast", as in `krrst_fast.krr_mse`.
-        backend: see `krrst_fast.ops.options.FitOptions`.
+        x: Features [..., N, D], float32, float64, or half precision (computed in float32), with
+            any strides (`gram(x.mT)` is the Gram of the columns).
+        scale: Positive factor of every inner product.
+        bias: Non-negative constant that is added to every entry.
+        solver: Its `precision` and `backend`; nothing is solved.
 
     Returns:
         K [..., N, N].
 
     Raises:
-        ValueError, TypeError: `x` or a setting does not fit.
+        ValueError: The shape or a value does not fit.
+        TypeError: An argument has another type or dtype.
         NonFiniteError: x, on the CPU, holds NaN or infinity.
     """
     op = "gram"
-    checks.matrices(op, x=x)
-    checks.scale(op, "scale", scale)
-    checks.bias(op, "bias", bias)
-    checks.one_of(op, "precision", precision, (None, "float64", "float32", "fast"))
-    batch, dtype = tuple(x.shape[:-2]), result_dtype(x)
-    x = fold(x.to(working_dtype(dtype, Options(precision=precision))), batch, 2)
-    if precision == "fast":
+    check_kernel(op, 1.0, "trace", True, scale, bias)
+    check_solver(op, solver)
+    dtype = check_matrices(op, ("x",), (x,))
+    batch = tuple(x.shape[:-2])
+    x = fold(x.to(working_dtype(dtype, solver.precision)), batch, 2)
+    if solver.precision == "fast":
         x, _ = reference.round_features(x, None)
-    if backend == "reference":
+    if solver.backend == "reference":
         with exact_arithmetic(x):
             k = reference.gram(x, scale, bias)
-        checks.finite(op, k, x=x)
+        finite(op, k, x=x)
+    elif needs_composite():
+        k = composite.gram(x, scale, bias)
+    elif torch.compiler.is_compiling():
+        plain = _Gram.apply(x, 1.0, 0.0, choose(solver.backend, x, op))
+        k = symbol(scale, x) * plain + symbol(bias, x)
     else:
-        k = _Gram.apply(x, float(scale), float(bias), choose(backend, x, op).name)
+        k = _Gram.apply(x, float(scale), float(bias), choose(solver.backend, x, op))
     return unfold(k, batch).to(dtype)
 
 
 class _Gram(Batched):
     @staticmethod
-    def forward(x: Tensor, scale: float, bias: float, backend: str) -> Tensor:
+    def forward(x: Tensor, scale: float, bias: float, backend: Backend) -> Tensor:
         with exact_arithmetic(x):
-            k = choose(backend, x, "gram").gram(x, scale, bias)
-        checks.finite("gram", k, x=x)
+            k = backend.gram(x, scale, bias)
+        finite("gram", k, x=x)
         return k
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.scale = inputs[1]
+        ctx.save_for_backward(*keepable(inputs[0]))
+        ctx.settings = inputs[1:3]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensors:
-        return (*gradients(_backward, "gram", (ctx.scale,), *ctx.saved_tensors, grad), *[None] * 3)
+        found = gradients(_backward, _again, ctx, ctx.settings, grad)
+        return (*found[:1], None, None, None)
 
 
-def _backward(static: tuple[float], x: Tensor, grad: Tensor) -> Tensors:
+def _backward(settings: tuple[float, float], x: Tensor, grad: Tensor) -> Tensors:
     with exact_arithmetic(x):
-        return (static[0] * library.matmul(grad + grad.mT, x),)
+        return (settings[0] * matmul(grad + grad.mT, x),)
+
+
+def _again(settings: tuple[float, float], x: Tensor) -> Tensor:
+    return composite.gram(x, *settings)

@@ -1,4 +1,4 @@
-"""Augmented views of a batch, straight from the packed uint8 pixels."""
+"""Augmented views of a batch from packed uint8 pixels."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krrst_fast import gpu
+from krrst_fast.backends import tuned
 
 
 def views(
@@ -20,36 +20,36 @@ def views(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random crop after zero padding, horizontal flip and normalisation, in one pass.
+    """Crop after zero padding, flip and normalise a batch of images, in one pass.
 
-    Equivalent to padding the images `index` with `padding` zero pixels on every side, cropping
-    each at its offset, flipping it where `flip` says so, and `(pixel / 255 - mean) / std`,
+    Equivalent to padding the images `index` with `padding` zero pixels on every side, cropping each
+    at its offset, mirroring it horizontally where `flip` is set, and `(pixel / 255 - mean) / std`,
     computed in float32.
 
     Args:
         images: uint8 [N, C, H, W].
-        index: int64 [B], rows of `images`; a row may come several times.
-        offset: int64 [B, 2], upper left corner (dy, dx) of each crop, from 0 to 2 * padding;
+        index: int64 [B], rows of `images`; a row may occur several times.
+        offset: int64 [B, 2], the upper left corner (dy, dx) of each crop, from 0 to 2 * padding;
             (padding, padding) is the image itself.
-        flip: bool [B].
-        padding: zero pixels round each image.
+        flip: Bool [B].
+        padding: Zero pixels on each side.
         mean: C numbers, in units where a pixel is in [0, 1].
         std: C numbers above zero, in the same units.
-        dtype: what the result is rounded to.
+        dtype: Dtype of the result.
 
     Returns:
         [B, C, H, W] of `dtype`, on the device of `images`.
 
     Raises:
-        TypeError: a tensor has another dtype.
-        ValueError: a shape, a device, an index or an offset is not as above.
+        TypeError: A tensor has another dtype.
+        ValueError: A shape, a device, an index or an offset is not as above.
     """
     _check_types(images, index, offset, flip, dtype)
     _check_shapes(images, index, offset, flip)
     _check_numbers(images, padding, mean, std)
     if images.device.type == "cpu":
         _check_ranges(len(images), index, offset, padding)
-    out = gpu.views(
+    out = tuned.views(
         images, index, offset, flip, padding, list(map(float, mean)), list(map(float, std))
     )
     return out.to(dtype)
@@ -62,7 +62,7 @@ def _check_types(
     if got != (torch.uint8, torch.int64, torch.int64, torch.bool):
         raise TypeError(
             "views: images, index, offset and flip must be uint8, int64, int64 and bool, "
-            f"got {', '.join(str(one).removeprefix('torch.') for one in got)}"
+            f"got {', '.join(str(dtype).removeprefix('torch.') for dtype in got)}"
         )
     if not dtype.is_floating_point:
         raise TypeError(f"views: dtype must be floating point, got {dtype}")
@@ -99,7 +99,7 @@ def _check_numbers(
 
 
 def _check_ranges(count: int, index: Tensor, offset: Tensor, padding: int) -> None:
-    """On a GPU this would wait: there torch's indexing asserts, and our kernel gives NaN."""
+    """Check values; not on a GPU, where it would wait: bad indices assert or give NaN."""
     if index.numel() == 0:
         return
     low, high = (int(value) for value in index.aminmax())

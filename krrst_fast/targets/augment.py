@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krrst_fast.config import require
 from krrst_fast.errors import ConfigError
+from krrst_fast.runs.config import require, require_choices
 from krrst_fast.targets import transforms
 from krrst_fast.targets.transforms import Fill
 
@@ -19,7 +19,7 @@ _DRAWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class SSLAugmentConfig:
-    """How strongly the two views of an image differ; every field at its neutral value is off."""
+    """Strength of the augmentations of a view; a field at its neutral value is off."""
 
     scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crop as a fraction of the image; above 1 zooms out."""
@@ -51,8 +51,7 @@ class SSLAugmentConfig:
         require(0 < self.scale[0] <= self.scale[1] <= 4, self, "scale", "0 < low <= high <= 4")
         require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "0 < low <= high")
         require(0 <= self.rotation <= 180, self, "rotation", "0 to 180")
-        fills = ("zeros", "border", "reflection")
-        require(self.fill in fills, self, "fill", f"one of {', '.join(fills)}")
+        require_choices(self)
         for field in ("flip", "jitter", "greyscale", "blur"):
             require(0 <= getattr(self, field) <= 1, self, field, "a probability, 0 to 1")
         for field in ("brightness", "contrast", "saturation"):
@@ -87,15 +86,15 @@ def augment_pair(
     *,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two independent, normalised views of `images[index]`.
+    """Draw two independent, normalised views of `images[index]`.
 
     Args:
         images: uint8 [N, C, H, H], on the CPU or on `device`.
         index: int64 [B].
-        config: what may happen to a view.
-        mean, std: of the pixels in [0, 1], a channel each.
-        generator: a CPU generator, the only source of randomness.
-        device: where the views are made; that of `images` by default.
+        config: Strength of the augmentations.
+        mean, std: Mean and standard deviation of each channel, for pixels in [0, 1].
+        generator: A CPU generator, the only source of randomness.
+        device: Device of the views; default: that of `images`.
 
     Returns:
         Two float32 tensors [B, C, H, H].
@@ -109,7 +108,7 @@ def augment_pair(
 
 
 def augment(x: Tensor, config: SSLAugmentConfig, generator: torch.Generator) -> Tensor:
-    """One random view of each image; `x` [B, C, H, H] in [0, 1] may be overwritten."""
+    """Draw a random view of each image x [B, C, H, H] in [0, 1], which may be overwritten."""
     uniform = torch.rand(len(_DRAWN), len(x), generator=generator).to(x.device)
     noise_seed = int(torch.randint(2**62, (), generator=generator))
     u = dict(zip(_DRAWN, uniform))
@@ -129,7 +128,7 @@ def augment(x: Tensor, config: SSLAugmentConfig, generator: torch.Generator) -> 
 
 
 def _crop(u: dict[str, Tensor], config: SSLAugmentConfig) -> Tensor:
-    """A rectangle of random area and shape, anywhere in the image (or round it), turned."""
+    """Draw a rectangle of random area and shape, rotated, in the image or partly outside it."""
     low, high = config.scale
     area = low + (high - low) * u["area"]
     log_low, log_high = (math.log(ratio) for ratio in config.ratio)

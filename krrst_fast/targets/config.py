@@ -4,14 +4,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from krrst_fast.config import require
 from krrst_fast.models import ModelConfig
+from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 from krrst_fast.targets.augment import SSLAugmentConfig
+
+FREE_SETTINGS = ("store", "out", "device", "checkpoint_every", "log_every")
+"""Settings that may change in the middle of a run: they say where and how often, not what.
+
+The images themselves may not change: the identity of the store is compared.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """One target network: trained without labels on the train split of a store, or loaded."""
+    """Settings of a target network: trained without labels on a train split, or loaded."""
 
     store: Path
     """Folder of the images."""
@@ -57,17 +63,13 @@ class TargetConfig:
     augment: SSLAugmentConfig = field(default_factory=SSLAugmentConfig)
 
     def __post_init__(self) -> None:
-        losses = ("barlow_twins", "simclr", "vicreg")
-        require(self.loss in losses, self, "loss", f"one of {', '.join(losses)}")
-        require(self.num_outputs >= 0, self, "num_outputs", "at least 0")
+        require_choices(self)
+        require_at_least(0, self, "num_outputs", "off_diagonal", "weight_decay", "seed")
+        require_at_least(1, self, "steps", "checkpoint_every", "log_every")
+        require_at_least(2, self, "batch_size")
+        require_positive(self, "temperature", "lr")
         headed = self.num_outputs > 0 or not self.standardize
         require(headed, self, "standardize", "off without num_outputs: there is no head to scale")
-        require(self.off_diagonal >= 0, self, "off_diagonal", "at least 0")
-        require(self.temperature > 0, self, "temperature", "above 0")
-        require(self.steps >= 1, self, "steps", "at least 1")
-        require(self.batch_size >= 2, self, "batch_size", "at least 2")
-        require(self.lr > 0, self, "lr", "above 0")
-        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
         low, high = 0, self.steps - 1
         require(low <= self.warmup_steps <= high, self, "warmup_steps", f"from 0 to {high}")
         require(all(width > 0 for width in self.projector), self, "projector", "positive widths")
@@ -75,6 +77,3 @@ class TargetConfig:
             values = getattr(self, name)
             require(values is None or len(values) > 0, self, name, "a number a channel")
         require(self.std is None or min(self.std) > 0, self, "std", "positive")
-        require(self.seed >= 0, self, "seed", "at least 0")
-        require(self.checkpoint_every >= 1, self, "checkpoint_every", "at least 1")
-        require(self.log_every >= 1, self, "log_every", "at least 1")

@@ -5,14 +5,14 @@ from torch import Tensor
 
 
 def collapse_metrics(outputs: Tensor) -> dict[str, float]:
-    """Spread of a batch of representations [B, P], B >= 2.
+    """Measure the spread of a batch of representations [B, P], B >= 2.
 
     Returns:
-        output_variance: mean over the dimensions of the variance over the batch: the loss that
+        output_variance: Mean over the dimensions of the variance over the batch: the loss that
             predicting the mean would have, which a distillation loss is to be read against.
-        embedding_std: mean over the dimensions of the standard deviation of the rows scaled to
+        embedding_std: Mean over the dimensions of the standard deviation of the rows scaled to
             length sqrt(P): near 1 when directions differ, near 0 when all rows agree.
-        effective_rank: exp of the entropy of the normalised singular values of the centred batch:
+        effective_rank: Exp of the entropy of the normalised singular values of the centred batch:
             between 0 (every row the same) and min(B - 1, P).
     """
     x = outputs.detach().double()

@@ -1,5 +1,6 @@
 """The target network g_phi: frozen, and in one file with all that is needed to call it."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.config import from_dict, to_dict
 from krrst_fast.errors import CheckpointError, ConfigError, NonFiniteError
-from krrst_fast.files import save_tensors
 from krrst_fast.models import ModelConfig, Network, build, place
+from krrst_fast.runs.config import from_dict, to_dict
+from krrst_fast.runs.files import save_tensors
 from krrst_fast.targets.weights import check_finite, read_safetensors
 
 TARGET_FILE = "target.safetensors"
@@ -47,17 +48,27 @@ class FrozenTarget:
 
     @property
     def dim(self) -> int:
-        """The length of a representation."""
+        """Return the length of a representation."""
         return self.num_outputs or self.model.feature_dim
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Return the channels of the images."""
         return self.model.channels
+
+    def identity(self) -> str:
+        """Return what tells this target from another, wherever its file lies."""
+        settings = [self.image_size, list(self.mean), list(self.std), to_dict(self.config)]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        return f"sha256 {digest.hexdigest()[:16]}"
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Representations of normalised images: [B, C, H, H] -> [B, dim]."""
+        """Compute representations of normalised images: [B, C, H, H] -> [B, dim]."""
         need = (self.channels, self.image_size, self.image_size)
         if x.dim() != 4 or x.shape[1:] != need:
             raise ValueError(
@@ -90,8 +101,8 @@ def load_target(path: Path) -> FrozenTarget:
     """Read a target from its file, or from the folder of the run that trained it.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
-        NonFiniteError: a weight is NaN or infinite.
+        CheckpointError: There is none, or it cannot be read.
+        NonFiniteError: A weight is NaN or infinite.
     """
     path = Path(path)
     if path.is_dir():

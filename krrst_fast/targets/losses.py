@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal: float = 0.005) -> Tensor:
-    """Cross-correlation of the standardised views towards the identity (arXiv 2103.03230).
+    """Compute the loss of Barlow Twins (arXiv 2103.03230) from the cross-correlation of two views.
 
     sum_i (1 - C_ii)^2 + off_diagonal * sum_{i != j} C_ij^2, with C = a^T b / B over the batch.
     """
@@ -18,7 +18,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal: float = 0.005) -> Tens
 
 
 def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
-    """SimCLR's contrastive loss (arXiv 2002.05709): find the other view among 2B - 1 rows.
+    """Compute SimCLR's contrastive loss (arXiv 2002.05709) over 2B - 1 candidates.
 
     The mean over all 2B rows of -log softmax of cosine / temperature, a row itself left out.
     """
@@ -38,7 +38,7 @@ def vicreg(
     variance: float = 25.0,
     covariance: float = 1.0,
 ) -> Tensor:
-    """Variance, invariance and covariance terms (arXiv 2105.04906, its algorithm 1).
+    """Compute VICReg's variance, invariance and covariance terms (arXiv 2105.04906, algorithm 1).
 
     The invariance is the mean over all B * P entries, as in the algorithm: the weights 25, 25, 1
     belong to that convention (the paper's equation sums over the P dimensions).
@@ -55,7 +55,7 @@ def vicreg(
 
 
 def _standardised(z: Tensor) -> Tensor:
-    """Each column to mean 0 and variance 1 over the batch, as a batch norm without parameters."""
+    """Scale each column to mean 0 and variance 1 over the batch."""
     var, mean = torch.var_mean(z, dim=0, correction=0)
     return (z - mean) * torch.rsqrt(var + 1e-5)
 

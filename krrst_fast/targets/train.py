@@ -1,29 +1,26 @@
 """`krrst target`: from a store of images to a frozen target network."""
 
-import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from krrst_fast import environment
-from krrst_fast.config import to_dict
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.files import append_jsonl, new_folder, write_json
 from krrst_fast.models import Network, build, place
-from krrst_fast.targets.augment import check_channels
-from krrst_fast.targets.checkpoint import (
+from krrst_fast.runs import environment
+from krrst_fast.runs.checkpoint import (
     check_folder,
     cut_metrics,
     load_checkpoint,
-    require_same_images,
+    require_same_inputs,
     save_checkpoint,
-    store_identity,
 )
-from krrst_fast.targets.config import TargetConfig
+from krrst_fast.runs.config import to_dict
+from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.log import RunLog, due, summary
+from krrst_fast.runs.progress import progress_bar
+from krrst_fast.targets.augment import check_channels
+from krrst_fast.targets.config import FREE_SETTINGS, TargetConfig
 from krrst_fast.targets.diagnose import collapse_metrics
 from krrst_fast.targets.frozen import TARGET_FILE, FrozenTarget, load_target
 from krrst_fast.targets.standardize import standardize_head
@@ -44,28 +41,28 @@ def train_target(
     it runs, summary.json, and last of all target.safetensors.
 
     Args:
-        config: the settings.
-        resume: go on from the folder's checkpoint. A finished run gives its target at once; one
+        config: The settings.
+        resume: Go on from the folder's checkpoint. A finished run gives its target at once; one
             killed before its first checkpoint, or never begun, starts. On a CPU with as many
             threads the result has the bits of a run that was not interrupted.
-        progress: show a bar where there is a terminal (and tqdm).
+        progress: Show a bar where there is a terminal (and tqdm).
 
     Returns:
         The target, on the CPU.
 
     Raises:
-        ConfigError: the folder is in use, or settings and images do not fit each other.
-        DataError: the store cannot be read, or holds fewer images than a batch.
-        CheckpointError: the run to resume has other settings or images, or is damaged; or the
+        ConfigError: The folder is in use, or settings and images do not fit each other.
+        DataError: The store cannot be read, or holds fewer images than a batch.
+        CheckpointError: The run to resume has other settings or images, or is damaged; or the
             weights cannot be read or do not fit.
-        NonFiniteError: the loss or a weight became NaN; the last checkpoint is kept.
+        NonFiniteError: The loss or a weight became NaN; the last checkpoint is kept.
     """
-    check_folder(config, resume=resume)
+    check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store = open_store(config.store)
-    identity = store_identity(store)
+    identity = store.identity()
     if resume and (config.out / TARGET_FILE).exists():
         target = load_target(config.out)
-        require_same_images(config.out / TARGET_FILE, target.meta.get("store", ""), identity)
+        require_same_inputs(config.out / TARGET_FILE, target.meta, {"store": identity})
         (config.out / "checkpoint.pt").unlink(missing_ok=True)
         return target
     mean, std = _normalisation(config, store)
@@ -135,64 +132,33 @@ def _loaded(config: TargetConfig, store: ImageStore) -> Network:
 
 
 def _train(run: Trainer, identity: str, progress: bool) -> dict[str, float]:
-    """The steps that are left, with log and checkpoints. Returns the totals of the whole run."""
+    """Train the steps that are left, with log and checkpoints; return the run's summary."""
     config, out = run.config, run.config.out
+    checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     totals = {"seconds": 0.0, "peak_memory_mb": 0.0}
-    if (out / "checkpoint.pt").exists():
-        saved = load_checkpoint(out / "checkpoint.pt", config, identity)
-        run.load_state_dict(saved["trainer"])
-        totals = saved["totals"]
-    cut_metrics(out / "metrics.jsonl", run.step)
-    log = _Log(run, totals)
-    with _bar(progress, total=config.steps, initial=run.step) as bar:
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint, config, FREE_SETTINGS)
+        require_same_inputs(checkpoint, saved, {"store": identity})
+        run.load_state_dict(saved["state"]["trainer"])
+        totals = saved["state"]["totals"]
+    cut_metrics(metrics, run.step)
+    log = RunLog(
+        metrics, step=run.step, batch_size=config.batch_size, device=run.device, totals=totals
+    )
+    bar = progress_bar(progress, total=config.steps, initial=run.step, desc="target", unit="step")
+    with bar:
         while run.step < config.steps:
             loss, outputs = run.train_step()
-            last = run.step == config.steps
-            if last or run.step % config.log_every == 0:
-                row = log.write(loss, collapse_metrics(outputs))
-                if bar is not None:
-                    bar.set_postfix(_shown(row), refresh=False)
-            if last or run.step % config.checkpoint_every == 0:
+            if due(run.step, config.log_every, config.steps):
+                spread, rate = collapse_metrics(outputs), learning_rate(config, run.step - 1)
+                row = log.write(run.step, {"loss": loss, **spread, "lr": rate})
+                bar.set_postfix(_shown(row), refresh=False)
+            if due(run.step, config.checkpoint_every, config.steps):
                 log.count_time()
                 state = {"trainer": run.state_dict(), "totals": totals}
-                save_checkpoint(out / "checkpoint.pt", config, identity, state)
-            if bar is not None:
-                bar.update()
-    per_step = totals["seconds"] / config.steps
-    speed = {"steps": config.steps, "seconds_per_step": per_step}
-    return totals | speed | {"images_per_second": config.batch_size / per_step}
-
-
-class _Log:
-    """Writes the rows of metrics.jsonl, and keeps the totals of the run up to date."""
-
-    def __init__(self, run: Trainer, totals: dict[str, float]) -> None:
-        self._run, self._totals = run, totals
-        self._began = self._row_began = time.perf_counter()
-        self._row_step = run.step
-
-    def count_time(self) -> None:
-        now = time.perf_counter()
-        self._totals["seconds"] += now - self._began
-        self._began = now
-        peak = environment.peak_memory_mb(self._run.device)
-        self._totals["peak_memory_mb"] = max(peak, self._totals["peak_memory_mb"])
-
-    def write(self, loss: float, spread: dict[str, float]) -> dict[str, float]:
-        run, now = self._run, time.perf_counter()
-        self.count_time()
-        done = (run.step - self._row_step) * run.config.batch_size
-        row = {
-            "step": run.step,
-            "loss": loss,
-            **spread,
-            "lr": learning_rate(run.config, run.step - 1),
-            "images_per_second": done / (now - self._row_began),
-            **self._totals,
-        }
-        append_jsonl(run.config.out / "metrics.jsonl", row)
-        self._row_began, self._row_step = now, run.step
-        return row
+                save_checkpoint(checkpoint, config, {"store": identity, "state": state})
+            bar.update()
+    return summary(totals, config.steps, config.batch_size)
 
 
 def _shown(row: dict[str, float]) -> dict[str, str]:
@@ -203,17 +169,6 @@ def _shown(row: dict[str, float]) -> dict[str, str]:
     }
 
 
-def _bar(progress: bool, **options: int) -> AbstractContextManager[Any]:
-    """A progress bar on a terminal, or None where there is none to show."""
-    if not progress:
-        return nullcontext()
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return nullcontext()
-    return tqdm(desc="target", unit="step", disable=None, **options)
-
-
 def _meta(config: TargetConfig, identity: str) -> dict[str, str]:
     if config.weights:
         return {"weights": config.weights.name, "store": identity}
@@ -222,7 +177,7 @@ def _meta(config: TargetConfig, identity: str) -> dict[str, str]:
 
 
 def _outputs(target: FrozenTarget, store: ImageStore, limit: int) -> Tensor:
-    """The target's outputs [N, P] on images all over the store, not augmented, on the CPU."""
+    """Compute the target's outputs [N, P] on plain images all over the store, on the CPU."""
     device = next(target.model.parameters()).device
     images = store.images("train")
     count = min(len(images), limit)
@@ -235,6 +190,6 @@ def _outputs(target: FrozenTarget, store: ImageStore, limit: int) -> Tensor:
 
 
 def _spread(target: FrozenTarget, store: ImageStore) -> dict[str, float]:
-    """The collapse diagnostics of the finished target."""
+    """Return the collapse diagnostics of the finished target."""
     outputs = _outputs(target, store, _CHECKED_IMAGES)
     return {"dim": target.dim, **collapse_metrics(outputs)}

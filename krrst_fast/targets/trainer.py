@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from krrst_fast.data.store import ImageStore
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import build, place
-from krrst_fast.seeding import derive, generator
+from krrst_fast.runs.epochs import Epochs
+from krrst_fast.runs.seeding import derive, generator
 from krrst_fast.targets import losses
 from krrst_fast.targets.augment import augment_pair
 from krrst_fast.targets.config import TargetConfig
@@ -22,7 +23,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_loss(config: TargetConfig) -> Loss:
-    """The loss of two views' projections that the settings name."""
+    """Return the loss of two views' projections that the settings name."""
     if config.loss == "barlow_twins":
         return partial(losses.barlow_twins, off_diagonal=config.off_diagonal)
     if config.loss == "simclr":
@@ -31,7 +32,7 @@ def make_loss(config: TargetConfig) -> Loss:
 
 
 def make_projector(inputs: int, widths: tuple[int, ...], seed: int) -> nn.Sequential:
-    """Linear layers with batch norm and ReLU between them; the identity without widths."""
+    """Build linear layers with batch norm and ReLU between them; the identity without widths."""
     layers = nn.Sequential()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -44,30 +45,11 @@ def make_projector(inputs: int, widths: tuple[int, ...], seed: int) -> nn.Sequen
 
 
 def learning_rate(config: TargetConfig, step: int) -> float:
-    """The rate of the step after `step` others: a linear rise, then a cosine down to 0."""
+    """Return the rate of the step after `step` others: a linear rise, then a cosine down to 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class Epochs:
-    """Batches of image numbers: a permutation an epoch, which depends on seed and epoch alone."""
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self._count, self._batch_size, self._seed = count, batch_size, seed
-        self._batches = count // batch_size
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
-
-    def batch(self, step: int) -> Tensor:
-        """The image numbers of a step, int64 [B]; an epoch leaves out its last, partial batch."""
-        epoch, place = divmod(step, self._batches)
-        if epoch != self._epoch:
-            source = generator(self._seed, "order", epoch)
-            self._order = torch.randperm(self._count, generator=source)
-            self._epoch = epoch
-        return self._order[place * self._batch_size : (place + 1) * self._batch_size]
 
 
 class Trainer:
@@ -83,7 +65,7 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.mean, self.std = config, device, mean, std
         self.images = store.images("train")
-        self.epochs = Epochs(len(self.images), config.batch_size, config.seed)
+        self.epochs = Epochs(len(self.images), config.seed, "order")
         self.loss = make_loss(config)
         self.model = build(
             config.model,
@@ -113,15 +95,15 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=self.config.lr, weight_decay=decay, fused=True)
 
     def train_step(self) -> tuple[float, Tensor]:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Returns:
             The loss, and the representations of the first views, [B, P].
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; the weights are left as they were.
+            NonFiniteError: The loss is NaN or infinite; the weights are left as they were.
         """
-        index = self.epochs.batch(self.step)
+        index = self.epochs.whole_batch(self.step, self.config.batch_size)
         x1, x2 = augment_pair(
             self.images,
             index,
@@ -148,10 +130,10 @@ class Trainer:
         return value, y1.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a step depends on.
+        """Return all that a step depends on.
 
         Raises:
-            NonFiniteError: a weight is NaN or infinite.
+            NonFiniteError: A weight is NaN or infinite.
         """
         for module in (self.model, self.projector):
             check_finite(module.state_dict(), f"train_target: step {self.step}")

@@ -11,7 +11,7 @@ Fill = Literal["zeros", "border", "reflection"]
 
 
 def warp(x: Tensor, matrix: Tensor, fill: Fill) -> Tensor:
-    """Bilinear samples of square images at `matrix` [B, 2, 3] applied to the output's positions.
+    """Sample square images bilinearly at the output's positions mapped by `matrix` [B, 2, 3].
 
     Positions run from -1 to 1 between the outer edges of the image, x before y.
     """
@@ -22,12 +22,12 @@ def warp(x: Tensor, matrix: Tensor, fill: Fill) -> Tensor:
 def crop_matrix(
     width: Tensor, height: Tensor, center_x: Tensor, center_y: Tensor, angle: Tensor
 ) -> Tensor:
-    """The [B, 2, 3] matrix that fills the output with a turned rectangle of the image.
+    """Return the [B, 2, 3] matrix that fills the output with a rotated rectangle of the image.
 
     Args:
-        width, height: of the rectangle, as fractions of the image, [B].
-        center_x, center_y: its centre, 0 to 1 from left to right and top to bottom, [B].
-        angle: by which the output turns, in radians, [B].
+        width, height: Size of the rectangle, as fractions of the image, [B].
+        center_x, center_y: Centre of the rectangle, 0 to 1 from left to right, top to bottom, [B].
+        angle: Rotation of the output in radians, [B].
     """
     cos, sin = angle.cos(), angle.sin()
     row_x = torch.stack([width * cos, -width * sin, 2 * center_x - 1], dim=1)
@@ -41,7 +41,7 @@ def flip(x: Tensor, where: Tensor) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Brightness as the eye sees it, [B, 1, H, W]; the plain mean unless there are 3 channels."""
+    """Compute the luma [B, 1, H, W] of RGB images; of other images the mean of the channels."""
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
@@ -86,7 +86,7 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor, where: Tensor) -> Tensor:
-    """Gaussian blur of the images for which `where` is true; the window is a tenth of the image."""
+    """Blur the images for which `where` is true; the Gaussian window is a tenth of the image."""
     batch, channels, height, width = x.shape
     radius = max(1, math.ceil(width / 20))
     position = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import CheckpointError, NonFiniteError
-from krrst_fast.files import load_state
 from krrst_fast.models import Network
+from krrst_fast.runs.files import load_state
 
 _PREFIXES = ("module.", "backbone.")
 _NESTED = ("state_dict", "model", "model_state_dict")
@@ -22,9 +22,9 @@ def load_weights(model: Network, path: Path) -> None:
     The prefixes `module.` and `backbone.` are dropped, and so are heads that `model` has not.
 
     Raises:
-        CheckpointError: the file is missing, damaged, would run code, or holds other keys or
+        CheckpointError: The file is missing, damaged, would run code, or holds other keys or
             shapes than `model` has; the first few are named.
-        NonFiniteError: a weight is NaN or infinite.
+        NonFiniteError: A weight is NaN or infinite.
     """
     found = _ours(_read(path), model)
     needed = model.state_dict()
@@ -37,7 +37,7 @@ def load_weights(model: Network, path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; CheckpointError if it cannot be read."""
+    """Read tensors and metadata of a safetensors file; raise CheckpointError if that fails."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _ours(state: dict[str, Tensor], model: Network) -> dict[str, Tensor]:
-    """`state` without the prefixes, and without heads that `model` does not have."""
+    """Return `state` without prefixes, and without heads that `model` does not have."""
     known = model.state_dict().keys()
     found = {}
     for key, value in state.items():

@@ -1,0 +1,139 @@
+"""The C++ operators of the extension, on the CPU, and torch where its BLAS is faster."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from krrst_fast import operators
+from krrst_fast.backends import torch as torch_backend
+from krrst_fast.backends.torch import as_operands
+from krrst_fast.cholesky import CPP, FLOAT64_UP_TO, Method
+
+__all__ = [
+    "NAME",
+    "as_operands",
+    "by_steps",
+    "cholesky_method",
+    "closing_matmul",
+    "gram",
+    "matmul",
+    "predicted_residual_mse",
+    "refuses",
+    "suits_whole",
+]
+
+NAME = "cpp"
+
+# A smaller Gram does not fill the kernel's panels of 48 rows, and MKL is up to twice as fast.
+_GRAM_ROWS = 48
+# Measured against MKL on one core, for a [rows, depth] that is read once from memory: stored by
+# rows, the thin product is faster below 16 columns; stored by columns, which MKL reads slowly, it
+# is faster below 256 columns if it is deep.
+_ROW_MAJOR_COLUMNS = 16
+_COLUMN_MAJOR_COLUMNS = 256
+_DEEP = 64
+_THIN_NUMBERS = 4096
+_LARGE_BATCH = 128
+# Multiplications of the forward pass of one problem, measured on one core and two for M to 400, B
+# to 1024, D to 8192, P to 2048. A whole pass in one operator is 1.1 to 2.4 times as fast as its
+# steps up to the first; from there MKL's larger products decide (0.8 at five times as many). Of
+# more problems than a few, each step pays for one call in all, and streams its operands better:
+# the whole pass is half as fast at 3e4 multiplications a problem, and as fast at 5e5.
+_WHOLE = 2**27
+_FEW_PROBLEMS = 64
+_WHOLE_OF_MANY = 2**19
+
+
+def refuses(x: Tensor) -> str | None:
+    """Return why the extension cannot compute on a tensor like x, or None."""
+    if not operators.HAS_EXTENSION:
+        return f"the extension is {operators.EXTENSION}"
+    if not x.is_cpu:
+        return f"the tensors are on {x.device}, and it computes on the CPU"
+    return None
+
+
+def gram(x: Tensor, scale: float | Tensor, bias: float) -> Tensor:
+    """Compute `reference.gram`, from 48 rows on as one triangle that is mirrored."""
+    if x.ndim == 3 or x.shape[0] >= _GRAM_ROWS:
+        return torch.ops.krrst_fast.gram(x, scale, bias)
+    k = x @ x.mT
+    if scale != 1.0:
+        k.mul_(scale)
+    return k.add_(bias) if bias else k
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a @ b, by the operators for thin and for batched products where they are faster."""
+    if a.ndim == 3:
+        return torch.ops.krrst_fast.batched_matmul(a, b) if _suits_batched(a, b) else a @ b
+    return torch.ops.krrst_fast.thin_matmul(a, b) if _is_thin(a, b) else a @ b
+
+
+def predicted_residual_mse(
+    f_real: Tensor, w: Tensor, y_real: Tensor, scale: float | Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.predicted_residual_mse` of one problem, or of each of N."""
+    residual = matmul(f_real, w)
+    if scale != 1.0:
+        residual.mul_(scale)
+    if offset is not None:
+        residual.add_(offset)
+    squares = residual.sub_(y_real).square()
+    return residual, squares.mean() if squares.ndim == 2 else squares.mean((-2, -1))
+
+
+def closing_matmul(
+    alpha: Tensor, v: Tensor, beta: Tensor, w: Tensor, scale: float | Tensor
+) -> Tensor:
+    """Compute `reference.closing_matmul` as one product."""
+    return torch_backend.closing_matmul(alpha, v, beta, w, scale, matmul)
+
+
+def cholesky_method(k: Tensor, columns: int) -> Method:
+    """Return our Cholesky for small Grams and LAPACK for large ones."""
+    return CPP
+
+
+def suits_whole(form: str, problems: int, m: int, d: int, b: int, p: int) -> bool:
+    """Return whether one operator for each pass is faster than one for each step."""
+    order = d if form == "primal" else m
+    if _in_steps or not 0 < order < FLOAT64_UP_TO or m == 0 or d == 0:
+        return False
+    if form == "w":
+        work = m * m * d + (m + b) * d * p
+    elif form == "k":
+        work = (m + b) * m * (d + p)
+    else:
+        work = m * d * d + (m + b) * d * p
+    return work <= _WHOLE and (problems <= _FEW_PROBLEMS or work >= _WHOLE_OF_MANY)
+
+
+@contextmanager
+def by_steps() -> Iterator[None]:
+    """Compute small problems step by step too, in all threads: for checks of the steps."""
+    global _in_steps
+    before, _in_steps = _in_steps, True
+    try:
+        yield
+    finally:
+        _in_steps = before
+
+
+_in_steps = False
+
+
+def _suits_batched(a: Tensor, b: Tensor) -> bool:
+    """Return False for few products of small depth by a transposed matrix, where MKL is faster."""
+    shallow = a.shape[2] < _DEEP <= b.shape[2] and b.stride(-2) == 1
+    return len(a) >= _LARGE_BATCH or not shallow
+
+
+def _is_thin(a: Tensor, b: Tensor) -> bool:
+    (rows, depth), columns = a.shape, b.shape[1]
+    if not (columns > 1 and 2 * columns < rows and rows * depth >= _THIN_NUMBERS):
+        return False
+    by_columns = a.stride(0) == 1 and depth >= _DEEP
+    return columns < (_COLUMN_MAJOR_COLUMNS if by_columns else _ROW_MAJOR_COLUMNS)

@@ -1,0 +1,1 @@
+"""The `krrst` command line."""

@@ -1,0 +1,134 @@
+"""Description of this machine, and of the contents of a file or folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from krrst_fast import operators
+from krrst_fast.errors import DataError
+from krrst_fast.runs import environment
+from krrst_fast.runs.files import recover_folder
+
+
+def about_this_machine() -> dict[str, str]:
+    """Return versions, devices and the state of the extension as lines to print."""
+    about = environment.describe()
+    gpu = about["gpu"] or "none that torch sees"
+    return {
+        "krrst_fast": about["krrst_fast"],
+        "extension": _extension(),
+        "python": about["python"],
+        "torch": about["torch"],
+        "cpu": f"{about['cpu']}, {about['threads']} threads",
+        "gpu": f"{gpu} (CUDA {torch.version.cuda})" if about["gpu"] else gpu,
+        "platform": about["platform"],
+    }
+
+
+def _extension() -> str:
+    if not operators.HAS_EXTENSION:
+        return f"{operators.EXTENSION}; plain PyTorch computes"
+    try:
+        from krrst_fast._native import build_info
+    except ImportError as error:
+        return f"loaded, without the module for image files: {error}"
+    built = build_info()
+    return f"loaded, built by compiler {built['compiler']} for version {built['version']}"
+
+
+def about_path(path: Path) -> dict[str, str]:
+    """Describe a store, target, run folder or distilled set.
+
+    All of a store is read once, to compare its checksums.
+
+    Raises:
+        DataError: It is none of them, or it is damaged.
+    """
+    recover_folder(path)
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file or folder")
+    for belongs, describe in _KINDS:
+        if belongs(path):
+            return describe(path)
+    raise DataError(f"{path}: neither a store, a target, a run nor a distilled set")
+
+
+def _store(path: Path) -> dict[str, str]:
+    from krrst_fast.data import open_store
+
+    store = open_store(path, verify=True)
+    rows = {
+        "kind": "image store",
+        "images": ", ".join(f"{store.count(split)} {split}" for split in store.splits),
+        "size": f"{store.channels}x{store.size}x{store.size}",
+        "classes": _some(store.classes) if store.has_labels else "not labelled",
+        "mean": _numbers(store.mean),
+        "std": _numbers(store.std),
+        "checksums": "verified",
+    }
+    if store.skipped:
+        rows["skipped"] = _some([str(row["name"]) for row in store.skipped])
+    return rows
+
+
+def _target(path: Path) -> dict[str, str]:
+    from krrst_fast.targets import load_target
+
+    target = load_target(path)
+    parameters = sum(p.numel() for p in target.model.parameters())
+    return {
+        "kind": "target network",
+        "outputs": str(target.dim),
+        "image size": str(target.image_size),
+        "parameters": f"{parameters:,}",
+        "mean": _numbers(target.mean),
+        "std": _numbers(target.std),
+    }
+
+
+def _run(path: Path) -> dict[str, str]:
+    from krrst_fast.report.run_folder import read_run
+
+    run = read_run(path)
+    steps = run.config.get("steps", "?")
+    rows = {"kind": "distillation run", "steps": f"{run.steps_done} of {steps}"}
+    rows |= {key: str(run.config[key]) for key in ("store", "target") if key in run.config}
+    if run.rows:
+        rows["loss"] = f"{run.rows[-1]['loss']:.4g}"
+    if run.distilled is not None:
+        rows |= {k: v for k, v in _distilled(path).items() if k != "kind"}
+    rows["evaluations"] = _some([file.stem for file in sorted(path.glob("evaluation/*.json"))])
+    return rows
+
+
+def _distilled(path: Path) -> dict[str, str]:
+    from krrst_fast.distill.distilled_set import load_distilled
+
+    distilled = load_distilled(path)
+    return {
+        "kind": "distilled set",
+        "images": "x".join(map(str, distilled.images.shape)),
+        "targets": "x".join(map(str, distilled.targets.shape)),
+        "mean": _numbers(distilled.mean),
+        "std": _numbers(distilled.std),
+    }
+
+
+_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[str, str]]], ...] = (
+    (lambda path: (path / "index.json").exists(), _store),
+    (lambda path: (path / "target.safetensors").exists(), _target),
+    (lambda path: path.name == "target.safetensors", _target),
+    (lambda path: (path / "config.json").exists() and (path / "metrics.jsonl").exists(), _run),
+    (lambda path: path.suffix == ".safetensors", _distilled),
+    (lambda path: any(path.glob("*.safetensors")) or (path / "x_syn.pt").exists(), _distilled),
+)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _some(names: list[str] | tuple[str, ...], most: int = 10) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return f"{len(names)}: {shown}, ..." if len(names) > most else shown

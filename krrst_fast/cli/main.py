@@ -1,0 +1,262 @@
+"""The `krrst` command: parses, calls, prints."""
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TextIO
+
+from krrst_fast.errors import ConfigError, KrrstError
+
+# Nothing that imports torch or a package of an extra is imported before a command needs it.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command that is a config and a function of it."""
+
+    name: str
+    about: str
+    config: str
+    """Where its config class is, as module:name."""
+    positionals: tuple[str, ...]
+    switches: Mapping[str, str]
+    call: Callable[[Any, frozenset[str], str], None]
+    """Does it and prints: takes the config, the switches, and ` --run NAME` or nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail(f"interrupted{_GOING_ON.get(words[0], '') if words else ''}", 130)
+    except BrokenPipeError:
+        _discard_unwritten()
+        return 141
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"needs {error.name}: pip install 'krrst-fast[{extra}]'")
+    except OSError as error:
+        _discard_unwritten()
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KrrstError as error:
+        return _fail(str(error))
+
+
+def _discard_unwritten() -> None:
+    """Discard the buffer of a closed standard output, which would raise at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_GOING_ON = {
+    "target": "; the same command with --resume goes on",
+    "distill": "; the same command with --resume goes on",
+    "evaluate": "; the same command goes on",
+}
+
+_EXTRAS = {
+    "PIL": "data",
+    "docstring_parser": "cli",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "safetensors": "cli",
+    "sklearn": "data",
+    "tqdm": "cli",
+    "yaml": "cli",
+}
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"krrst: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"krrst: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command in ("", "-h", "--help", "help"):
+        print(_overview())
+        return 0 if command else 2
+    if command in ("-V", "--version"):
+        from krrst_fast.runs.environment import version
+
+        print(f"krrst {version()}")
+    elif command in _STAGES:
+        _run_stage(_STAGES[command], rest)
+    elif command in _OTHERS:
+        _OTHERS[command][1](rest)
+    else:
+        near = difflib.get_close_matches(command, [*_STAGES, *_OTHERS], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see krrst --help"
+        raise ConfigError(f"there is no command {command!r}{hint}")
+    return 0
+
+
+def _overview() -> str:
+    lines = ["usage: krrst COMMAND ...", "", "Distill unlabelled images with KRR-ST.", ""]
+    abouts = {name: stage.about for name, stage in _STAGES.items()}
+    abouts |= {name: about for name, (about, _) in _OTHERS.items()}
+    lines += [f"  {name:10} {about}" for name, about in abouts.items()]
+    return "\n".join([*lines, "", "krrst COMMAND --help lists the settings of one."])
+
+
+def _run_stage(stage: Stage, argv: list[str]) -> None:
+    from krrst_fast.cli.presets import PRESETS
+    from krrst_fast.cli.settings import parse
+
+    module, name = stage.config.split(":")
+    parsed = parse(
+        getattr(import_module(module), name),
+        argv,
+        prog=f"krrst {stage.name}",
+        about=stage.about,
+        runs={run: preset.settings(stage.name) for run, preset in PRESETS.items()},
+        positionals=stage.positionals,
+        switches={**stage.switches, "print-config": "print all settings as YAML and stop"},
+    )
+    if "print-config" in parsed.switches:
+        print(parsed.as_yaml())
+    else:
+        run = f" --run {parsed.run}" if parsed.run else ""
+        stage.call(parsed.config(), parsed.switches, run)
+
+
+def _progress(switches: frozenset[str]) -> bool:
+    return "quiet" not in switches and sys.stderr.isatty()
+
+
+def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
+    from krrst_fast.data import prepare
+
+    store = prepare(config, progress=_progress(switches))
+    counts = ", ".join(f"{store.count(split)} {split}" for split in store.splits)
+    classes = f"{len(store.classes)} classes" if store.has_labels else "no labels"
+    print(f"wrote {config.out}: {counts} images of {store.size}x{store.size}, {classes}")
+    print(f"next: krrst target{run} --store {config.out} --out TARGET")
+
+
+def _target(config: Any, switches: frozenset[str], run: str) -> None:
+    from krrst_fast.targets import train_target
+
+    target = train_target(config, resume="resume" in switches, progress=_progress(switches))
+    print(f"wrote {config.out}: a target network with {target.dim} outputs")
+    print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN")
+
+
+def _distill(config: Any, switches: frozenset[str], run: str) -> None:
+    from krrst_fast.distill import distill
+
+    made = distill(config, resume="resume" in switches, progress=_progress(switches))
+    print(
+        f"wrote {config.out}: {len(made.images)} images with {made.targets.shape[1]} targets each"
+    )
+    print(f"next: krrst evaluate {config.out}{run} --store LABELLED_STORE")
+
+
+def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
+    from krrst_fast.evaluate import evaluate
+
+    result = evaluate(config, progress=_progress(switches))
+    folder = config.run if config.run.is_dir() else config.run.parent
+    print(result.table())
+    print(f"\nwrote {folder / 'evaluation' / result.name}.json")
+    print(f"next: krrst report {config.run}")
+
+
+def _report(argv: list[str]) -> None:
+    from krrst_fast.cli.settings import Parser
+
+    parser = Parser(prog="krrst report", description=_OTHERS["report"][0], allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the folder of a distillation run")
+    parser.add_argument("--out", type=Path, help="the page; RUN/report.html if left out")
+    given = parser.parse_args(argv)
+    from krrst_fast.report.page import write_report
+
+    print(f"wrote {write_report(given.run, given.out)}")
+
+
+def _info(argv: list[str]) -> None:
+    from krrst_fast.cli.settings import Parser
+
+    parser = Parser(prog="krrst info", description=_OTHERS["info"][0], allow_abbrev=False)
+    parser.add_argument("path", nargs="?", type=Path, help="a store, target, run or distilled set")
+    given = parser.parse_args(argv)
+    from krrst_fast.cli.info import about_path, about_this_machine
+
+    rows = about_this_machine() if given.path is None else about_path(given.path)
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:{width}}  {value}")
+
+
+_QUIET = {"quiet": "no progress bar"}
+_RESUME = {"resume": "go on from the last checkpoint in OUT", **_QUIET}
+
+_STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="prepare",
+            about="decode images once, into a packed store that the other commands read",
+            config="krrst_fast.data:PrepareConfig",
+            positionals=("source", "out"),
+            switches=_QUIET,
+            call=_prepare,
+        ),
+        Stage(
+            name="target",
+            about="pre-train (or load) the network whose representations are distilled",
+            config="krrst_fast.targets:TargetConfig",
+            positionals=(),
+            switches=_RESUME,
+            call=_target,
+        ),
+        Stage(
+            name="distill",
+            about="condense a store into a few images with target representations",
+            config="krrst_fast.distill:DistillConfig",
+            positionals=(),
+            switches=_RESUME,
+            call=_distill,
+        ),
+        Stage(
+            name="evaluate",
+            about="pre-train on the distilled images, then transfer to a labelled store",
+            config="krrst_fast.evaluate:EvaluateConfig",
+            positionals=("run",),
+            switches=_QUIET,
+            call=_evaluate,
+        ),
+    )
+}
+
+_OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "report": ("write one HTML page about a run", _report),
+    "info": ("say what is installed here, or what a file or folder holds", _info),
+}

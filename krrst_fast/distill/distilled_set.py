@@ -1,0 +1,145 @@
+"""The result of a distillation: a few images and their target representations."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from krrst_fast.errors import DataError
+from krrst_fast.runs.files import load_torch, save_tensors
+
+FORMAT_VERSION = 1
+FILE_NAME = "distilled.safetensors"
+_METADATA_KEY = "krrst_fast"
+_RELEASED = ("x_syn.pt", "y_syn.pt")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DistilledSet:
+    """Synthetic images with the outputs a network is to give on them.
+
+    Raises:
+        DataError: The shapes do not fit each other, or a value is not finite.
+    """
+
+    images: Tensor
+    """[M, C, H, W] float32, in the space the networks see: usually (pixel - mean) / std."""
+    targets: Tensor
+    """[M, P] float32, the target representations."""
+    mean: tuple[float, ...]
+    """Per channel, in [0, 1] units: `images * std + mean` are pixels."""
+    std: tuple[float, ...]
+    meta: Mapping[str, str] = field(default_factory=dict)
+    """Where the set comes from; whatever the maker wrote."""
+
+    def __post_init__(self) -> None:
+        images, targets = tuple(self.images.shape), tuple(self.targets.shape)
+        if len(images) != 4 or len(targets) != 2 or images[0] != targets[0]:
+            raise DataError(
+                "DistilledSet: images and targets must be [M, C, H, W] and [M, P], "
+                f"got {images} and {targets}"
+            )
+        if not len(self.mean) == len(self.std) == images[1]:
+            raise DataError(
+                f"DistilledSet: mean and std must have {images[1]} items, one a channel, "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        for name, tensor in (("images", self.images), ("targets", self.targets)):
+            if not torch.isfinite(tensor).all():
+                raise DataError(f"DistilledSet: {name} hold NaN or infinity")
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def pixels(self) -> Tensor:
+        """Return the images for display: [M, H, W, C] uint8, clipped to the range of a screen."""
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        scaled = (self.images.cpu() * std + mean) * 255
+        return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all; the same set gives the same bytes."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "meta": dict(self.meta),
+        }
+        tensors = {"images": self.images.float(), "targets": self.targets.float()}
+        # One key, because safetensors writes several in an order that changes from run to run.
+        save_tensors(path, tensors, {_METADATA_KEY: json.dumps(header, sort_keys=True)})
+
+
+def load_distilled(path: str | Path) -> DistilledSet:
+    """Read a distilled set from a run folder, a safetensors file or released tensors.
+
+    Args:
+        path: A `.safetensors` file, the folder of a distillation run, or a folder with the
+            released `x_syn.pt` and `y_syn.pt` (whose images are taken as pixels in [0, 1]).
+
+    Raises:
+        DataError: There is no set there, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _load_file(path)
+    if (path / FILE_NAME).exists():
+        return _load_file(path / FILE_NAME)
+    if all((path / name).exists() for name in _RELEASED):
+        return _load_released(path)
+    raise DataError(f"{path}: holds neither {FILE_NAME} nor {' and '.join(_RELEASED)}")
+
+
+def _load_file(path: Path) -> DistilledSet:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata[_METADATA_KEY])
+        if header["format_version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format version {header['format_version']!r}, "
+                f"this version of krrst_fast reads {FORMAT_VERSION}"
+            )
+        return _build(path, tensors["images"], tensors["targets"], header)
+    except SafetensorError as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error})") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not a distilled set ({error!r})") from None
+
+
+def _load_released(folder: Path) -> DistilledSet:
+    """Read released tensors, which may require gradients and lie on a GPU."""
+    tensors = []
+    for name in _RELEASED:
+        path = folder / name
+        tensor = load_torch(path, what="tensor file", failure=DataError)
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"{path}: holds a {type(tensor).__name__}, not a tensor")
+        tensors.append(tensor.detach().float())
+    images, targets = tensors
+    channels = images.shape[1] if images.ndim == 4 else 3
+    unit = {"mean": [0.0] * channels, "std": [1.0] * channels, "meta": {"format": "released"}}
+    return _build(folder, images, targets, unit)
+
+
+def _build(path: Path, images: Tensor, targets: Tensor, header: dict[str, Any]) -> DistilledSet:
+    try:
+        return DistilledSet(
+            images=images.float(),
+            targets=targets.float(),
+            mean=tuple(header["mean"]),
+            std=tuple(header["std"]),
+            meta=header["meta"],
+        )
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None

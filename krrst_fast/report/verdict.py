@@ -1,0 +1,211 @@
+"""An evaluation on the page: table, dot plots, and one sentence about it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from krrst_fast.evaluate.config import Method
+from krrst_fast.evaluate.table import (
+    RIVAL,
+    Evaluation,
+    Sample,
+    Summary,
+    Task,
+    ends,
+    plus_minus,
+    signed,
+)
+from krrst_fast.report.figures import ACCENT, INK, MUTED, RIVAL_BLUE, Curve, DotRow, dot_plot
+from krrst_fast.runs.config import to_dict
+
+OURS = "distilled"
+LABELS = {
+    "none": "No pre-training",
+    "random_labels": "Random, labels",
+    "random_target": "Random, targets",
+    "distilled": "Distilled",
+    "target": "Target network",
+}
+TASKS = {"probe": "Linear probe", "finetune": "Fine-tuning"}
+WORDS = {"probe": "linear-probe accuracy", "finetune": "accuracy after fine-tuning"}
+ROLES = {"random_target": RIVAL_BLUE, "distilled": ACCENT, "target": INK}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The sentence at the top; `figure` is the number in it, `lede` the text below."""
+
+    before: str
+    figure: str = ""
+    after: str = ""
+    lede: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One task with the summary of every method that was run."""
+
+    task: Task
+    outcomes: Mapping[str, Summary]
+
+    @property
+    def title(self) -> str:
+        """The task in words."""
+        return TASKS[self.task]
+
+    @property
+    def plots(self) -> list[Curve]:
+        """Accuracies, and the paired differences to the baseline where it was run."""
+        plots = [_accuracy_plot(self)]
+        if any(o.difference for o in self.outcomes.values()):
+            plots.append(_difference_plot(self))
+        return plots
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """An evaluation and its file, as a section of the page."""
+
+    evaluation: Evaluation
+    file: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All settings, nested."""
+        return to_dict(self.evaluation.config)
+
+    @property
+    def setting(self) -> str:
+        """The settings that matter, in words."""
+        config = self.evaluation.config
+        pretrain, probe, finetune = config.pretrain, config.probe, config.finetune
+        text = f"Pre-training: {pretrain.steps:,} SGD steps on a fresh {config.model.kind}. "
+        fitted = "ridge regression" if probe.solver == "ridge" else f"{probe.steps:,} SGD steps"
+        text += f"Linear probe: {fitted}, {_labels(probe.labels_per_class)}."
+        if finetune.steps:
+            text += f" Fine-tuning: {finetune.steps:,} SGD steps, "
+            text += f"{_labels(finetune.labels_per_class)}."
+        return text
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The tasks that were run, each with the outcome of every method."""
+        return [
+            Measure(
+                task=task,
+                outcomes={
+                    method: found
+                    for method in self.methods
+                    if (found := self.evaluation.summary(method, task)) is not None
+                },
+            )
+            for task in self.evaluation.tasks()
+        ]
+
+    @property
+    def methods(self) -> Sequence[Method]:
+        """Every method, in the order of the settings."""
+        return self.evaluation.config.methods
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed."""
+        return sorted({row.seed for row in self.evaluation.rows})
+
+
+def _labels(per_class: int | None) -> str:
+    if per_class is None:
+        return "all training labels"
+    return f"{per_class} label{'s' if per_class > 1 else ''} a class"
+
+
+def headline_of(evaluations: Sequence[EvaluationSection]) -> Headline | None:
+    """Return the sentence on the first evaluation of distilled set and baseline, or None."""
+    for section in evaluations:
+        for measure in section.measures:
+            headline = _sentence(section.evaluation, measure)
+            if headline is not None:
+                return headline
+    return None
+
+
+def _sentence(evaluation: Evaluation, measure: Measure) -> Headline | None:
+    ours = measure.outcomes.get(OURS)
+    if ours is None or ours.difference is None:
+        return None
+    by, count = ours.difference, evaluation.num_images
+    images = f"{count:,} distilled image{'s' if count != 1 else ''}"
+    rivals = f"{count:,} random real one{'s' if count != 1 else ''} with the same target network"
+    figure = signed(by.mean, by.standard_error)
+    if by.interval is None or abs(by.mean) <= by.interval:
+        claim = "does not measurably beat" if by.count > 1 else "was compared once with"
+        before = f"Pre-training on the {images} {claim} {rivals}: "
+    else:
+        claim = "beats" if by.mean > 0 else "loses to"
+        before = f"Pre-training on the {images} {claim} {rivals} by "
+        figure = plus_minus(abs(by.mean), by.standard_error)
+    paired = f"{by.count} paired seed{'s' if by.count != 1 else ''}"
+    return Headline(
+        before=before,
+        figure=typographic(f"{figure} points"),
+        after=f" of {WORDS[measure.task]} on {evaluation.name} ({paired})",
+        lede=typographic(" ".join(_lede(by, measure))),
+    )
+
+
+def _lede(by: Sample, measure: Measure) -> Iterator[str]:
+    if by.interval is None:
+        yield "One seed gives no standard error: this says little."
+    else:
+        yield (
+            "+- is the standard error of the mean paired difference; its 95\u00a0% interval is "
+            f"{ends(by)} points. It is about this one distilled set: the seeds vary initial "
+            "weights, labels and the rival\u2019s images."
+        )
+    floor, rival, ours, ceiling = map(measure.outcomes.get, ("none", RIVAL, OURS, "target"))
+    if floor is None or rival is None or ours is None or ceiling is None:
+        return
+    gap = ceiling.mean - floor.mean
+    limits = f"no pre-training ({floor.mean:.1f} %) and the target network ({ceiling.mean:.1f} %)"
+    if gap <= 0:
+        yield f"The target network is itself no better: {limits}. There is nothing to distil."
+        return
+    yield (
+        f"Of the {gap:.1f} points between {limits}, random images with targets give "
+        f"{signed(rival.mean - floor.mean)} and the distilled images "
+        f"{signed(ours.mean - floor.mean)}."
+    )
+
+
+def _accuracy_plot(measure: Measure) -> Curve:
+    rows = [
+        DotRow(LABELS[method], o, o.std, ROLES.get(method, MUTED))
+        for method, o in measure.outcomes.items()
+    ]
+    caption = (
+        "A dot is a seed; the diamond above is the mean, its bar one standard deviation to either "
+        "side. Thin lines join the same seed."
+    )
+    title = f"{measure.title}, accuracy"
+    linked = (LABELS[RIVAL], LABELS[OURS])
+    return dot_plot(rows, title=title, unit="accuracy in %", caption=caption, linked=linked)
+
+
+def _difference_plot(measure: Measure) -> Curve:
+    rows = [
+        DotRow(LABELS[method], by, by.interval, ROLES.get(method, MUTED))
+        for method, o in measure.outcomes.items()
+        if (by := o.difference) is not None
+    ]
+    caption = (
+        "The same seeds, each minus its random rival: the draw of labels, which moves all methods "
+        "together, drops out. The bar is the 95 % interval of the mean (Student's t)."
+    )
+    title = f"{measure.title}, difference to random images with targets"
+    return dot_plot(rows, title=title, unit="points of accuracy", caption=caption, zero=True)
+
+
+def typographic(text: str) -> str:
+    """Return text with the typographic plus-minus sign and minus signs before digits."""
+    return re.sub(r"(?<![\w)])-(?=\d)", "\u2212", text.replace("+-", "\u00b1"))

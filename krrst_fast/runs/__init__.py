@@ -1,0 +1,1 @@
+"""Shared parts of all stages: files, settings, seeds and the environment."""

@@ -1,0 +1,79 @@
+"""Versions and hardware of a run, written beside every result."""
+
+import platform
+import resource
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from krrst_fast.errors import ConfigError
+
+
+def describe() -> dict[str, Any]:
+    """Return versions, processor, threads and GPU as JSON values."""
+    return {
+        "krrst_fast": version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "extension": extension(),
+    }
+
+
+def extension() -> str | None:
+    """Return the compiled modules that are built, such as "_C, _native", or None."""
+    names = [n for n in ("_C", "_C_cuda", "_native") if find_spec(f"krrst_fast.{n}")]
+    return ", ".join(names) or None
+
+
+def version() -> str:
+    """Return the installed version of this library."""
+    try:
+        return metadata.version("krrst-fast")
+    except metadata.PackageNotFoundError:  # a checkout that is on the path without being installed
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def peak_memory_mb(device: torch.device | None = None) -> float:
+    """Return the peak memory in MB (10^6 bytes): of torch on a GPU, of the process on a CPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is the GPU if there is one.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: must be auto, cpu or cuda[:index], got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device: {name!r} was asked for and torch sees {count} GPUs")
+    return device

@@ -1,0 +1,77 @@
+"""The metrics.jsonl of a run, and its totals: seconds and peak memory, across interruptions."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from krrst_fast.runs import environment
+from krrst_fast.runs.files import append_jsonl
+
+
+class RunLog:
+    """The log of a run that goes on from `step`.
+
+    Args:
+        path: The metrics.jsonl.
+        step: Steps done before this process.
+        batch_size: Images in a step.
+        device: Device of the run.
+        totals: Totals of the run so far; updated in place.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        step: int,
+        batch_size: int,
+        device: torch.device,
+        totals: dict[str, float],
+    ) -> None:
+        self._path, self._batch_size, self._device = path, batch_size, device
+        self._totals = totals
+        self._counted = time.perf_counter()
+        self._row_step, self._row_seconds = step, totals["seconds"]
+
+    def count_time(self) -> None:
+        """Add the time since the last call to the totals, and update the peak memory."""
+        now = time.perf_counter()
+        self._totals["seconds"] += now - self._counted
+        self._counted = now
+        peak = environment.peak_memory_mb(self._device)
+        self._totals["peak_memory_mb"] = max(self._totals["peak_memory_mb"], peak)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Append the row of a step, with speed and totals beside its values. Returns the row."""
+        self.count_time()
+        seconds = self._totals["seconds"]
+        images = (step - self._row_step) * self._batch_size
+        row = {
+            "step": step,
+            **values,
+            "images_per_second": images / max(seconds - self._row_seconds, 1e-9),
+            "seconds": seconds,
+            "peak_memory_mb": self._totals["peak_memory_mb"],
+        }
+        append_jsonl(self._path, row)
+        self._row_step, self._row_seconds = step, seconds
+        return row
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Return whether something that happens `every` so many steps, and at the last, is due."""
+    return step % every == 0 or step == last
+
+
+def summary(totals: Mapping[str, float], steps: int, batch_size: int) -> dict[str, float]:
+    """Return the totals of a finished run, with its speed."""
+    per_step = totals["seconds"] / steps
+    return {
+        "steps": steps,
+        "seconds_per_step": per_step,
+        "images_per_second": batch_size / per_step,
+        **totals,
+    }
