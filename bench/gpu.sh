@@ -153,7 +153,7 @@ run_tests() {
   fi
   # A process each for the processors: not as many threads in each again.
   stage tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest -m gpu "${parallel[@]}" -v --tb=short --color=no \
-    -p no:cacheprovider --continue-on-collection-errors --rootdir "$root" -c "$root/pyproject.toml" \
+    -p no:cacheprovider -p no:benchmark --continue-on-collection-errors --rootdir "$root" -c "$root/pyproject.toml" \
     "${files[@]}"
 }
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from krrst_fast import triangular
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 
 MAX_RETRIES = 3
@@ -34,8 +35,8 @@ class Method(NamedTuple):
 
     Attributes:
         own_up_to: Our compiled Cholesky factors Grams of at most this many rows, torch larger ones.
-        inverse: The inverse of the factor is computed once, and a solve is two products with it
-            in place of two triangular solves, which proceed row by row.
+        inverse: The diagonal blocks of the factor are inverted once, and a solve is products of
+            blocks in place of two triangular solves, which proceed row by row.
         substitution: A solve is two triangular solves in place of `torch.cholesky_solve`, whose
             function in cuSOLVER is the slower one.
     """
@@ -71,7 +72,8 @@ class Factor(NamedTuple):
         ridge: The number that was added to the diagonal [N?].
         retries: How often it was raised [N?] int64.
         pivot: 0, or the number, from 1, of the pivot that failed [N?] int32.
-        inverse: The inverse of the factor [N?, M, M], if the method has it.
+        inverse: The inverses of the diagonal blocks of the factor [N?, blocks, rows, rows], the
+            last padded, if the method has them; of one block of M rows, the inverse of the factor.
     """
 
     factor: Tensor
@@ -143,7 +145,7 @@ def _factor_one(k: Tensor, lam: Tensor, retries: int, method: Method) -> Factor:
     for attempt in range(retries + 1):
         if in_place:
             factor, pivot = _factor_in_place(k, ridge, factor)
-            inverse = _inverse(factor) if method.inverse else None
+            inverse = triangular.inverses(factor) if method.inverse else None
         else:
             factor, pivot, inverse = _cholesky(k, ridge, method)
         value, failed = _read(lam, pivot)
@@ -231,12 +233,12 @@ def _factor_unread(k: Tensor, lam: Tensor, retries: int, method: Method) -> Fact
         factor_again, pivot_again, inverse_again = _cholesky(k, ridge, method)
         factor = torch.where(failed[..., None, None], factor_again, factor)
         if inverse is not None and inverse_again is not None:
-            inverse = torch.where(failed[..., None, None], inverse_again, inverse)
+            inverse = torch.where(failed[..., None, None, None], inverse_again, inverse)
         pivot = torch.where(failed, pivot_again, pivot)
     failed = (pivot != 0) | (~(lam > 0) if k.shape[-1] else False)
     factor = factor.masked_fill(failed[..., None, None], math.nan)
     if inverse is not None:
-        inverse = inverse.masked_fill(failed[..., None, None], math.nan)
+        inverse = inverse.masked_fill(failed[..., None, None, None], math.nan)
     return Factor(factor, ridge, count, torch.where(failed, pivot.clamp(min=1), pivot), inverse)
 
 
@@ -255,19 +257,13 @@ def _cholesky(k: Tensor, ridge: Tensor, method: Method) -> tuple[Tensor, Tensor,
         if method.inverse:
             columns = torch.eye(rows, dtype=k.dtype, device=k.device)
         factor, inverse, pivot = torch.ops.krrst_fast.cholesky(k, ridge, columns, False)
-        return factor, pivot, inverse if method.inverse else None
+        return factor, pivot, inverse[None] if method.inverse else None
     else:
         system = k.to(factor_dtype(k), copy=True)
         system.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
         factor, pivot = torch.linalg.cholesky_ex(system)
         pivot = _failed(factor, pivot)
-    return factor, pivot, _inverse(factor) if method.inverse else None
-
-
-def _inverse(factor: Tensor) -> Tensor:
-    """Return L^-1 [N?, M, M]."""
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return factor, pivot, triangular.inverses(factor) if method.inverse else None
 
 
 def _failure(
@@ -309,7 +305,7 @@ def _require_ridge(lam: Tensor, value: float, total: float, rows: int) -> None:
 def solve(y: Tensor, factor: Tensor, inverse: Tensor | None, method: Method) -> Tensor:
     """Compute `factored_solve` for tensors that hold values (not fake or traced ones)."""
     if inverse is not None:
-        return (inverse.mT @ (inverse @ y.to(factor.dtype))).to(y.dtype)
+        return triangular.solve_twice(y.to(factor.dtype), factor, inverse).to(y.dtype)
     rows = factor.shape[-1]
     if method.owns(rows) and rows <= FLOAT64_UP_TO and factor.dtype == torch.float64:
         own = torch.ops.krrst_fast.batched_cholesky_solve

@@ -18,6 +18,7 @@ from torch import Tensor
 from krrst_fast import reference
 from krrst_fast.cholesky import FLOAT64_UP_TO, Method, factor_dtype, factored, solve
 from krrst_fast.precision import exact_arithmetic
+from krrst_fast.triangular import inverse_shape
 
 # The registrations live as long as this object.
 _LIBRARY = torch.library.Library("krrst_fast", "DEF")
@@ -101,7 +102,9 @@ def _ridge_factor_fake(
     substitution: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     factor = k.new_empty(k.shape, dtype=factor_dtype(k))
-    inverted = factor.new_empty(k.shape if inverse else (0,))
+    whole = k.ndim == 2 and FLOAT64_UP_TO < k.shape[0] <= own_up_to
+    blocks = (*k.shape[:-2], *inverse_shape(k.shape[-1], whole))
+    inverted = factor.new_empty(blocks if inverse else (0,))
     if _by_columns(k, raises, own_up_to):
         factor = factor.mT
     count = torch.empty_like(lam, dtype=torch.int64)

@@ -16,7 +16,7 @@ from krrst_fast.precision import exact_arithmetic
 
 def with_operands(problem: Problem, x_syn: Tensor, x_real: Tensor, unit: Tensor | None) -> Problem:
     """Return the problem with rounded features, which are `unit` times as large."""
-    scale = problem.scale if unit is None else problem.scale / unit.square()
+    scale = problem.scale if unit is None else problem.scale / (unit * unit)
     return problem._replace(f_syn=x_syn, f_real=x_real, scale=scale)
 
 
