@@ -181,6 +181,7 @@ def test_a_peer_that_is_not_here_is_skipped(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
 @pytest.mark.parametrize("kind", [kind for kind in TINY if "torch-cuda" in kind.params[1]])
 def test_a_gpu_row_runs(kind: type) -> None:
+    pytest.importorskip("asv_runner", reason="asv is not installed")
     torch.use_deterministic_algorithms(False)
     for precision in kind.params[2]:
         one, row = kind(), (TINY[kind], "torch-cuda", precision)

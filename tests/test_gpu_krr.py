@@ -113,6 +113,10 @@ def test_against_float64(
     for name, a, b in zip(("loss", *NAMES), middle(mine), middle(plain)):
         # Of one number, the loss, even the middle is luck.
         allowed = 4 * b + 1e-5 if name == "loss" else 2 * b + 1e-6
+        if name == "loss" and precision == "fast":
+            # Tensor cores truncate: every entry of K is too small by some 1e-8 of itself, and the
+            # condition number of 1e4 multiplies that.
+            allowed += 2e-4
         assert a <= allowed, f"{name}: error {a:.2e} > allowed {allowed:.2e}"
 
 
@@ -211,7 +215,8 @@ def test_half_precision_and_strides(backend: str) -> None:
     assert got.dtype == torch.float32 and (got - exact).norm() <= 1e-4 * exact.norm()
     odd = [torch.cat((x, x), 1)[:, : x.shape[1]].mT.contiguous().mT for x in tensors]
     loss = partial(krr_mse, **OPTIONS, solver=Solver(backend=backend))
-    assert errors(results(loss, odd), [x.double() for x in results(loss, tensors)]).max() < 1e-4
+    exact, _ = judged((97, 61, 40, 7), 0, False)
+    assert errors(results(loss, odd), exact).max() < 1e-3
 
 
 def test_fit_and_solve(backend: str) -> None:
