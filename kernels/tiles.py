@@ -87,9 +87,9 @@ _MULTIPROCESSORS = {"hopper": 132, "ampere": 108}
 _SPLIT_DEPTH = 256
 # Overhead of one split (start, write, read again) in units of one term of its sum. Not measured.
 _PART = 320
-# Tensor cores truncate their accumulator at every step of 16 terms: after this many terms the run is
-# added to a float32 sum by ordinary instructions. A system of equations amplifies the errors of a
-# Gram. On an H200 a Gram of 5000 x 8192 takes 0.57 ms with runs of 1280 terms (error 2.4e-6), 0.61
+# Tensor cores truncate their accumulator at every step of 16 terms: after this many terms the run
+# is added to a float32 sum by ordinary instructions. A system of equations amplifies the errors of
+# its Gram. One of 5000 x 8192 takes 0.57 ms on an H200 with runs of 1280 terms (error 2.4e-6), 0.61
 # with 128 (2.3e-7), 0.65 with 64 (1.9e-7). In tf32x3 this happens after each step anyway.
 _RUN = 128
 RUN_OF_GRAM = 64
