@@ -37,20 +37,28 @@ def head(*names: str) -> Iterator[str]:
     yield "|---" * len(names) + "|"
 
 
-def rewrite(path: Path, lines: Iterable[str], begin: str, end: str) -> None:
-    """Replace the text between two marks of a file; check the marks before reading the lines.
+def between(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """Return the text of a file before a mark and after another.
 
     Raises:
         DataError: The file cannot be read, or does not have each mark once and in this order.
     """
-    from krrst_fast.runs.files import write_text  # imports torch, which takes seconds
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"bench: {path} cannot be read: {error}") from error
     if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
         raise DataError(f"bench: {path} needs one line {begin!r} and below it one {end!r}")
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
+    return text.split(begin)[0], text.split(end)[1]
+
+
+def rewrite(path: Path, lines: Iterable[str], begin: str, end: str) -> None:
+    """Replace the text between two marks of a file.
+
+    Raises:
+        DataError: As `between`.
+    """
+    from krrst_fast.runs.files import write_text  # imports torch, which takes seconds
+
+    before, after = between(path, begin, end)
     write_text(path, f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")

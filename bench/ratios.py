@@ -1,4 +1,4 @@
-"""The rows of the README's table: python -m bench.ratios [--readme README.md] [--check]
+"""Speeds beside the code that is replaced: python -m bench.ratios [--page FILE] [--readme FILE]
 
 Each row times a computation and the code that it replaces, interleaved in one process, and compares
 both with float64. Times are medians, with memory that the process keeps between the calls; an error
@@ -17,7 +17,7 @@ import torch
 
 from bench import bench_few_shot, bench_fit, bench_krr, bench_peers
 from bench.common import THREADS, medians, relative_error
-from bench.markdown import cells, digits, head, rewrite, scientific
+from bench.markdown import between, cells, digits, head, rewrite, scientific
 from bench.suite import Comparison, Setting
 from krrst_fast.errors import KrrstError
 from krrst_fast.runs.environment import describe
@@ -43,6 +43,7 @@ class Row(NamedTuple):
         floor: Required speed, relative to the reference.
         draws: Number of inputs. If several, the median of the errors over them may not exceed that
             of the reference: the error of a single draw is chance.
+        headline: Whether it is a row of the README's table, too.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     shape: Any
     floor: float
     draws: int = 1
+    headline: bool = True
 
     @property
     def name(self) -> str:
@@ -60,19 +62,22 @@ class Row(NamedTuple):
         )
 
 
+_HEADLINES = ((1000, 512), (1000, 10), (5000, 512), (100, 64), (10, 8))
 ROWS = (
-    *(Row("KRR loss and gradients", bench_krr.KRR, *row) for row in bench_krr.FLOORS.items()),
+    *(
+        Row("KRR loss and gradients", bench_krr.KRR, shape, floor, 1, shape[:2] in _HEADLINES)
+        for shape, floor in bench_krr.FLOORS.items()
+    ),
     *(
         Row("few-shot heads and gradients", suite, bench_few_shot.FIVE_SHOT, floor)
         for suite, floor in ((bench_few_shot.FewShot, 1.2), (bench_few_shot.FewShotLoop, 8.0))
     ),
-    *(
-        Row("one fit, many queries", suite, bench_fit.QUICK, 20.0)
-        for suite in (bench_fit.Reuse, bench_fit.ReusePredict)
-    ),
+    Row("one fit, many queries", bench_fit.Reuse, bench_fit.QUICK, 20.0, headline=False),
+    Row("one fit, many queries", bench_fit.ReusePredict, bench_fit.QUICK, 20.0),
 )
 PEERS = tuple(
-    Row("fit and predict", peer, bench_peers.SHAPE, 1.0, draws=3) for peer in bench_peers.PEERS
+    Row("fit and predict", peer, bench_peers.SHAPE, 1.0, 3, peer is not bench_peers.LinearOperator)
+    for peer in bench_peers.PEERS
 )
 
 
@@ -133,14 +138,10 @@ def measured(rows: Iterable[Row], *, seconds: float) -> Iterator[Measured]:
             print(f"{row.name} against {row.suite.against}: n/a: {error}", file=sys.stderr)
 
 
-def table(
-    rows: Iterable[Row], *, seconds: float, command: str, failures: list[str]
-) -> Iterator[str]:
-    """Measure rows and yield the lines of the table; append what fails to `failures`."""
+def table(found: Iterable[Measured], command: str) -> Iterator[str]:
+    """Yield the lines of the table of some rows."""
     yield from head(*COLUMNS)
-    for found in measured(rows, seconds=seconds):
-        yield str(found)
-        failures += found.failures()
+    yield from map(str, found)
     about, load = describe(), os.getloadavg()[0]
     yield from (
         "",
@@ -149,17 +150,12 @@ def table(
     )
 
 
-def _printed(lines: Iterable[str]) -> Iterator[str]:
-    for line in lines:
-        print(line, flush=True)
-        yield line
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print each row; return 1 if a floor is required and missed, 2 if the file has no marks."""
+    """Print each row; return 1 if a floor is required and missed, 2 if a file has no marks."""
     parser = argparse.ArgumentParser(prog="python -m bench.ratios", description=__doc__)
     parser.add_argument("--peers", action="store_true", help="only the rows of other libraries")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write some rows there, too")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -167,21 +163,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="to time each row (default 6)")
     options = parser.parse_args(argv)
-    failures: list[str] = []
     command = " ".join(["python -m bench.ratios", *(sys.argv[1:] if argv is None else argv)])
-    rows = PEERS if options.peers else (*ROWS, *PEERS)
-    lines = _printed(table(rows, seconds=options.seconds, command=command, failures=failures))
-    if options.readme is None:
-        list(lines)
-    else:
-        try:
-            rewrite(options.readme, lines, BEGIN, END)
-        except KrrstError as error:
-            print(error, file=sys.stderr)
-            return 2
-    for failure in failures if options.check else ():
+    pages = [path for path in (options.page, options.readme) if path is not None]
+    try:
+        for path in pages:  # before anything is measured
+            between(path, BEGIN, END)
+    except KrrstError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(*head(*COLUMNS), sep="\n", flush=True)
+    found: list[Measured] = []
+    for one in measured(PEERS if options.peers else (*ROWS, *PEERS), seconds=options.seconds):
+        found.append(one)
+        print(one, flush=True)
+    for path in pages:
+        kept = [one for one in found if path is options.page or one.row.headline]
+        rewrite(path, table(kept, command), BEGIN, END)
+    failures = [failure for one in found for failure in one.failures()] if options.check else []
+    for failure in failures:
         print(f"bench.ratios: {failure}", file=sys.stderr)
-    return int(options.check and bool(failures))
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -221,8 +221,12 @@ def test_the_readme_gets_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "fit and predict" not in text, "a peer that is not installed has no row"
     assert f", 2 threads, torch {torch.__version__}, krrst_fast " in text
     assert f"`python -m bench.ratios --readme {readme} --seconds 0`" in text
-    assert ratios.main(["--readme", str(readme), "--seconds", "0"]) == 0
+    _rows(monkeypatch, _row(), _row()._replace(headline=False))
+    page = tmp_path / "page.md"
+    page.write_text(f"{ratios.BEGIN}\n{ratios.END}\n")
+    assert ratios.main(["--readme", str(readme), "--page", str(page), "--seconds", "0"]) == 0
     assert len(readme.read_text().splitlines()) == len(text.splitlines())
+    assert len(page.read_text().splitlines()) == len(text.splitlines()) - 1
 
 
 def test_the_readme_of_the_project_has_the_marks() -> None:

@@ -28,7 +28,7 @@ def dispatch(found: Results) -> dict[str, Any]:
     for (part, precision, size), by_name in by_size.items():
         # A graph leaves out what Python takes: where one has none, calls are compared with calls.
         which = "eager_ms" if any("no_graph" in row for row in by_name.values()) else "ms"
-        ms = {name: row.get(which, row["ms"]) for name, row in by_name.items()}
+        ms = {name: float(f"{row.get(which, row['ms']):.4g}") for name, row in by_name.items()}
         rows.append({"part": part, "precision": precision, "size": list(size), "ms": ms})
     dates = [row["date"] for by_name in by_size.values() for row in by_name.values()]
     machine = found.machine

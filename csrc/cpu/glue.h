@@ -17,6 +17,7 @@
 #include <optional>
 #include <utility>
 
+#include "../check.h"
 #include "matrix.h"
 
 namespace krrst::glue {
@@ -34,7 +35,7 @@ inline void on_torch_threads(int64_t count, const std::function<void(int64_t, in
       failed = true;
     }
   });
-  STD_TORCH_CHECK(!failed, "krrst_fast: a CPU kernel ran out of memory");
+  KRRST_CHECK(!failed, "krrst_fast: a CPU kernel ran out of memory");
 }
 
 inline int32_t dtype_of(ScalarType dtype) {
@@ -48,7 +49,7 @@ inline int32_t dtype_of(ScalarType dtype) {
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
     default:
-      STD_TORCH_CHECK(false, "krrst_fast: the tensors must be float32 or float64");
+      KRRST_CHECK(false, "krrst_fast: the tensors must be float32 or float64");
   }
 }
 
@@ -60,7 +61,7 @@ inline Tensor fresh(ScalarType dtype, std::initializer_list<int64_t> shape,
                     bool by_columns = false) {
   constexpr size_t kLarge = 32 << 20, kPage = 2 << 20;
   constexpr size_t kMost = 4;
-  STD_TORCH_CHECK(shape.size() <= kMost, "krrst_fast: a tensor has too many dimensions");
+  KRRST_CHECK(shape.size() <= kMost, "krrst_fast: a tensor has too many dimensions");
   const auto dims = static_cast<int64_t>(shape.size());
   int64_t strides[kMost], count = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
@@ -94,8 +95,8 @@ inline Tensor fresh(const Tensor& x, std::initializer_list<int64_t> shape,
 template <typename F>
 void for_real_dtype(const char* op, const Tensor& x, F&& body) {
   if (x.scalar_type() == ScalarType::Float) return body(float{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, op,
-                  ": the tensors must be float32 or float64");
+  KRRST_CHECK(x.scalar_type() == ScalarType::Double, op,
+              ": the tensors must be float32 or float64");
   body(double{});
 }
 

@@ -15,14 +15,14 @@ using krrst::cpu::RidgeOf;
 namespace {
 
 Form form_of(const char* op, const std::string& name) {
-  STD_TORCH_CHECK(name == "k" || name == "w" || name == "primal", op,
-                  ": form must be 'k', 'w' or 'primal', got '", name, "'");
+  KRRST_CHECK(name == "k" || name == "w" || name == "primal", op,
+              ": form must be 'k', 'w' or 'primal', got '", name, "'");
   return name == "k" ? Form::k : name == "w" ? Form::w : Form::primal;
 }
 
 RidgeOf ridge_of_name(const char* op, const std::string& name) {
-  STD_TORCH_CHECK(name == "absolute" || name == "trace" || name == "mean_diagonal", op,
-                  ": ridge_of must be 'absolute', 'trace' or 'mean_diagonal', got '", name, "'");
+  KRRST_CHECK(name == "absolute" || name == "trace" || name == "mean_diagonal", op,
+              ": ridge_of must be 'absolute', 'trace' or 'mean_diagonal', got '", name, "'");
   return name == "absolute" ? RidgeOf::absolute
          : name == "trace"  ? RidgeOf::trace
                             : RidgeOf::mean_diagonal;
@@ -32,20 +32,20 @@ RidgeOf ridge_of_name(const char* op, const std::string& name) {
 void check_matrix(const char* op, const char* name, const Tensor& x, const Tensor& f_syn,
                   int64_t rows, int64_t columns, ScalarType dtype) {
   const int64_t d = f_syn.dim();
-  STD_TORCH_CHECK(x.dim() == d && x.size(d - 2) == rows && x.size(d - 1) == columns &&
-                      (d == 2 || x.size(0) == f_syn.size(0)),
-                  op, ": ", name, " must be [N?, ", rows, ", ", columns, "] like f_syn");
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(), op, ": ", name,
-                  " has a wrong dtype, or is not on the CPU");
+  KRRST_CHECK(x.dim() == d && x.size(d - 2) == rows && x.size(d - 1) == columns &&
+                  (d == 2 || x.size(0) == f_syn.size(0)),
+              op, ": ", name, " must be [N?, ", rows, ", ", columns, "] like f_syn");
+  KRRST_CHECK(x.scalar_type() == dtype && x.is_cpu(), op, ": ", name,
+              " has a wrong dtype, or is not on the CPU");
 }
 
 void check_numbers(const char* op, const char* name, const Tensor& x, const Tensor& f_syn,
                    ScalarType dtype) {
   const bool many = f_syn.dim() == 3;
-  STD_TORCH_CHECK(x.dim() == (many ? 1 : 0) && (!many || x.size(0) == f_syn.size(0)), op, ": ",
-                  name, " must be [N?] like f_syn");
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(), op, ": ", name,
-                  " has a wrong dtype, or is not on the CPU");
+  KRRST_CHECK(x.dim() == (many ? 1 : 0) && (!many || x.size(0) == f_syn.size(0)), op, ": ", name,
+              " must be [N?] like f_syn");
+  KRRST_CHECK(x.scalar_type() == dtype && x.is_cpu(), op, ": ", name,
+              " has a wrong dtype, or is not on the CPU");
 }
 
 // The numbers [N?] of any stride.
@@ -94,9 +94,9 @@ krrst::cpu::Krr<T> krr_of(Form form, const Tensor& f_syn, const Tensor& y_syn, c
 
 void check_rows(const char* op, const Tensor& f_syn, const Tensor& y_syn, const Tensor& f_real) {
   const int64_t d = f_syn.dim();
-  STD_TORCH_CHECK(d == 2 || d == 3, op, ": f_syn must be [M, D] or [N, M, D]");
-  STD_TORCH_CHECK(y_syn.dim() == d && f_real.dim() == d, op,
-                  ": f_syn, y_syn and f_real must all be matrices, or batches of them");
+  KRRST_CHECK(d == 2 || d == 3, op, ": f_syn must be [M, D] or [N, M, D]");
+  KRRST_CHECK(y_syn.dim() == d && f_real.dim() == d, op,
+              ": f_syn, y_syn and f_real must all be matrices, or batches of them");
   const ScalarType dtype = f_syn.scalar_type();
   check_matrix(op, "y_syn", y_syn, f_syn, f_syn.size(d - 2), y_syn.size(d - 1), dtype);
   check_matrix(op, "f_real", f_real, f_syn, f_real.size(d - 2), f_syn.size(d - 1), dtype);

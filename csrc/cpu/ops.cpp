@@ -19,7 +19,7 @@ namespace {
 
 Tensor gram(Tensor x, double scale, double bias) {
   const int64_t d = x.dim();
-  STD_TORCH_CHECK(d == 2 || d == 3, "gram: x must be [M, D] or [N, M, D]");
+  KRRST_CHECK(d == 2 || d == 3, "gram: x must be [M, D] or [N, M, D]");
   const int64_t problems = d == 3 ? x.size(0) : 1, n = x.size(d - 2);
   Tensor k = d == 3 ? fresh(x, {problems, n, n}) : fresh(x, {n, n});
   for_real_dtype("gram", x, [&](auto zero) {
@@ -31,10 +31,9 @@ Tensor gram(Tensor x, double scale, double bias) {
 }
 
 Tensor batched_matmul(Tensor a, Tensor b) {
-  STD_TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(1),
-                  "batched_matmul: a and b must be [N, I, K] and [N, K, J]");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(),
-                  "batched_matmul: a and b must have one dtype");
+  KRRST_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(1),
+              "batched_matmul: a and b must be [N, I, K] and [N, K, J]");
+  KRRST_CHECK(a.scalar_type() == b.scalar_type(), "batched_matmul: a and b must have one dtype");
   Tensor out = fresh(a, {a.size(0), a.size(1), b.size(2)});
   for_real_dtype("batched_matmul", a, [&](auto zero) {
     using T = decltype(zero);
@@ -45,7 +44,7 @@ Tensor batched_matmul(Tensor a, Tensor b) {
 }
 
 std::tuple<Tensor, Tensor> batched_cholesky(Tensor k, Tensor ridge) {
-  STD_TORCH_CHECK(
+  KRRST_CHECK(
       k.dim() == 3 && k.size(1) == k.size(2) && ridge.dim() == 1 && ridge.size(0) == k.size(0),
       "batched_cholesky: k and ridge must be [N, M, M] and [N]");
   const int64_t problems = k.size(0), m = k.size(1);
@@ -66,11 +65,11 @@ std::tuple<Tensor, Tensor> batched_cholesky(Tensor k, Tensor ridge) {
 }
 
 Tensor batched_cholesky_solve(Tensor y, Tensor factor) {
-  STD_TORCH_CHECK(y.dim() == 3 && factor.dim() == 3 && y.size(0) == factor.size(0) &&
-                      y.size(1) == factor.size(1) && factor.size(1) == factor.size(2),
-                  "batched_cholesky_solve: y and factor must be [N, M, P] and [N, M, M]");
-  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Double,
-                  "batched_cholesky_solve: the factor must be float64");
+  KRRST_CHECK(y.dim() == 3 && factor.dim() == 3 && y.size(0) == factor.size(0) &&
+                  y.size(1) == factor.size(1) && factor.size(1) == factor.size(2),
+              "batched_cholesky_solve: y and factor must be [N, M, P] and [N, M, M]");
+  KRRST_CHECK(factor.scalar_type() == ScalarType::Double,
+              "batched_cholesky_solve: the factor must be float64");
   Tensor out = fresh(y, {y.size(0), y.size(1), y.size(2)}, true);
   for_real_dtype("batched_cholesky_solve", y, [&](auto zero) {
     using T = decltype(zero);
@@ -83,9 +82,9 @@ Tensor batched_cholesky_solve(Tensor y, Tensor factor) {
 }
 
 Tensor thin_matmul(Tensor a, Tensor b) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0),
-                  "thin_matmul: a and b must be [N, K] and [K, P]");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "thin_matmul: a and b must have one dtype");
+  KRRST_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0),
+              "thin_matmul: a and b must be [N, K] and [K, P]");
+  KRRST_CHECK(a.scalar_type() == b.scalar_type(), "thin_matmul: a and b must have one dtype");
   Tensor out = fresh(a, {a.size(0), b.size(1)});
   for_real_dtype("thin_matmul", a, [&](auto zero) {
     using T = decltype(zero);
@@ -99,15 +98,15 @@ Tensor thin_matmul(Tensor a, Tensor b) {
 
 Tensor views(Tensor images, Tensor index, Tensor offset, Tensor flip, int64_t padding,
              std::vector<double> mean, std::vector<double> std) {
-  STD_TORCH_CHECK(images.dim() == 4, "views: images must be [N, C, H, W]");
+  KRRST_CHECK(images.dim() == 4, "views: images must be [N, C, H, W]");
   const int64_t batch = index.numel(), channels = images.size(1);
-  STD_TORCH_CHECK(offset.numel() == 2 * batch && flip.numel() == batch &&
-                      static_cast<int64_t>(mean.size()) == channels && mean.size() == std.size(),
-                  "views: the shapes do not fit together");
-  STD_TORCH_CHECK(
-      images.scalar_type() == ScalarType::Byte && index.scalar_type() == ScalarType::Long &&
-          offset.scalar_type() == ScalarType::Long && flip.scalar_type() == ScalarType::Bool,
-      "views: images, index, offset and flip must be uint8, int64, int64 and bool");
+  KRRST_CHECK(offset.numel() == 2 * batch && flip.numel() == batch &&
+                  static_cast<int64_t>(mean.size()) == channels && mean.size() == std.size(),
+              "views: the shapes do not fit together");
+  KRRST_CHECK(images.scalar_type() == ScalarType::Byte && index.scalar_type() == ScalarType::Long &&
+                  offset.scalar_type() == ScalarType::Long &&
+                  flip.scalar_type() == ScalarType::Bool,
+              "views: images, index, offset and flip must be uint8, int64, int64 and bool");
   const Tensor rows = torch::stable::contiguous(index), corners = torch::stable::contiguous(offset),
                mirrored = torch::stable::contiguous(flip);
   const krrst::cpu::Images source{
@@ -120,7 +119,7 @@ Tensor views(Tensor images, Tensor index, Tensor offset, Tensor flip, int64_t pa
   const krrst::cpu::Draw draw{rows.const_data_ptr<int64_t>(), corners.const_data_ptr<int64_t>(),
                               mirrored.const_data_ptr<bool>(), batch, padding};
   const char* reason = krrst::cpu::refuse_views(source, draw);
-  STD_TORCH_CHECK(reason == nullptr, "views: ", reason);
+  KRRST_CHECK(reason == nullptr, "views: ", reason);
   Tensor out = torch::stable::new_empty(images, {batch, channels, images.size(2), images.size(3)},
                                         ScalarType::Float);
   const std::vector<float> levels =

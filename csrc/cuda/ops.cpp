@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "../check.h"
 #include "../cpu/module.h"
 #include "cholesky.h"
 
@@ -43,8 +44,8 @@ T* data(const Tensor& x) {
 }
 
 void require_one_device(const char* op, const Tensor& x, const Tensor& y) {
-  STD_TORCH_CHECK(x.is_cuda() && y.is_cuda() && x.get_device_index() == y.get_device_index(), op,
-                  ": the tensors must be on one CUDA device");
+  KRRST_CHECK(x.is_cuda() && y.is_cuda() && x.get_device_index() == y.get_device_index(), op,
+              ": the tensors must be on one CUDA device");
 }
 
 struct Factored {
@@ -80,11 +81,11 @@ Factored factor(const Tensor& k, const Tensor& ridge, const Tensor* y, bool floa
 std::tuple<Tensor, Tensor, Tensor> cholesky(Tensor k, Tensor ridge, Tensor y, bool float64) {
   require_one_device("cholesky", k, ridge);
   require_one_device("cholesky", k, y);
-  STD_TORCH_CHECK(k.dim() == 2 && k.size(0) == k.size(1) && ridge.numel() == 1 && y.dim() == 2 &&
-                      y.size(0) == k.size(0),
-                  "cholesky: k, ridge and y must be [M, M], [] and [M, P]");
-  STD_TORCH_CHECK(is_real(k) && is_real(ridge) && k.scalar_type() == y.scalar_type(),
-                  "cholesky: k and y must have one dtype, float32 or float64");
+  KRRST_CHECK(k.dim() == 2 && k.size(0) == k.size(1) && ridge.numel() == 1 && y.dim() == 2 &&
+                  y.size(0) == k.size(0),
+              "cholesky: k, ridge and y must be [M, M], [] and [M, P]");
+  KRRST_CHECK(is_real(k) && is_real(ridge) && k.scalar_type() == y.scalar_type(),
+              "cholesky: k and y must have one dtype, float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Factored out = factor(k, ridge, &y, float64);
   return {torch::stable::transpose(torch::stable::select(out.factor, 0, 0), 0, 1), out.half,
@@ -93,11 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> cholesky(Tensor k, Tensor ridge, Tensor y, bo
 
 std::tuple<Tensor, Tensor> batched_cholesky(Tensor k, Tensor ridge) {
   require_one_device("batched_cholesky", k, ridge);
-  STD_TORCH_CHECK(
+  KRRST_CHECK(
       k.dim() == 3 && k.size(1) == k.size(2) && ridge.dim() == 1 && ridge.size(0) == k.size(0),
       "batched_cholesky: k and ridge must be [N, M, M] and [N]");
-  STD_TORCH_CHECK(is_real(k) && is_real(ridge),
-                  "batched_cholesky: the tensors must be float32 or float64");
+  KRRST_CHECK(is_real(k) && is_real(ridge),
+              "batched_cholesky: the tensors must be float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const Factored out = factor(k, ridge, nullptr, true);
   return {torch::stable::transpose(out.factor, 1, 2), out.pivot};
@@ -119,11 +120,11 @@ Tensor solve_in(const Tensor& y, const Tensor& factor) {
 
 Tensor batched_cholesky_solve(Tensor y, Tensor factor) {
   require_one_device("batched_cholesky_solve", y, factor);
-  STD_TORCH_CHECK(y.dim() == 3 && factor.dim() == 3 && y.size(0) == factor.size(0) &&
-                      y.size(1) == factor.size(1) && factor.size(1) == factor.size(2),
-                  "batched_cholesky_solve: y and factor must be [N, M, P] and [N, M, M]");
-  STD_TORCH_CHECK(is_real(y) && factor.scalar_type() == ScalarType::Double,
-                  "batched_cholesky_solve: the factor must be float64, y float32 or float64");
+  KRRST_CHECK(y.dim() == 3 && factor.dim() == 3 && y.size(0) == factor.size(0) &&
+                  y.size(1) == factor.size(1) && factor.size(1) == factor.size(2),
+              "batched_cholesky_solve: y and factor must be [N, M, P] and [N, M, M]");
+  KRRST_CHECK(is_real(y) && factor.scalar_type() == ScalarType::Double,
+              "batched_cholesky_solve: the factor must be float64, y float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   return y.scalar_type() == ScalarType::Double ? solve_in<double>(y, factor)
                                                : solve_in<float>(y, factor);
