@@ -37,11 +37,12 @@ _DEEP = 64
 _THIN_NUMBERS = 4096
 _LARGE_BATCH = 128
 # Multiplications of the forward pass of one problem, measured on one core and two for M to 400, B
-# to 1024, D to 8192, P to 2048. A whole pass in one operator is 1.1 to 2.4 times as fast as its
-# steps up to the first; from there MKL's larger products decide (0.8 at five times as many). Of
+# to 1024, D to 8192, P to 2048, with AVX2 and AVX-512. A whole pass in one operator is 1.0 to 2.4
+# times as fast as its steps up to the first; from there MKL's larger products decide (0.9 at
+# somewhat more with AVX2, 0.8 at ten times as many). Of
 # more problems than a few, each step pays for one call in all, and streams its operands better:
 # the whole pass is half as fast at 3e4 multiplications a problem, and as fast at 5e5.
-_WHOLE = 2**27
+_WHOLE = 2**26
 _FEW_PROBLEMS = 64
 _WHOLE_OF_MANY = 2**19
 
