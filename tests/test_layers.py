@@ -100,3 +100,14 @@ def test_files_are_short() -> None:
 def test_few_modules_are_loose() -> None:
     loose = [path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]
     assert len(loose) <= MOST_LOOSE_MODULES, loose
+
+
+def test_no_string_stream_in_a_compiled_module() -> None:
+    """csrc/check.h says why."""
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file() and path.name != "check.h":
+            text = path.read_text(encoding="utf-8")
+            found = [
+                name for name in ("STD_TORCH_CHECK", "stringstream", "iostream") if name in text
+            ]
+            assert not found, f"{path.name}: {found}"
