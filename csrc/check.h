@@ -4,13 +4,22 @@
 #pragma once
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace krrst {
+
+template <typename Piece>
+auto as_text(const Piece& piece) {
+  if constexpr (std::is_arithmetic_v<Piece>)
+    return std::to_string(piece);
+  else
+    return std::string(piece);
+}
 
 template <typename... Text>
 [[noreturn]] void fail(const Text&... text) {
   std::string message;
-  (message.append(text), ...);
+  (message.append(as_text(text)), ...);
   throw std::runtime_error(message);
 }
 
