@@ -16,14 +16,15 @@ if TYPE_CHECKING:
         NonFiniteError,
         NotPositiveDefiniteError,
     )
-    from krrst_fast.estimator import KernelRidge
+    from krrst_fast.estimator.ridge import KernelRidge
+    from krrst_fast.estimator.ridge_cv import KernelRidgeCV
     from krrst_fast.head import RidgeHead
     from krrst_fast.ops.fit import KRRFit, krr_fit
     from krrst_fast.ops.from_gram import krr_predict_from_gram
     from krrst_fast.ops.gram import gram
     from krrst_fast.ops.info import SolveInfo
     from krrst_fast.ops.krr import krr_mse, krr_predict
-    from krrst_fast.ops.path import KRRPath, krr_path
+    from krrst_fast.ops.path import KRRPath, PathFit, krr_path
     from krrst_fast.ops.ridge_solve import ridge_solve
     from krrst_fast.ops.solver import Solver
     from krrst_fast.ops.views import views
@@ -36,9 +37,11 @@ __all__ = [
     "KRRFit",
     "KRRPath",
     "KernelRidge",
+    "KernelRidgeCV",
     "KrrstError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
+    "PathFit",
     "Plan",
     "RidgeHead",
     "SolveInfo",
@@ -55,7 +58,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "krrst_fast.estimator": ("KernelRidge",),
+    "krrst_fast.estimator.ridge": ("KernelRidge",),
+    "krrst_fast.estimator.ridge_cv": ("KernelRidgeCV",),
     "krrst_fast.head": ("RidgeHead",),
     "krrst_fast.ops.fit": ("KRRFit", "krr_fit"),
     "krrst_fast.ops.gram": ("gram",),
@@ -65,7 +69,7 @@ _HOMES = {
     "krrst_fast.ops.ridge_solve": ("ridge_solve",),
     "krrst_fast.ops.solver": ("Solver",),
     "krrst_fast.ops.views": ("views",),
-    "krrst_fast.ops.path": ("KRRPath", "krr_path"),
+    "krrst_fast.ops.path": ("KRRPath", "PathFit", "krr_path"),
     "krrst_fast.planner": ("Plan", "plan"),
 }
 

@@ -1,17 +1,18 @@
 """Kernel ridge regression for many ridges, from one eigendecomposition."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
-from krrst_fast.ops.centring import centred, check_intercept
+from krrst_fast.errors import NonFiniteError
+from krrst_fast.ops.autograd import product
+from krrst_fast.ops.centring import Means, centred, check_intercept
 from krrst_fast.ops.problem import (
-    Problem,
     batch_of,
+    cast,
     check_dense,
     check_matrices,
     check_not_mapped,
@@ -19,37 +20,237 @@ from krrst_fast.ops.problem import (
     fold,
     prepare,
     readable,
+    restore,
     result_dtype,
-    unfold,
 )
 from krrst_fast.ops.solver import RidgeOf, Solver
+from krrst_fast.ops.spectrum import Spectrum, spectrum_of
 from krrst_fast.ops.weights import apply_weights, constant_feature, undo_weights
 from krrst_fast.precision import exact_arithmetic
 
-_EPSILON = 2.0**-52
 _SMALLEST, _LARGEST = 1e-140, 1e140
 _FLOAT64 = Solver(precision="float64")
+
+
+@dataclass(frozen=True, eq=False)
+class PathFit:
+    """The fit of one ridge of a path, or of one for each target.
+
+    Attributes:
+        ridge: The ridges of the call [..., P].
+        lam: The numbers added to the diagonal [..., P].
+        alpha: Dual coefficients [..., M, P].
+        intercept: [..., P].
+    """
+
+    ridge: Tensor
+    lam: Tensor
+    alpha: Tensor
+    intercept: Tensor
+    _scale: float | Tensor
+    _solved: tuple[Tensor, Tensor] | None
+    """Where M <= D the rows as they are solved [..., M, D], and their dual coefficients."""
+    _weights: Tensor | None
+
+    @cached_property
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        """Primal coefficients [..., D, P]; where M <= D made when they are asked for."""
+        if self._weights is not None:
+            return self._weights
+        assert self._solved is not None
+        rows, alpha = self._solved
+        with exact_arithmetic(rows):
+            return self._scale * (rows.mT @ alpha)
+
+    def predict(self, f: Tensor) -> Tensor:
+        """Predict [..., B, P] at features f [..., B, D], through the rows of the fit if M <= D.
+
+        Differentiable in f.
+
+        Raises:
+            The errors of `KRRPath.predict`.
+        """
+        op = "PathFit.predict"
+        basis = self._weights if self._solved is None else self._solved[0].mT
+        assert basis is not None
+        check_matrices(op, ("weights", "f"), (basis, f))
+        if f.shape[-1] != basis.shape[-2]:
+            need = f"f must be [..., B, {basis.shape[-2]}]"
+            raise ValueError(f"{op}: {need}, got shape {tuple(f.shape)}")
+        batch = batch_of(op, f=(f, 2), weights=(basis, 2))
+        prediction = product(fold(cast(f, basis.dtype), batch, 2), fold(basis, batch, 2))
+        if self._solved is not None:
+            prediction = self._scale * product(prediction, fold(self._solved[1], batch, 2))
+        prediction = prediction + fold(self.intercept[..., None, :], batch, 2)
+        finite(op, prediction, f=f)
+        return restore(prediction, batch, result_dtype(f))
 
 
 @dataclass(frozen=True, eq=False)
 class KRRPath:
     """Fits for R ridges; `...` are the leading dimensions of the call.
 
+    What is not listed is computed when it is asked for, and kept: `weights`, `intercept` and
+    `loo_residuals` of all ridges at once, in their whole size; the scores block by block.
+
     Attributes:
         ridges: The ridges of the call [R].
         lam: The numbers added to the diagonal [R, ...].
-        weights: Primal coefficients [R, ..., D, P].
-        intercept: [R, ..., P].
-        loo_residuals: Y_i minus the prediction for row i by the fit without row i [R, ..., M, P],
-            as in `KRRFit.loo_residuals`.
     """
 
     ridges: Tensor
     lam: Tensor
-    weights: Tensor
-    intercept: Tensor
-    loo_residuals: Tensor
-    _row_weights: Tensor | None
+    _spectrum: Spectrum
+    _features: int
+    _constant: float | Tensor | None
+    _means: Means | None
+    _root: Tensor | None
+    _as_given: tuple[Tensor, Tensor] | None
+    _batch: tuple[int, ...]
+
+    def _restore(self, x: Tensor, leading: int) -> Tensor:
+        batch = self._batch
+        return (x.unflatten(leading, batch) if len(batch) > 1 else x).to(self.lam.dtype)
+
+    @cached_property
+    @torch.no_grad()
+    def _all(self) -> tuple[Tensor, Tensor]:
+        """Primal coefficients [R, N?, D, P] and constants [R, N?, P] of all ridges."""
+        found, p = self._spectrum, self._spectrum.y.shape[-1]
+        with exact_arithmetic(found.phi):
+            solved = [found.coefficients(lam[..., None].expand(*lam.shape, p)) for lam in found.lam]
+            pairs = [self._linear_of(one) for one in solved]
+        weights, constants = zip(*pairs)
+        return torch.stack(weights), torch.stack(constants)
+
+    def _linear_of(self, solved: Tensor) -> tuple[Tensor, Tensor]:
+        """Return W [N?, D, P] and constants [N?, P] from what the spectrum solves for."""
+        found, d = self._spectrum, self._features
+        if not found.primal:
+            solved = found.scale * (found.phi.mT @ solved)
+        linear, constants = solved[..., :d, :], torch.zeros_like(solved[..., 0, :])
+        if self._means is not None:
+            constants = self._means.intercept(linear)
+        if self._constant is not None:
+            constants = self._constant * solved[..., d, :]
+        return linear, constants
+
+    @property
+    def weights(self) -> Tensor:
+        """Primal coefficients [R, ..., D, P]."""
+        return self._restore(self._all[0], 1)
+
+    @property
+    def intercept(self) -> Tensor:
+        """The constants [R, ..., P]."""
+        return self._restore(self._all[1], 1)
+
+    @cached_property
+    @torch.no_grad()
+    def loo_residuals(self) -> Tensor:
+        """Y_i minus the prediction for row i by the fit without row i [R, ..., M, P].
+
+        As in `KRRFit.loo_residuals`.
+        """
+        found = self._spectrum
+        left_out = found.y.new_empty((len(self.lam), *found.y.shape))
+        with exact_arithmetic(found.phi):
+            for number, block, residuals in found.left_out(found.y.dtype):
+                left_out[number][..., block] = residuals
+            if self._root is not None and self._as_given is not None:
+                f, y = self._as_given
+                linear, constants = self._all
+                unweighted = y - (f @ linear + constants[..., None, :])
+                left_out = undo_weights(self._root, left_out, unweighted)
+        return self._restore(left_out, 1)
+
+    @cached_property
+    @torch.no_grad()
+    def loo_mse_per_target(self) -> Tensor:
+        """Mean of the squared leave-one-out residuals [R, ..., P], over rows by their weights.
+
+        Computed in the precision of the inputs, in blocks of targets.
+        """
+        found, root = self._spectrum, self._root
+        scores = found.y.new_empty((len(self.lam), *found.y.shape[:-2], found.y.shape[-1]))
+        with exact_arithmetic(found.phi):
+            for number, block, residuals in found.left_out(self.lam.dtype):
+                if root is not None:  # of a weighted row, whose square counts once
+                    residuals = residuals.masked_fill(root == 0, 0)
+                squares = torch.linalg.vector_norm(residuals, dim=-2).double().square()
+                scores[number][..., block] = squares
+            rows = float(found.y.shape[-2])
+            total = rows if root is None else root.square().sum((-2, -1))[..., None]
+        return self._restore(scores / total, 1)
+
+    @property
+    def loo_mse(self) -> Tensor:
+        """Mean of `loo_mse_per_target` over the targets [R, ...]."""
+        return self.loo_mse_per_target.mean(-1)
+
+    @property
+    def best(self) -> Tensor:
+        """The ridge with the smallest leave-one-out error [...]."""
+        return self.ridges[self.loo_mse.argmin(0)]
+
+    @property
+    def best_per_target(self) -> Tensor:
+        """The ridge with the smallest leave-one-out error of each target [..., P]."""
+        return self.ridges[self.loo_mse_per_target.argmin(0)]
+
+    @torch.no_grad()
+    def fit_best(self, *, per_target: bool = False) -> PathFit:
+        """Fit with the best ridge, or with that of each target.
+
+        Costs products with P columns. Where M <= D nothing of the size of the primal coefficients
+        is made.
+        """
+        found, p = self._spectrum, self._spectrum.y.shape[-1]
+        if per_target:
+            chosen = self.loo_mse_per_target.argmin(0)  # [..., P]
+        else:
+            chosen = self.loo_mse.argmin(0)[..., None].expand(*self.lam.shape[1:], p)
+        lam = self._lam_of(chosen)
+        weights = pair = None
+        with exact_arithmetic(found.phi):
+            solved = found.coefficients(lam)
+            if found.primal:
+                alpha = (found.y - found.phi @ solved) / lam[..., None, :]
+                linear, constants = self._linear_of(solved)
+                weights = self._restore(linear, 0)
+            else:
+                alpha, constants = solved, self._constants_of(solved)
+                rows = found.phi[..., : self._features]
+                pair = self._restore(rows, 0), self._restore(solved, 0)
+            alpha = alpha if self._root is None else alpha * self._root
+        return PathFit(
+            ridge=self.ridges[chosen],
+            lam=self._restore(lam, 0),
+            alpha=self._restore(alpha, 0) if pair is None or self._root is not None else pair[1],
+            intercept=self._restore(constants, 0),
+            _scale=found.scale,
+            _solved=pair,
+            _weights=weights,
+        )
+
+    def _lam_of(self, chosen: Tensor) -> Tensor:
+        """Return lam [N?, P] in float64 for chosen ridges [..., P]."""
+        lam, p = self._spectrum.lam, chosen.shape[-1]
+        index = chosen.flatten(0, -2) if len(self._batch) > 1 else chosen
+        return torch.gather(lam[..., None].expand(*lam.shape, p), 0, index[None])[0]
+
+    def _constants_of(self, alpha: Tensor) -> Tensor:
+        """Return the constants [N?, P] of dual coefficients [N?, M, P] without making W."""
+        found, d = self._spectrum, self._features
+        if self._constant is not None:
+            column = found.phi[..., d:]  # [N?, M, 1]
+            return (self._constant * found.scale) * (column.mT @ alpha)[..., 0, :]
+        if self._means is None:
+            return torch.zeros_like(alpha[..., 0, :])
+        means = self._means
+        kernel = found.scale * (means.f.double() @ found.phi.mT)  # [N?, 1, M]
+        return (means.y.double() - kernel @ alpha)[..., 0, :]
 
     def predict(self, f: Tensor) -> Tensor:
         """Predict [R, ..., B, P] at features f [..., B, D]. No gradients are recorded.
@@ -59,34 +260,21 @@ class KRRPath:
             TypeError: F has another dtype.
             NonFiniteError: F, on the CPU, holds NaN or infinity.
         """
-        op, (*_, d, _) = "KRRPath.predict", self.weights.shape
-        check_matrices(op, ("weights", "f"), (self.weights, f))
-        if f.shape[-1] != d:
-            raise ValueError(f"{op}: f must be [..., B, {d}], got shape {tuple(f.shape)}")
-        weights = self.weights
+        op, weights = "KRRPath.predict", self.weights
+        check_matrices(op, ("weights", "f"), (weights, f))
+        if f.shape[-1] != weights.shape[-2]:
+            need = f"f must be [..., B, {weights.shape[-2]}]"
+            raise ValueError(f"{op}: {need}, got shape {tuple(f.shape)}")
         batch_of(op, f=(f, 2), weights=(weights[0], 2))
         with torch.no_grad(), exact_arithmetic(f):
             # A leading dimension that only f has goes after that of the ridges.
             extra = (len(weights), *[1] * max(0, f.ndim + 1 - weights.ndim))
+            intercept = self.intercept
+            intercept = intercept.reshape(*extra, *intercept.shape[1:])
             weights = weights.reshape(*extra, *weights.shape[1:])
-            intercept = self.intercept.reshape(*extra, *self.intercept.shape[1:])
             prediction = f.to(weights.dtype) @ weights + intercept[..., None, :]
         finite(op, prediction, f=f)
         return prediction.to(result_dtype(f))
-
-    @property
-    def loo_mse(self) -> Tensor:
-        """Mean of the squared leave-one-out residuals [R, ...], over rows by their weights."""
-        squares = self.loo_residuals.square().mean(-1)  # [R, ..., M]
-        if self._row_weights is None:
-            return squares.mean(-1)
-        share = self._row_weights / self._row_weights.sum(-1, keepdim=True)
-        return torch.where(share > 0, squares * share, 0).sum(-1)
-
-    @property
-    def best(self) -> Tensor:
-        """The ridge with the smallest leave-one-out error [...]."""
-        return self.ridges[self.loo_mse.argmin(0)]
 
 
 @torch.no_grad()
@@ -140,34 +328,34 @@ def krr_path(
     for name, x in (("f_syn", problem.f_syn), ("y_syn", problem.y_syn)):
         finite(op, x, **{name: x})
     _check_range(op, problem.f_syn)
-    with exact_arithmetic(problem.f_syn):
-        share = None if means is None else means.share
-        lam, coefficients, left_out = _decomposed(problem, values, share)
-    d = f_syn.shape[-1]
-    linear, constants = coefficients[..., :d, :], torch.zeros_like(coefficients[..., 0, :])
-    if means is not None:
-        constants = means.intercept(linear)
-    if as_given.has_bias:
-        constants = constant_feature(as_given.scale, as_given.bias) * coefficients[..., d, :]
-    row_weights = None
-    if weights is not None and root is not None:
-        row_weights = unfold(fold(weights.to(dtype), batch, 1), batch)
+    given = None
+    if root is not None:  # the residual of a row of weight 0 needs the row
         f, y = (fold(x.double(), batch, 2) for x in (f_syn, y_syn))
-        with exact_arithmetic(f):
-            unweighted = y - (f @ linear + constants[..., None, :])
-        left_out = undo_weights(root, left_out, unweighted)
-
-    def restore(x: Tensor) -> Tensor:
-        return (x.unflatten(1, batch) if len(batch) > 1 else x).to(dtype)
-
+        given = _owned(f, f_syn), _owned(y, y_syn)
+    # What is read later must not change with what was given.
+    problem = problem._replace(
+        f_syn=_owned(problem.f_syn, f_syn), y_syn=_owned(problem.y_syn, y_syn)
+    )
+    with exact_arithmetic(problem.f_syn):
+        found = spectrum_of(problem, values, None if means is None else means.share)
+    lam = found.lam.unflatten(1, batch) if len(batch) > 1 else found.lam
     return KRRPath(
         ridges=values.to(dtype),
-        lam=restore(lam),
-        weights=restore(linear),
-        intercept=restore(constants),
-        loo_residuals=restore(left_out),
-        _row_weights=row_weights,
+        lam=lam.to(dtype),
+        _spectrum=found,
+        _features=f_syn.shape[-1],
+        _constant=constant_feature(as_given.scale, as_given.bias) if as_given.has_bias else None,
+        _means=means,
+        _root=root,
+        _as_given=given,
+        _batch=batch,
     )
+
+
+def _owned(x: Tensor, given: Tensor) -> Tensor:
+    """Return x, as a copy if it shares the memory of what was given."""
+    shared = x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return x.clone() if shared else x.detach()
 
 
 def _check_range(op: str, f: Tensor) -> None:
@@ -194,58 +382,3 @@ def _ridges(op: str, ridges: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     if readable(values) and not (values.isfinite() & (values > 0)).all():
         raise ValueError(f"{op}: ridges must be positive and finite, got {values.tolist()}")
     return values
-
-
-def _decomposed(
-    problem: Problem, ridges: Tensor, share: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return lam [R, N?], W [R, N?, D (+ 1), P] and leave-one-out residuals.
-
-    Predictions are [F, constant] W. Of centred rows, share [N?, M] is the part of each in the mean.
-    """
-    constant = 0.0 if share is None else share
-    phi, y, scale = problem.f_syn, problem.y_syn, problem.scale
-    if problem.has_bias:
-        column = constant_feature(scale, problem.bias) * phi.new_ones((*phi.shape[:-1], 1))
-        phi = torch.cat((phi, column), -1)
-    *_, m, d = phi.shape
-    trace = scale * phi.square().sum((-2, -1))  # [N?]
-    base = {"trace": trace, "mean_diagonal": trace / m}.get(
-        problem.ridge_of, torch.ones_like(trace)
-    )
-    lam = ridges.reshape(-1, *[1] * trace.ndim) * (problem.ridge * base)  # [R, N?]
-    if m > d:
-        values, vectors = torch.linalg.eigh(scale * phi.mT @ phi)
-        _above_rounding(values, lam)
-        right = vectors  # [D, D]
-        left = phi @ vectors  # U sqrt(S / scale) [M, D]
-        target = left.mT @ y  # [D, P]
-        shrunk = 1 / (values.clamp(min=0) + lam[..., None])  # [R, N?, D]
-        weights = scale * right @ (shrunk[..., None] * target)
-        own = 1 - scale * (left.square() @ shrunk[..., None])[..., 0]  # [R, N?, M]
-        return lam, weights, _left_out(y - phi @ weights, own - constant)
-    values, vectors = torch.linalg.eigh(scale * phi @ phi.mT)  # [M], [M, M]
-    _above_rounding(values, lam)
-    shrunk = 1 / (values.clamp(min=0) + lam[..., None])  # [R, N?, M]
-    alpha = vectors @ (shrunk[..., None] * (vectors.mT @ y))  # [R, N?, M, P]
-    own = (vectors.square() @ shrunk[..., None])[..., 0]  # diagonal of A^-1 [R, N?, M]
-    left_out = alpha / own[..., None]
-    if share is not None:
-        left_out = _left_out(lam[..., None, None] * alpha, lam[..., None] * own - share)
-    return lam, scale * phi.mT @ alpha, left_out
-
-
-def _left_out(residual: Tensor, own: Tensor) -> Tensor:
-    """Return residuals [R, N?, M, P] over 1 - h [R, N?, M]; infinite where that is rounding."""
-    nothing = own <= own.shape[-1] * _EPSILON
-    return (residual / own[..., None]).masked_fill(nothing[..., None], math.inf)
-
-
-def _above_rounding(values: Tensor, lam: Tensor) -> None:
-    """Raise for a ridge below the rounding of the decomposition: it regularises nothing."""
-    floor = values.shape[-1] * _EPSILON * values[..., -1]  # [N?]
-    if readable(lam) and not (lam > floor).all():
-        raise NotPositiveDefiniteError(
-            f"krr_path: a ridge of {lam.min().item():.3g} is below the rounding of the gram "
-            f"({floor.max().item():.3g}): the features are zero, or the ridge is too small"
-        )

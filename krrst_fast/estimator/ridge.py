@@ -1,6 +1,5 @@
 """Kernel ridge regression as an estimator; it works with scikit-learn and without it."""
 
-import inspect
 import warnings
 from typing import Any
 
@@ -10,7 +9,20 @@ from torch import Tensor
 from typing_extensions import Self  # torch brings it
 
 from krrst_fast.errors import NonFiniteError
+from krrst_fast.estimator.base import (
+    BaseEstimator,
+    MultiOutputMixin,
+    NotFittedError,
+    RegressorMixin,
+    as_array,
+    as_tensor,
+    floats,
+    refuse_sparse,
+    show_parameters,
+    validated,
+)
 from krrst_fast.ops.fit import KRRFit, krr_fit
+from krrst_fast.ops.path import PathFit
 from krrst_fast.ops.per_target import TargetFit, fit_each_target
 from krrst_fast.ops.problem import (
     check_dense,
@@ -21,57 +33,7 @@ from krrst_fast.ops.problem import (
 )
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 
-try:
-    from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-    from sklearn.exceptions import NotFittedError
-    from sklearn.utils.validation import validate_data  # since 1.6
-
-    HAS_SKLEARN = True
-except ImportError:
-    HAS_SKLEARN = False
-
-    class NotFittedError(ValueError, AttributeError):  # type: ignore[no-redef]
-        """An estimator is used before it is fitted."""
-
-    class MultiOutputMixin:  # type: ignore[no-redef]
-        """A mark that only scikit-learn reads."""
-
-    class RegressorMixin:  # type: ignore[no-redef]
-        """A mark that only scikit-learn reads."""
-
-    class BaseEstimator:  # type: ignore[no-redef]
-        """Parameters are the arguments of the constructor, kept as attributes of the same names."""
-
-        def get_params(self, deep: bool = True) -> dict[str, Any]:
-            """Return the parameters by name; `deep` is for estimators that hold others."""
-            return {name: getattr(self, name) for name in self._defaults()}
-
-        def set_params(self, **params: Any) -> "BaseEstimator":
-            """Change parameters by name; the next fit reads them."""
-            names = list(self._defaults())
-            for name in params:
-                if name not in names:
-                    raise ValueError(
-                        f"Invalid parameter {name!r} for estimator {self!r}. "
-                        f"Valid parameters are: {names!r}."
-                    )
-            for name, value in params.items():
-                setattr(self, name, value)
-            return self
-
-        def __repr__(self) -> str:
-            defaults = self._defaults()
-            changed = (
-                f"{name}={value!r}"
-                for name, value in self.get_params().items()
-                if repr(value) != repr(defaults[name])
-            )
-            return f"{type(self).__name__}({', '.join(changed)})"
-
-        @classmethod
-        def _defaults(cls) -> dict[str, Any]:
-            parameters = inspect.signature(cls.__init__).parameters
-            return {name: parameters[name].default for name in sorted(parameters) if name != "self"}
+Fit = KRRFit | TargetFit | PathFit
 
 
 class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -139,7 +101,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         op = "KernelRidge.fit"
         f, targets = self._training_set(op, X, y)
-        weights = _row_weights(op, sample_weight, f)
+        weights = row_weights(op, sample_weight, f)
         y_2d = targets if targets.ndim == 2 else targets[:, None]
         # A search over a grid of NumPy passes NumPy's numbers.
         ridge, scale, bias = map(_python, (self.ridge, self.scale, self.bias))
@@ -148,7 +110,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         kernel: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
         kernel["intercept"] = self.intercept
         solver = DEFAULT if self.solver is None else self.solver
-        fit: KRRFit | TargetFit
+        fit: Fit
         try:
             if isinstance(ridge, Tensor):
                 fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **kernel)
@@ -161,9 +123,10 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         alpha, coef, intercept = (x.to(dtype) for x in (fit.alpha, fit.weights.mT, fit.intercept))
         if targets.ndim == 1:
             alpha, coef, intercept = alpha[:, 0], coef[0], intercept[0]
-        as_given = (lambda x: x) if isinstance(X, Tensor) else _array
+        as_given = (lambda x: x) if isinstance(X, Tensor) else as_array
         self.dual_coef_, self.coef_, self.intercept_ = map(as_given, (alpha, coef, intercept))
-        self.fit_, self._dtype = fit, dtype
+        self.fit_: Fit = fit
+        self._dtype, self._working = dtype, fit.weights.dtype
         return self
 
     def predict(self, X: Any) -> Any:
@@ -185,20 +148,22 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise ValueError(
                     f"{op}: X must be [B, {self.n_features_in_}], got shape {tuple(X.shape)}"
                 )
-            if result_dtype(X) != self._dtype or X.device != fit.weights.device:
+            if result_dtype(X) != self._dtype or X.device != fit.alpha.device:
                 raise TypeError(
-                    f"{op}: X must be {self._dtype} on {fit.weights.device} like the fit, "
+                    f"{op}: X must be {self._dtype} on {fit.alpha.device} like the fit, "
                     f"got {X.dtype} on {X.device}"
                 )
-            f = X.to(fit.weights.dtype)
+            f = X.to(self._working)
         else:
-            _refuse_sparse(op, X)
-            f = _tensor(validated(self, X, None, reset=False)[0]).to(fit.weights)
+            refuse_sparse(op, X)
+            f = as_tensor(validated(self, X, None, reset=False)[0]).to(
+                fit.alpha.device, self._working
+            )
         try:
             prediction = fit.predict(f).to(self._dtype)
         except NonFiniteError:
             raise_non_finite(op, X=f)
-        if self.coef_.ndim == 1:
+        if self.dual_coef_.ndim == 1:
             prediction = prediction[:, 0]
         return prediction if isinstance(X, Tensor) else prediction.cpu().numpy()
 
@@ -214,7 +179,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             _tensors(op, X=X, y=y)
             pair = prediction.detach(), y.detach()
         else:
-            pair = _tensor(prediction), _tensor(floats(op, "y", y))
+            pair = as_tensor(prediction), as_tensor(floats(op, "y", y))
         predicted, exact = (x.double() if x.ndim == 2 else x.double()[:, None] for x in pair)
         if predicted.shape != exact.shape:
             raise ValueError(
@@ -225,7 +190,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if len(exact) < 2:
             warnings.warn(f"{op}: R^2 is not defined for fewer than two rows", stacklevel=2)
             return float("nan")
-        weights = _row_weights(op, sample_weight, exact)
+        weights = row_weights(op, sample_weight, exact)
         return _r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
 
     def _training_set(self, op: str, X: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -240,22 +205,19 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             self.n_features_in_ = X.shape[1]
             self.__dict__.pop("feature_names_in_", None)
             return X.detach(), y.detach()
-        _refuse_sparse(op, X)
+        refuse_sparse(op, X)
         if isinstance(y, Tensor):
             raise TypeError(f"{op}: X and y must both be tensors or both arrays, got y a tensor")
         X, y = validated(self, X, y, reset=True)
-        return _tensor(X), _tensor(y.astype(X.dtype, copy=False))
+        return as_tensor(X), as_tensor(y.astype(X.dtype, copy=False))
 
-    def _fitted(self, op: str) -> KRRFit | TargetFit:
+    def _fitted(self, op: str) -> Fit:
         if not hasattr(self, "fit_"):
             raise NotFittedError(f"{op}: there is no fit yet; call fit first")
         return self.fit_
 
 
-# Not that of `__new__`, which Python would show.
-KernelRidge.__signature__ = inspect.signature(KernelRidge.__init__).replace(
-    parameters=list(inspect.signature(KernelRidge.__init__).parameters.values())[1:]
-)
+show_parameters(KernelRidge)
 
 
 def _tensors(op: str, **tensors: Any) -> None:
@@ -289,24 +251,7 @@ def _ridges(op: str, ridge: Any, y: Tensor) -> Any:
     return values
 
 
-def _refuse_sparse(op: str, x: Any) -> None:
-    """Refuse a sparse matrix of scipy instead of converting it: its Gram is dense anyway."""
-    if hasattr(x, "nnz") and hasattr(x, "toarray"):
-        raise TypeError(f"{op}: X is sparse ({type(x).__name__}); pass X.toarray()")
-
-
-def _tensor(x: np.ndarray) -> Tensor:
-    """Return the array as a tensor, copied only where torch cannot share its memory."""
-    native = x.dtype.newbyteorder("=")
-    return torch.from_numpy(np.require(x, native, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"]))
-
-
-def _array(x: Tensor) -> Any:
-    """Return the tensor as an array, or a scalar as a NumPy number."""
-    return x.numpy()[()]
-
-
-def _row_weights(op: str, sample_weight: Any, f: Tensor) -> Tensor | None:
+def row_weights(op: str, sample_weight: Any, f: Tensor) -> Tensor | None:
     """Return one weight for each row of f [M, D], zero or more and not all zero, or None."""
     if sample_weight is None:
         return None
@@ -336,64 +281,3 @@ def _r2(predicted: Tensor, exact: Tensor, weights: Tensor) -> float:
     total = (w * (exact - mean).square()).sum(0)
     scores = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
     return scores.mean().item()
-
-
-def validated(estimator: Any, x: Any, y: Any, *, reset: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return x [N, D] and y [N] or [N, P] as finite float arrays; integers become float64.
-
-    With `reset` they are of a fit: the estimator remembers D, and the names of the columns of a
-    data frame. Otherwise both must agree with that, and y is not looked at.
-    """
-    if HAS_SKLEARN:
-        settings: dict[str, Any] = {"dtype": (np.float64, np.float32), "reset": reset}
-        if reset:
-            return validate_data(estimator, x, y, multi_output=True, y_numeric=True, **settings)
-        return validate_data(estimator, x, **settings), y
-    name = type(estimator).__name__
-    columns = _column_names(x)
-    x = floats(name, "X", x)
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{name}: X must be a matrix of some rows and columns, got {x.shape}")
-    if reset:
-        y = floats(name, "y", y)
-        if y.ndim not in (1, 2) or 0 in y.shape or len(y) != len(x):
-            raise ValueError(f"{name}: y must be [{len(x)}] or [{len(x)}, P], got {y.shape}")
-        estimator.n_features_in_ = x.shape[1]
-        estimator.__dict__.pop("feature_names_in_", None)
-        if columns is not None:
-            estimator.feature_names_in_ = columns
-    elif x.shape[1] != estimator.n_features_in_:
-        raise ValueError(
-            f"X has {x.shape[1]} features, but {name} is expecting "
-            f"{estimator.n_features_in_} features as input"
-        )
-    elif columns is not None and not np.array_equal(
-        columns, getattr(estimator, "feature_names_in_", columns)
-    ):
-        raise ValueError(f"{name}: the columns of X must have the names and the order of the fit")
-    return x, y
-
-
-def _column_names(x: Any) -> np.ndarray | None:
-    """Return the column names of a data frame, if all of them are strings."""
-    columns = list(getattr(x, "columns", ()))
-    if not columns or not all(isinstance(column, str) for column in columns):
-        return None
-    return np.array(columns, dtype=object)
-
-
-def floats(owner: str, name: str, x: Any) -> np.ndarray:
-    """Return x as a finite float32 or float64 array."""
-    if x is None:
-        raise ValueError(f"{owner}: {name} must be an array, got None")
-    array = np.asarray(x)
-    if array.dtype.kind == "c":
-        raise ValueError(f"{owner}: {name} must be real, got {array.dtype}")
-    if array.dtype not in (np.float32, np.float64):
-        try:
-            array = array.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{owner}: {name} must be numbers: {error}") from None
-    if not np.isfinite(array).all():
-        raise NonFiniteError(f"{owner}: {name} holds NaN or infinity")
-    return array

@@ -1,0 +1,1 @@
+"""Estimators: `KernelRidge`, and `KernelRidgeCV`, which chooses its ridge."""

@@ -1,0 +1,127 @@
+"""One eigendecomposition of a problem, from which every ridge follows.
+
+K_ss = V S V^T, and where M > D Phi^T Phi = V S V^T, in float64; `basis` is V [M, M] or Phi V.
+For a ridge lam the dual coefficients are V (S + lam)^-1 V^T Y, the primal ones scale V (S + lam)^-1
+(Phi V)^T Y. Letters: M rows, D features, P targets, N problems, R ridges, K eigenvalues.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from krrst_fast.errors import NotPositiveDefiniteError
+from krrst_fast.ops.problem import Problem, readable
+from krrst_fast.ops.weights import constant_feature
+
+_EPSILON = 2.0**-52
+# Numbers of a block of residuals. Larger ones leave the cache; smaller ones make thin products.
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """A decomposition with its ridges.
+
+    Attributes:
+        phi: Rows as they are solved: weighted, centred, with the constant feature [N?, M, D].
+        y: Their targets [N?, M, P].
+        scale: Factor of the inner products.
+        primal: Whether Phi^T Phi was decomposed.
+        values: [N?, K].
+        vectors: V [N?, M, M] or [N?, D, D].
+        basis: [N?, M, K].
+        lam: The numbers added to the diagonal [R, N?].
+        share: The part of each centred row in the mean [N?, M], if the rows were centred.
+    """
+
+    phi: Tensor
+    y: Tensor
+    scale: float | Tensor
+    primal: bool
+    values: Tensor
+    vectors: Tensor
+    basis: Tensor
+    lam: Tensor
+    share: Tensor | None
+
+    def shrunk(self, lam: Tensor) -> Tensor:
+        """Return 1 / (S + lam) [..., K] for lam [...]."""
+        return 1 / (self.values.clamp(min=0) + lam[..., None])
+
+    def coefficients(self, lam: Tensor) -> Tensor:
+        """Return alpha [N?, M, P], or if primal W [N?, D, P], for a lam of each target [N?, P]."""
+        shrunk = 1 / (self.values.clamp(min=0)[..., None] + lam[..., None, :])  # [N?, K, P]
+        rotated = shrunk.mul_(self.basis.mT @ self.y)
+        return self.vectors @ rotated.mul_(self.scale) if self.primal else self.vectors @ rotated
+
+    def left_out(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield leave-one-out residuals of the rows as solved, block by block.
+
+        Yields the number of the ridge, the targets of the block, and [N?, M, targets].
+        """
+        basis = self.basis.to(dtype)
+        *many, m, p = self.y.shape
+        wide = max(1, _BLOCK // max(math.prod(many) * m, 1))
+        blocks = [slice(first, min(first + wide, p)) for first in range(0, p, wide)]
+        rotated = torch.cat([basis.mT @ self.y[..., block].to(dtype) for block in blocks], -1)
+        for number, lam in enumerate(self.lam):
+            shrunk, own = self.shrunk(lam), self._own(lam)
+            # The diagonal of the inverse has the unit of 1 / lam, and is never rounding.
+            plain = not self.primal and self.share is None
+            nothing = own <= (0.0 if plain else m * _EPSILON)
+            divided = torch.where(nothing, math.inf, 1 / own)[..., None]
+            by_row = self.scale * divided if self.primal else divided * self._factor(lam)
+            left = basis * by_row.to(dtype)
+            for block in blocks:
+                found = left @ (shrunk.to(dtype)[..., None] * rotated[..., block])
+                if self.primal:
+                    found = divided.to(dtype) * self.y[..., block].to(dtype) - found
+                yield number, block, found.masked_fill_(nothing[..., None], math.inf)
+
+    def _factor(self, lam: Tensor) -> Tensor | float:
+        """Return what turns dual coefficients into the residuals that `_own` divides."""
+        return 1.0 if self.share is None else lam[..., None, None]
+
+    def _own(self, lam: Tensor) -> Tensor:
+        """Return 1 - h_i [N?, M], the part of a residual that stays; in dual form over lam."""
+        own = (self.basis.square() @ self.shrunk(lam)[..., None])[..., 0]
+        if self.primal:
+            own = 1 - self.scale * own
+            return own if self.share is None else own - self.share
+        return own if self.share is None else lam[..., None] * own - self.share
+
+
+def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spectrum:
+    """Decompose a problem in float64 for ridges [R].
+
+    Raises:
+        NotPositiveDefiniteError: A ridge is below the rounding of the decomposition.
+    """
+    phi, y, scale = problem.f_syn, problem.y_syn, problem.scale
+    if problem.has_bias:
+        column = constant_feature(scale, problem.bias) * phi.new_ones((*phi.shape[:-1], 1))
+        phi = torch.cat((phi, column), -1)
+    *_, m, d = phi.shape
+    trace = scale * phi.square().sum((-2, -1))  # [N?]
+    base = {"trace": trace, "mean_diagonal": trace / m}.get(
+        problem.ridge_of, torch.ones_like(trace)
+    )
+    lam = ridges.reshape(-1, *[1] * trace.ndim) * (problem.ridge * base)  # [R, N?]
+    primal = m > d
+    values, vectors = torch.linalg.eigh(scale * (phi.mT @ phi if primal else phi @ phi.mT))
+    _above_rounding(values, lam)
+    basis = phi @ vectors if primal else vectors
+    return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share)
+
+
+def _above_rounding(values: Tensor, lam: Tensor) -> None:
+    """Raise for a ridge below the rounding of the decomposition: it regularises nothing."""
+    floor = values.shape[-1] * _EPSILON * values[..., -1]  # [N?]
+    if readable(lam) and not (lam > floor).all():
+        raise NotPositiveDefiniteError(
+            f"krr_path: a ridge of {lam.min().item():.3g} is below the rounding of the gram "
+            f"({floor.max().item():.3g}): the features are zero, or the ridge is too small"
+        )
