@@ -23,13 +23,12 @@ from krrst_fast.ops.problem import (
     restore,
     result_dtype,
 )
-from krrst_fast.ops.solver import RidgeOf, Solver
+from krrst_fast.ops.solver import DEFAULT, RidgeOf
 from krrst_fast.ops.spectrum import Spectrum, spectrum_of
 from krrst_fast.ops.weights import apply_weights, constant_feature, undo_weights
 from krrst_fast.precision import exact_arithmetic
 
 _SMALLEST, _LARGEST = 1e-140, 1e140
-_FLOAT64 = Solver(precision="float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +127,7 @@ class KRRPath:
         """Return W [N?, D, P] and constants [N?, P] from what the spectrum solves for."""
         found, d = self._spectrum, self._features
         if not found.primal:
-            solved = found.scale * (found.phi.mT @ solved)
+            solved = found.scale * (found.phi.double().mT @ solved)
         linear, constants = solved[..., :d, :], torch.zeros_like(solved[..., 0, :])
         if self._means is not None:
             constants = self._means.intercept(linear)
@@ -154,9 +153,9 @@ class KRRPath:
         As in `KRRFit.loo_residuals`.
         """
         found = self._spectrum
-        left_out = found.y.new_empty((len(self.lam), *found.y.shape))
+        left_out = found.y.new_empty((len(self.lam), *found.y.shape), dtype=torch.float64)
         with exact_arithmetic(found.phi):
-            for number, block, residuals in found.left_out(found.y.dtype):
+            for number, block, residuals in found.left_out(torch.float64):
                 left_out[number][..., block] = residuals
             if self._root is not None and self._as_given is not None:
                 f, y = self._as_given
@@ -173,15 +172,15 @@ class KRRPath:
         Computed in the precision of the inputs, in blocks of targets.
         """
         found, root = self._spectrum, self._root
-        scores = found.y.new_empty((len(self.lam), *found.y.shape[:-2], found.y.shape[-1]))
+        *many, rows, p = found.y.shape
+        scores = found.y.new_empty((len(self.lam), *many, p), dtype=torch.float64)
         with exact_arithmetic(found.phi):
             for number, block, residuals in found.left_out(self.lam.dtype):
                 if root is not None:  # of a weighted row, whose square counts once
                     residuals = residuals.masked_fill(root == 0, 0)
                 squares = torch.linalg.vector_norm(residuals, dim=-2).double().square()
                 scores[number][..., block] = squares
-            rows = float(found.y.shape[-2])
-            total = rows if root is None else root.square().sum((-2, -1))[..., None]
+            total = rows if root is None else root.double().square().sum((-2, -1))[..., None]
         return self._restore(scores / total, 1)
 
     @property
@@ -214,9 +213,9 @@ class KRRPath:
         lam = self._lam_of(chosen)
         weights = pair = None
         with exact_arithmetic(found.phi):
-            solved = found.coefficients(lam)
+            solved = found.coefficients(lam, torch.float64 if found.primal else self.lam.dtype)
             if found.primal:
-                alpha = (found.y - found.phi @ solved) / lam[..., None, :]
+                alpha = (found.y - found.phi.double() @ solved) / lam[..., None, :]
                 linear, constants = self._linear_of(solved)
                 weights = self._restore(linear, 0)
             else:
@@ -245,12 +244,12 @@ class KRRPath:
         found, d = self._spectrum, self._features
         if self._constant is not None:
             column = found.phi[..., d:]  # [N?, M, 1]
-            return (self._constant * found.scale) * (column.mT @ alpha)[..., 0, :]
+            return (self._constant * found.scale) * (column.double().mT @ alpha.double())[..., 0, :]
         if self._means is None:
             return torch.zeros_like(alpha[..., 0, :])
         means = self._means
-        kernel = found.scale * (means.f.double() @ found.phi.mT)  # [N?, 1, M]
-        return (means.y.double() - kernel @ alpha)[..., 0, :]
+        kernel = found.scale * (means.f @ found.phi.mT).double()  # [N?, 1, M]
+        return (means.y.double() - kernel @ alpha.double())[..., 0, :]
 
     def predict(self, f: Tensor) -> Tensor:
         """Predict [R, ..., B, P] at features f [..., B, D]. No gradients are recorded.
@@ -314,7 +313,7 @@ def krr_path(
     op = "krr_path"
     check_not_mapped(op, f_syn, y_syn)
     problem, batch, dtype = prepare(
-        op, _FLOAT64, (f_syn, y_syn), 1.0, ridge_of, True, scale, bias, weights
+        op, DEFAULT, (f_syn, y_syn), 1.0, ridge_of, True, scale, bias, weights
     )
     root, as_given, means = None, problem, None
     check_intercept(op, intercept, bias)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from krrst_fast.backends import choose
 from krrst_fast.errors import NotPositiveDefiniteError
 from krrst_fast.ops.problem import Problem, readable
 from krrst_fast.ops.weights import constant_feature
@@ -26,7 +27,8 @@ class Spectrum:
     """A decomposition with its ridges.
 
     Attributes:
-        phi: Rows as they are solved: weighted, centred, with the constant feature [N?, M, D].
+        phi: Rows as they are solved: weighted, centred, with the constant feature [N?, M, D], in
+            the precision of the inputs.
         y: Their targets [N?, M, P].
         scale: Factor of the inner products.
         primal: Whether Phi^T Phi was decomposed.
@@ -51,11 +53,25 @@ class Spectrum:
         """Return 1 / (S + lam) [..., K] for lam [...]."""
         return 1 / (self.values.clamp(min=0) + lam[..., None])
 
-    def coefficients(self, lam: Tensor) -> Tensor:
-        """Return alpha [N?, M, P], or if primal W [N?, D, P], for a lam of each target [N?, P]."""
-        shrunk = 1 / (self.values.clamp(min=0)[..., None] + lam[..., None, :])  # [N?, K, P]
-        rotated = shrunk.mul_(self.basis.mT @ self.y)
-        return self.vectors @ rotated.mul_(self.scale) if self.primal else self.vectors @ rotated
+    def coefficients(self, lam: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return alpha [N?, M, P], or if primal W [N?, D, P], for a lam of each target [N?, P].
+
+        Computed in float64, in blocks of targets.
+        """
+        *many, _, p = self.y.shape
+        out = self.y.new_empty((*many, self.vectors.shape[-2], p), dtype=dtype)
+        for block in self._blocks():
+            shrunk = 1 / (self.values.clamp(min=0)[..., None] + lam[..., None, block])
+            rotated = shrunk.mul_(self.basis.mT @ self.y[..., block].double())
+            solved = self.vectors @ (rotated.mul_(self.scale) if self.primal else rotated)
+            out[..., block] = solved
+        return out
+
+    def _blocks(self) -> list[slice]:
+        """Return the targets in blocks."""
+        *many, m, p = self.y.shape
+        wide = max(1, _BLOCK // max(math.prod(many) * m, 1))
+        return [slice(first, min(first + wide, p)) for first in range(0, p, wide)]
 
     def left_out(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield leave-one-out residuals of the rows as solved, block by block.
@@ -63,9 +79,7 @@ class Spectrum:
         Yields the number of the ridge, the targets of the block, and [N?, M, targets].
         """
         basis = self.basis.to(dtype)
-        *many, m, p = self.y.shape
-        wide = max(1, _BLOCK // max(math.prod(many) * m, 1))
-        blocks = [slice(first, min(first + wide, p)) for first in range(0, p, wide)]
+        m, blocks = self.y.shape[-2], self._blocks()
         rotated = torch.cat([basis.mT @ self.y[..., block].to(dtype) for block in blocks], -1)
         for number, lam in enumerate(self.lam):
             shrunk, own = self.shrunk(lam), self._own(lam)
@@ -105,16 +119,29 @@ def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spect
         column = constant_feature(scale, problem.bias) * phi.new_ones((*phi.shape[:-1], 1))
         phi = torch.cat((phi, column), -1)
     *_, m, d = phi.shape
-    trace = scale * phi.square().sum((-2, -1))  # [N?]
+    primal = m > d
+    gram = _gram(phi.mT if primal else phi, scale)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # [N?]
     base = {"trace": trace, "mean_diagonal": trace / m}.get(
         problem.ridge_of, torch.ones_like(trace)
     )
-    lam = ridges.reshape(-1, *[1] * trace.ndim) * (problem.ridge * base)  # [R, N?]
-    primal = m > d
-    values, vectors = torch.linalg.eigh(scale * (phi.mT @ phi if primal else phi @ phi.mT))
+    ridge = problem.ridge
+    ridge = ridge.double() if isinstance(ridge, Tensor) else ridge
+    lam = ridges.reshape(-1, *[1] * trace.ndim) * (ridge * base)  # [R, N?]
+    values, vectors = torch.linalg.eigh(gram)
     _above_rounding(values, lam)
-    basis = phi @ vectors if primal else vectors
+    basis = phi.double() @ vectors if primal else vectors
     return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share)
+
+
+def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
+    """Compute scale x x^T [N?, I, I] in float64, of x [N?, I, J] in blocks of columns."""
+    total = x.new_zeros((*x.shape[:-1], x.shape[-2]), dtype=torch.float64)
+    backend = choose("auto", total, "krr_path")
+    wide = max(1, _BLOCK // max(math.prod(x.shape[:-1]), 1))
+    for first in range(0, x.shape[-1], wide):
+        total += backend.gram(x[..., first : first + wide].double(), 1.0, 0.0)
+    return total.mul_(scale)
 
 
 def _above_rounding(values: Tensor, lam: Tensor) -> None:
