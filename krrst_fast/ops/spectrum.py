@@ -19,7 +19,7 @@ from krrst_fast.ops.weights import constant_feature
 
 _EPSILON = 2.0**-52
 # Numbers of a block of residuals. Larger ones leave the cache; smaller ones make thin products.
-_BLOCK = 2**22
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,10 @@ class Spectrum:
         """
         basis = self.basis.to(dtype)
         m, blocks = self.y.shape[-2], self._blocks()
-        rotated = torch.cat([basis.mT @ self.y[..., block].to(dtype) for block in blocks], -1)
+        *many, p = self.y.shape[:-2] + self.y.shape[-1:]
+        rotated = basis.new_empty((*many, basis.shape[-1], p))
+        for block in blocks:
+            rotated[..., block] = basis.mT @ self.y[..., block].to(dtype)
         for number, lam in enumerate(self.lam):
             shrunk, own = self.shrunk(lam), self._own(lam)
             # The diagonal of the inverse has the unit of 1 / lam, and is never rounding.
