@@ -146,14 +146,15 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
             else:
                 print(f"{name}: n/a: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-    lines = list(table(found, sizes))
+    command = " ".join(["python -m bench.choice", *(sys.argv[1:] if argv is None else argv)])
+    lines = list(table(found, sizes, command))
     print(*lines, sep="\n")
     if asked.page:
         rewrite(asked.page, lines, BEGIN, END)
     return 0
 
 
-def table(found: dict[str, list[dict[str, Any]]], sizes: list[int]) -> Any:
+def table(found: dict[str, list[dict[str, Any]]], sizes: list[int], command: str) -> Any:
     """Yield the lines of the table: medians over the repeats."""
     yield from head("choice of ten ridges for each target", "s", "peak MB", "mean log10 ridge")
     for name, rows in found.items():
@@ -165,7 +166,7 @@ def table(found: dict[str, list[dict[str, Any]]], sizes: list[int]) -> Any:
     yield ""
     yield (
         f"{rows:,} rows, {features:,} features, {targets:,} targets, float32, {THREADS} threads, "
-        "medians: `python -m bench.choice`."
+        f"medians: `{command}`."
     )
 
 
