@@ -70,9 +70,14 @@ def show_parameters(cls: type) -> None:
     )
 
 
+def is_sparse(x: Any) -> bool:
+    """Return whether x is a sparse matrix or array of SciPy."""
+    return hasattr(x, "nnz") and hasattr(x, "tocsr")
+
+
 def refuse_sparse(op: str, x: Any) -> None:
-    """Refuse a sparse matrix of scipy instead of converting it: its Gram is dense anyway."""
-    if hasattr(x, "nnz") and hasattr(x, "toarray"):
+    """Refuse a sparse matrix of SciPy instead of converting it: what it is for is dense."""
+    if is_sparse(x):
         raise TypeError(f"{op}: X is sparse ({type(x).__name__}); pass X.toarray()")
 
 
@@ -95,12 +100,18 @@ def validated(estimator: Any, x: Any, y: Any, *, reset: bool) -> tuple[np.ndarra
     """
     if HAS_SKLEARN:
         settings: dict[str, Any] = {"dtype": (np.float64, np.float32), "reset": reset}
+        settings["accept_sparse"] = "csr"
         if reset:
             return validate_data(estimator, x, y, multi_output=True, y_numeric=True, **settings)
         return validate_data(estimator, x, **settings), y
     name = type(estimator).__name__
     columns = _column_names(x)
-    x = floats(name, "X", x)
+    if is_sparse(x):
+        x = x.tocsr()
+        x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
+        floats(name, "X", x.data)
+    else:
+        x = floats(name, "X", x)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name}: X must be a matrix of some rows and columns, got {x.shape}")
     if reset:

@@ -17,10 +17,11 @@ from krrst_fast.estimator.base import (
     as_array,
     as_tensor,
     floats,
-    refuse_sparse,
+    is_sparse,
     show_parameters,
     validated,
 )
+from krrst_fast.estimator.sparse import fit_sparse
 from krrst_fast.ops.fit import KRRFit, krr_fit
 from krrst_fast.ops.path import PathFit
 from krrst_fast.ops.per_target import TargetFit, fit_each_target
@@ -89,7 +90,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """Fit to the rows of X.
 
         Args:
-            X: Features [M, D], an array or a tensor.
+            X: Features [M, D], an array, a tensor or a sparse matrix of SciPy, which is solved in
+                float64 and not made dense.
             y: Targets [M] or [M, P], of the same kind as X.
             sample_weight: A number, or one for each row [M], zero or more: a whole number is
                 equivalent to that many copies of the row.
@@ -101,7 +103,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         op = "KernelRidge.fit"
         f, targets = self._training_set(op, X, y)
-        weights = row_weights(op, sample_weight, f)
+        weights = row_weights(op, sample_weight, targets)
         y_2d = targets if targets.ndim == 2 else targets[:, None]
         # A search over a grid of NumPy passes NumPy's numbers.
         ridge, scale, bias = map(_python, (self.ridge, self.scale, self.bias))
@@ -112,14 +114,16 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         solver = DEFAULT if self.solver is None else self.solver
         fit: Fit
         try:
-            if isinstance(ridge, Tensor):
+            if not isinstance(f, Tensor):
+                fit = fit_sparse(op, f, y_2d, ridge, weights=weights, **kernel)
+            elif isinstance(ridge, Tensor):
                 fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **kernel)
             else:
                 fit = krr_fit(f, y_2d, ridge=ridge, weights=weights, solver=solver, **kernel)
         except NonFiniteError:
-            raise_non_finite(op, X=f, y=y_2d)
+            raise_non_finite(op, X=f if isinstance(f, Tensor) else None, y=y_2d)
         # Where `precision` is not that of X, they are rounded to it.
-        dtype = result_dtype(f)
+        dtype = result_dtype(y_2d)
         alpha, coef, intercept = (x.to(dtype) for x in (fit.alpha, fit.weights.mT, fit.intercept))
         if targets.ndim == 1:
             alpha, coef, intercept = alpha[:, 0], coef[0], intercept[0]
@@ -155,10 +159,10 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 )
             f = X.to(self._working)
         else:
-            refuse_sparse(op, X)
-            f = as_tensor(validated(self, X, None, reset=False)[0]).to(
-                fit.alpha.device, self._working
-            )
+            rows = validated(self, X, None, reset=False)[0]
+            if is_sparse(rows):
+                return self._predict_sparse(rows)
+            f = as_tensor(rows).to(fit.alpha.device, self._working)
         try:
             prediction = fit.predict(f).to(self._dtype)
         except NonFiniteError:
@@ -193,8 +197,19 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         weights = row_weights(op, sample_weight, exact)
         return _r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
 
-    def _training_set(self, op: str, X: Any, y: Any) -> tuple[Tensor, Tensor]:
-        """Return X [M, D] and y [M] or [M, P] as tensors of one dtype; remember the features."""
+    def _predict_sparse(self, rows: Any) -> np.ndarray:
+        """Predict at rows [B, D] in CSR."""
+        fit = self.fit_
+        weights, constant = (x.cpu().double().numpy() for x in (fit.weights, fit.intercept))
+        found = rows @ (weights[:, 0] if self.dual_coef_.ndim == 1 else weights)
+        found = found + (constant[0] if self.dual_coef_.ndim == 1 else constant)
+        return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
+
+    def _training_set(self, op: str, X: Any, y: Any) -> tuple[Any, Tensor]:
+        """Return X [M, D], y [M] or [M, P] as tensors of one dtype, a sparse X in CSR.
+
+        The estimator remembers the features.
+        """
         if isinstance(X, Tensor):
             _tensors(op, X=X, y=y)
             if len(X) == 0 or len(X) != len(y):
@@ -205,11 +220,17 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             self.n_features_in_ = X.shape[1]
             self.__dict__.pop("feature_names_in_", None)
             return X.detach(), y.detach()
-        refuse_sparse(op, X)
         if isinstance(y, Tensor):
             raise TypeError(f"{op}: X and y must both be tensors or both arrays, got y a tensor")
         X, y = validated(self, X, y, reset=True)
-        return as_tensor(X), as_tensor(y.astype(X.dtype, copy=False))
+        targets = as_tensor(y.astype(X.dtype, copy=False))
+        return (X if is_sparse(X) else as_tensor(X)), targets
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that sparse rows are welcome."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
 
     def _fitted(self, op: str) -> Fit:
         if not hasattr(self, "fit_"):

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.estimator.base import as_array, show_parameters
+from krrst_fast.estimator.base import as_array, refuse_sparse, show_parameters
 from krrst_fast.estimator.ridge import KernelRidge, row_weights
 from krrst_fast.ops.path import krr_path
 from krrst_fast.ops.problem import raise_non_finite, result_dtype
@@ -55,8 +55,9 @@ class KernelRidgeCV(KernelRidge):
         op = "KernelRidgeCV.fit"
         if not isinstance(self.per_target, bool):
             raise TypeError(f"{op}: per_target must be True or False, got {self.per_target!r}")
+        refuse_sparse(op, X)
         f, targets = self._training_set(op, X, y)
-        weights = row_weights(op, sample_weight, f)
+        weights = row_weights(op, sample_weight, targets)
         y_2d = targets if targets.ndim == 2 else targets[:, None]
         kernel: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": self.scale, "bias": self.bias}
         try:
@@ -86,6 +87,12 @@ class KernelRidgeCV(KernelRidge):
         coef = self._fitted("KernelRidgeCV.coef_").weights.mT
         coef = coef[0] if self.dual_coef_.ndim == 1 else coef
         return coef if self._as_given == "tensor" else as_array(coef)
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that sparse rows are refused."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = False
+        return tags
 
 
 show_parameters(KernelRidgeCV)
