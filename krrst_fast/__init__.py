@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from krrst_fast.ops.gram import gram
     from krrst_fast.ops.info import SolveInfo
     from krrst_fast.ops.krr import krr_mse, krr_predict
-    from krrst_fast.ops.path import KRRPath, PathFit, krr_path
+    from krrst_fast.ops.path import KRRPath, krr_path
+    from krrst_fast.ops.path_fit import PathFit
     from krrst_fast.ops.ridge_solve import ridge_solve
     from krrst_fast.ops.solver import Solver
     from krrst_fast.ops.views import views
@@ -69,7 +70,8 @@ _HOMES = {
     "krrst_fast.ops.ridge_solve": ("ridge_solve",),
     "krrst_fast.ops.solver": ("Solver",),
     "krrst_fast.ops.views": ("views",),
-    "krrst_fast.ops.path": ("KRRPath", "PathFit", "krr_path"),
+    "krrst_fast.ops.path": ("KRRPath", "krr_path"),
+    "krrst_fast.ops.path_fit": ("PathFit",),
     "krrst_fast.planner": ("Plan", "plan"),
 }
 

@@ -23,7 +23,8 @@ from krrst_fast.estimator.base import (
 )
 from krrst_fast.estimator.sparse import fit_sparse
 from krrst_fast.ops.fit import KRRFit, krr_fit
-from krrst_fast.ops.path import PathFit
+from krrst_fast.ops.path import least_squares
+from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.per_target import TargetFit, fit_each_target
 from krrst_fast.ops.problem import (
     check_dense,
@@ -45,7 +46,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
     searches of scikit-learn.
 
     Args:
-        ridge: Positive number, or one for each target [P], an array or a tensor.
+        ridge: Positive number, or one for each target [P], an array or a tensor. 0 is least squares
+            of minimum norm, by eigenvalues in float64; those that are rounding count as 0.
         ridge_of: What the ridge multiplies: 1 ("absolute"), the "trace" of K, or its
             "mean_diagonal".
         scale: Positive factor of every inner product.
@@ -108,7 +110,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         # A search over a grid of NumPy passes NumPy's numbers.
         ridge, scale, bias = map(_python, (self.ridge, self.scale, self.bias))
         ridge = _ridges(op, ridge, y_2d)
-        check_kernel(op, ridge, self.ridge_of, True, scale, bias)
+        none = not isinstance(ridge, Tensor | bool) and ridge == 0
+        check_kernel(op, 1.0 if none else ridge, self.ridge_of, True, scale, bias)
         kernel: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
         kernel["intercept"] = self.intercept
         solver = DEFAULT if self.solver is None else self.solver
@@ -116,6 +119,9 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         try:
             if not isinstance(f, Tensor):
                 fit = fit_sparse(op, f, y_2d, ridge, weights=weights, **kernel)
+            elif none:
+                del kernel["ridge_of"]
+                fit = least_squares(op, f, y_2d, weights=weights, **kernel)
             elif isinstance(ridge, Tensor):
                 fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **kernel)
             else:
@@ -130,7 +136,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         as_given = (lambda x: x) if isinstance(X, Tensor) else as_array
         self.dual_coef_, self.coef_, self.intercept_ = map(as_given, (alpha, coef, intercept))
         self.fit_: Fit = fit
-        self._dtype, self._working = dtype, fit.weights.dtype
+        self._dtype, self._working = dtype, fit.alpha.dtype
         return self
 
     def predict(self, X: Any) -> Any:

@@ -31,7 +31,7 @@ def fit_sparse(
     Args:
         op: The name in errors.
         x, y: Rows and targets.
-        ridge: Positive number, or one for each target [P].
+        ridge: Positive number, or one for each target [P]; 0 is least squares of minimum norm.
         ridge_of, scale, bias, intercept: As for `krrst_fast.krr_fit`.
         weights: Weights of the rows [M].
 
@@ -75,7 +75,13 @@ def fit_sparse(
         primal_weights = scale * (phi.T @ solved - mean_x.T @ (root.T @ solved))
         constant = bias * (root.T @ solved)
     constant = constant + mean_y - mean_x @ primal_weights
-    if primal:
+    if primal and not lam.any():  # K^+ y by the inverse of the smaller Gram, twice
+        twice = _solved(torch.from_numpy(gram), torch.from_numpy(solved), lam).numpy()
+        alpha = phi @ twice[:columns] - root @ (mean_x @ twice[:columns])
+        if bias:
+            alpha = alpha + (bias / scale) ** 0.5 * root @ twice[columns:]
+        alpha = scale * root * alpha
+    elif primal:
         residual = targets - exact @ primal_weights - constant
         alpha = of_rows[:, None] * residual / lam.numpy()
     else:
@@ -90,7 +96,13 @@ def fit_sparse(
 
 
 def _solved(gram: Tensor, y: Tensor, lam: Tensor) -> Tensor:
-    """Solve (gram + lam[p] I) x[:, p] = y[:, p]; targets of one lam share a factor."""
+    """Solve (gram + lam[p] I) x[:, p] = y[:, p]; targets of one lam share a factor.
+
+    Of a lam of 0 the solution of minimum norm.
+    """
+    if not lam.any():
+        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=len(gram) * 2.0**-52)
+        return inverse @ y
     out = torch.empty_like(y)
     for value in lam.unique():
         columns = lam == value

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.ops.autograd import product
 from krrst_fast.ops.centring import Means, centred, check_intercept
+from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import (
     batch_of,
-    cast,
     check_dense,
     check_matrices,
     check_not_mapped,
@@ -20,7 +20,6 @@ from krrst_fast.ops.problem import (
     fold,
     prepare,
     readable,
-    restore,
     result_dtype,
 )
 from krrst_fast.ops.solver import DEFAULT, RidgeOf
@@ -29,61 +28,6 @@ from krrst_fast.ops.weights import apply_weights, constant_feature, undo_weights
 from krrst_fast.precision import exact_arithmetic
 
 _SMALLEST, _LARGEST = 1e-140, 1e140
-
-
-@dataclass(frozen=True, eq=False)
-class PathFit:
-    """The fit of one ridge of a path, or of one for each target.
-
-    Attributes:
-        ridge: The ridges of the call [..., P].
-        lam: The numbers added to the diagonal [..., P].
-        alpha: Dual coefficients [..., M, P].
-        intercept: [..., P].
-    """
-
-    ridge: Tensor
-    lam: Tensor
-    alpha: Tensor
-    intercept: Tensor
-    _scale: float | Tensor
-    _solved: tuple[Tensor, Tensor] | None
-    """Where M <= D the rows as they are solved [..., M, D], and their dual coefficients."""
-    _weights: Tensor | None
-
-    @cached_property
-    @torch.no_grad()
-    def weights(self) -> Tensor:
-        """Primal coefficients [..., D, P]; where M <= D made when they are asked for."""
-        if self._weights is not None:
-            return self._weights
-        assert self._solved is not None
-        rows, alpha = self._solved
-        with exact_arithmetic(rows):
-            return self._scale * (rows.mT @ alpha)
-
-    def predict(self, f: Tensor) -> Tensor:
-        """Predict [..., B, P] at features f [..., B, D], through the rows of the fit if M <= D.
-
-        Differentiable in f.
-
-        Raises:
-            The errors of `KRRPath.predict`.
-        """
-        op = "PathFit.predict"
-        basis = self._weights if self._solved is None else self._solved[0].mT
-        assert basis is not None
-        check_matrices(op, ("weights", "f"), (basis, f))
-        if f.shape[-1] != basis.shape[-2]:
-            need = f"f must be [..., B, {basis.shape[-2]}]"
-            raise ValueError(f"{op}: {need}, got shape {tuple(f.shape)}")
-        batch = batch_of(op, f=(f, 2), weights=(basis, 2))
-        prediction = product(fold(cast(f, basis.dtype), batch, 2), fold(basis, batch, 2))
-        if self._solved is not None:
-            prediction = self._scale * product(prediction, fold(self._solved[1], batch, 2))
-        prediction = prediction + fold(self.intercept[..., None, :], batch, 2)
-        finite(op, prediction, f=f)
-        return restore(prediction, batch, result_dtype(f))
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,17 +149,19 @@ class KRRPath:
         Costs products with P columns. Where M <= D nothing of the size of the primal coefficients
         is made.
         """
-        found, p = self._spectrum, self._spectrum.y.shape[-1]
+        p = self._spectrum.y.shape[-1]
         if per_target:
-            chosen = self.loo_mse_per_target.argmin(0)  # [..., P]
-        else:
-            chosen = self.loo_mse.argmin(0)[..., None].expand(*self.lam.shape[1:], p)
-        lam = self._lam_of(chosen)
+            return self._fit(self.loo_mse_per_target.argmin(0))
+        return self._fit(self.loo_mse.argmin(0)[..., None].expand(*self.lam.shape[1:], p))
+
+    def _fit(self, chosen: Tensor) -> PathFit:
+        """Fit target p with the ridge of number chosen[..., p]."""
+        found, lam = self._spectrum, self._lam_of(chosen)
         weights = pair = None
         with exact_arithmetic(found.phi):
             solved = found.coefficients(lam, torch.float64 if found.primal else self.lam.dtype)
             if found.primal:
-                alpha = (found.y - found.phi.double() @ solved) / lam[..., None, :]
+                alpha = found.duals(solved, lam)
                 linear, constants = self._linear_of(solved)
                 weights = self._restore(linear, 0)
             else:
@@ -310,7 +256,57 @@ def krr_path(
         NonFiniteError: An input on the CPU holds NaN or infinity.
         NotPositiveDefiniteError: A ridge is below the rounding of the Gram.
     """
-    op = "krr_path"
+    kernel: dict[str, Any] = {
+        "ridge_of": ridge_of,
+        "scale": scale,
+        "bias": bias,
+        "intercept": intercept,
+    }
+    values = _ridges("krr_path", ridges, f_syn)
+    return _path("krr_path", f_syn, y_syn, values, weights=weights, **kernel)
+
+
+@torch.no_grad()
+def least_squares(
+    op: str,
+    f_syn: Tensor,
+    y_syn: Tensor,
+    *,
+    scale: float,
+    bias: float,
+    intercept: bool,
+    weights: Tensor | None,
+) -> PathFit:
+    """Fit without a ridge: of all least squares solutions the one of minimum norm.
+
+    Eigenvalues of the Gram below its rounding in float64 count as 0.
+
+    Args:
+        op: The name in errors.
+        f_syn, y_syn, scale, bias, intercept, weights: As for `krr_path`.
+
+    Raises:
+        The errors of `krr_path`.
+    """
+    kernel: dict[str, Any] = {"scale": scale, "bias": bias, "intercept": intercept}
+    values = torch.zeros(1, dtype=torch.float64, device=f_syn.device)
+    path = _path(op, f_syn, y_syn, values, ridge_of="absolute", weights=weights, **kernel)
+    return path._fit(torch.zeros_like(y_syn[..., 0, :], dtype=torch.int64))
+
+
+def _path(
+    op: str,
+    f_syn: Tensor,
+    y_syn: Tensor,
+    values: Tensor,
+    *,
+    ridge_of: RidgeOf,
+    scale: float,
+    bias: float,
+    intercept: bool,
+    weights: Tensor | None,
+) -> KRRPath:
+    """Decompose a problem for ridges [R] that were checked."""
     check_not_mapped(op, f_syn, y_syn)
     problem, batch, dtype = prepare(
         op, DEFAULT, (f_syn, y_syn), 1.0, ridge_of, True, scale, bias, weights
@@ -323,7 +319,6 @@ def krr_path(
         problem, means = centred(problem, weights, batch)
     if weights is not None:
         problem, root = apply_weights(problem, weights, batch)
-    values = _ridges(op, ridges, problem.f_syn)
     for name, x in (("f_syn", problem.f_syn), ("y_syn", problem.y_syn)):
         finite(op, x, **{name: x})
     _check_range(op, problem.f_syn)
@@ -371,7 +366,8 @@ def _check_range(op: str, f: Tensor) -> None:
 
 def _ridges(op: str, ridges: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     try:
-        values = torch.as_tensor(ridges, dtype=torch.float64, device=like.device)
+        device = like.device if isinstance(like, Tensor) else None  # what it is, is checked later
+        values = torch.as_tensor(ridges, dtype=torch.float64, device=device)
     # RuntimeError: on the meta device torch has no values to convert.
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{op}: ridges must be numbers, or a tensor of them: {error}") from None

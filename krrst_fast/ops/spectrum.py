@@ -56,16 +56,29 @@ class Spectrum:
     def coefficients(self, lam: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return alpha [N?, M, P], or if primal W [N?, D, P], for a lam of each target [N?, P].
 
-        Computed in float64, in blocks of targets.
+        Computed in float64, in blocks of targets; of a lam of 0 those of minimum norm.
         """
         *many, _, p = self.y.shape
         out = self.y.new_empty((*many, self.vectors.shape[-2], p), dtype=dtype)
+        floor = _floor(self.values)[..., None, None]
         for block in self._blocks():
-            shrunk = 1 / (self.values.clamp(min=0)[..., None] + lam[..., None, block])
+            total = self.values.clamp(min=0)[..., None] + lam[..., None, block]
+            # With a ridge of 0 what is rounding is left out: least squares of minimum norm.
+            shrunk = torch.where(total > floor, 1 / total, 0)
             rotated = shrunk.mul_(self.basis.mT @ self.y[..., block].double())
             solved = self.vectors @ (rotated.mul_(self.scale) if self.primal else rotated)
             out[..., block] = solved
         return out
+
+    def duals(self, solved: Tensor, lam: Tensor) -> Tensor:
+        """Return alpha [N?, M, P] from W [N?, D, P] as `coefficients` solves it in primal form."""
+        residual = (self.y - self.phi.double() @ solved) / lam[..., None, :]
+        if (lam != 0).all():
+            return residual
+        floor = _floor(self.values)[..., None]
+        inverse = torch.where(self.values > floor, 1 / self.values, 0)[..., None]
+        of_zero = self.basis @ (inverse.square() * (self.basis.mT @ self.y.double()))
+        return torch.where(lam[..., None, :] == 0, self.scale * of_zero, residual)
 
     def _blocks(self) -> list[slice]:
         """Return the targets in blocks."""
@@ -147,10 +160,18 @@ def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
     return total.mul_(scale)
 
 
+def _floor(values: Tensor) -> Tensor:
+    """Return the rounding of eigenvalues [N?, K]."""
+    return values.shape[-1] * _EPSILON * values[..., -1:].clamp(min=0).amax(-1)
+
+
 def _above_rounding(values: Tensor, lam: Tensor) -> None:
-    """Raise for a ridge below the rounding of the decomposition: it regularises nothing."""
-    floor = values.shape[-1] * _EPSILON * values[..., -1]  # [N?]
-    if readable(lam) and not (lam > floor).all():
+    """Raise for a ridge below the rounding of the decomposition, which regularises nothing.
+
+    A ridge of 0 is no such ridge: it asks for least squares.
+    """
+    floor = _floor(values)  # [N?]
+    if readable(lam) and not ((lam > floor) | (lam == 0)).all():
         raise NotPositiveDefiniteError(
             f"krr_path: a ridge of {lam.min().item():.3g} is below the rounding of the gram "
             f"({floor.max().item():.3g}): the features are zero, or the ridge is too small"
