@@ -57,7 +57,7 @@ def test_everything_is_right_on_this_machine(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
     checks = lines(done.stdout)
     assert len(checks) == len(told["checks"]) > 40
-    assert told["failed"] == 0 and told["seconds"] < 60 and told["finished"]
+    assert told["failed"] == 0 and told["seconds"] < 300 and told["finished"]
     assert all(row["ok"] and row["error"] <= row["allowed"] < 0.1 for row in told["checks"])
     for printed, row in zip(checks, told["checks"]):
         assert printed["check"] == row["check"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.ops.centring import Means, centred, check_intercept
+from krrst_fast.ops.once import once
 from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import (
     batch_of,
@@ -56,7 +56,7 @@ class KRRPath:
         batch = self._batch
         return (x.unflatten(leading, batch) if len(batch) > 1 else x).to(self.lam.dtype)
 
-    @cached_property
+    @once
     @torch.no_grad()
     def _all(self) -> tuple[Tensor, Tensor]:
         """Primal coefficients [R, N?, D, P] and constants [R, N?, P] of all ridges."""
@@ -89,7 +89,7 @@ class KRRPath:
         """The constants [R, ..., P]."""
         return self._restore(self._all[1], 1)
 
-    @cached_property
+    @once
     @torch.no_grad()
     def loo_residuals(self) -> Tensor:
         """Y_i minus the prediction for row i by the fit without row i [R, ..., M, P].
@@ -108,7 +108,7 @@ class KRRPath:
                 left_out = undo_weights(self._root, left_out, unweighted)
         return self._restore(left_out, 1)
 
-    @cached_property
+    @once
     @torch.no_grad()
     def loo_mse_per_target(self) -> Tensor:
         """Mean of the squared leave-one-out residuals [R, ..., P], over rows by their weights.
@@ -348,6 +348,8 @@ def _path(
 
 def _owned(x: Tensor, given: Tensor) -> Tensor:
     """Return x, as a copy if it shares the memory of what was given."""
+    if torch.compiler.is_compiling():
+        return x.clone()
     shared = x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     return x.clone() if shared else x.detach()
 

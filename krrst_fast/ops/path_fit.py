@@ -1,12 +1,12 @@
 """The fit of ridges that were chosen from a path."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from krrst_fast.ops.autograd import product
+from krrst_fast.ops.once import once
 from krrst_fast.ops.problem import (
     batch_of,
     cast,
@@ -39,7 +39,7 @@ class PathFit:
     """Where M <= D the rows as they are solved [..., M, D], and their dual coefficients."""
     _weights: Tensor | None
 
-    @cached_property
+    @once
     @torch.no_grad()
     def weights(self) -> Tensor:
         """Primal coefficients [..., D, P]; where M <= D made when they are asked for."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krrst_fast.backends import choose
 from krrst_fast.errors import NotPositiveDefiniteError
 from krrst_fast.ops.problem import Problem, readable
 from krrst_fast.ops.weights import constant_feature
@@ -153,10 +152,10 @@ def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spect
 def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
     """Compute scale x x^T [N?, I, I] in float64, of x [N?, I, J] in blocks of columns."""
     total = x.new_zeros((*x.shape[:-1], x.shape[-2]), dtype=torch.float64)
-    backend = choose("auto", total, "krr_path")
     wide = max(1, _BLOCK // max(math.prod(x.shape[:-1]), 1))
     for first in range(0, x.shape[-1], wide):
-        total += backend.gram(x[..., first : first + wide].double(), 1.0, 0.0)
+        block = x[..., first : first + wide].double()
+        total = (total.addmm_ if x.ndim == 2 else total.baddbmm_)(block, block.mT)
     return total.mul_(scale)
 
 
