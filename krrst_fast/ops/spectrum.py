@@ -127,7 +127,7 @@ def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spect
     """Decompose a problem in float64 for ridges [R].
 
     Raises:
-        NotPositiveDefiniteError: A ridge is below the rounding of the decomposition.
+        NotPositiveDefiniteError: A ridge is not 0, and below the rounding of the decomposition.
     """
     phi, y, scale = problem.f_syn, problem.y_syn, problem.scale
     if problem.has_bias:
@@ -144,7 +144,7 @@ def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spect
     ridge = ridge.double() if isinstance(ridge, Tensor) else ridge
     lam = ridges.reshape(-1, *[1] * trace.ndim) * (ridge * base)  # [R, N?]
     values, vectors = torch.linalg.eigh(gram)
-    _above_rounding(values, lam)
+    _above_rounding(values, lam, ridges)
     basis = phi.double() @ vectors if primal else vectors
     return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share)
 
@@ -164,13 +164,14 @@ def _floor(values: Tensor) -> Tensor:
     return values.shape[-1] * _EPSILON * values[..., -1:].clamp(min=0).amax(-1)
 
 
-def _above_rounding(values: Tensor, lam: Tensor) -> None:
+def _above_rounding(values: Tensor, lam: Tensor, ridges: Tensor) -> None:
     """Raise for a ridge below the rounding of the decomposition, which regularises nothing.
 
     A ridge of 0 is no such ridge: it asks for least squares.
     """
     floor = _floor(values)  # [N?]
-    if readable(lam) and not ((lam > floor) | (lam == 0)).all():
+    asked = (ridges == 0).reshape(-1, *[1] * (lam.ndim - 1))
+    if readable(lam) and not ((lam > floor) | asked).all():
         raise NotPositiveDefiniteError(
             f"krr_path: a ridge of {lam.min().item():.3g} is below the rounding of the gram "
             f"({floor.max().item():.3g}): the features are zero, or the ridge is too small"
