@@ -348,8 +348,8 @@ def _path(
 
 def _owned(x: Tensor, given: Tensor) -> Tensor:
     """Return x, as a copy if it shares the memory of what was given."""
-    if torch.compiler.is_compiling():
-        return x.clone()
+    if torch.compiler.is_compiling() or type(x) is not Tensor or type(given) is not Tensor:
+        return x.clone()  # a tensor of another class may have no memory of its own
     shared = x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     return x.clone() if shared else x.detach()
 
