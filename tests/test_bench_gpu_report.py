@@ -156,6 +156,15 @@ def test_the_short_table_has_what_matters_in_few_characters(tmp_path: Path) -> N
     assert "| 1000 | 512 | 10.0" in text
 
 
+def test_no_path_of_a_machine_is_on_a_page(tmp_path: Path) -> None:
+    log = "/opt/gcc/bin/g++ -O2 /home/me/a/x.o -L/usr/lib/y -lc10 -o /home/me/b/_C.so docs/a/b 1/2"
+    rows = {"build": {"last line": log, "library": "/home/me/site/_C.so", **ABOUT}}
+    page.write_page(folder(tmp_path, {"build": stage(rows)}))
+    text = (tmp_path / "gpu.md").read_text()
+    assert "g++ -O2 x.o -Ly -lc10 -o _C.so docs/a/b 1/2 |" in text and "| _C.so |" in text
+    assert not any(part in text for part in ("/opt", "/home", "/usr"))
+
+
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     found = folder(tmp_path)
     page.write_page(found)

@@ -5,6 +5,7 @@ python -m bench.gpu.report --out FOLDER [--publish]
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ GOALS = {(1000, 512): 5.0, (1000, 10): 6.5, (2000, 512): 4.8, (10000, 512): 10.0
 PRECISIONS = ("float32", "fast")
 LONGEST = 3000
 """Characters of the short table."""
+
+# An absolute path, also behind a flag of a compiler; its last part.
+_PATH = re.compile(r"((?:^|(?<=[\s`'\"(=]))(?:-[LI])?)(?:/[\w.+@-]+)+/([\w.+@-]+)", re.MULTILINE)
 
 Lines = Iterator[str]
 
@@ -243,7 +247,12 @@ def short(found: Results) -> str:
 
 def write_page(found: Results) -> None:
     """Write `gpu.md` beside the results."""
-    write(found.path.with_name("gpu.md"), "\n".join(page(found)) + "\n")
+    write(found.path.with_name("gpu.md"), _text(found))
+
+
+def _text(found: Results) -> str:
+    """Return the page, with the names of files in place of where they lie on that machine."""
+    return _PATH.sub(r"\1\2", "\n".join(page(found)) + "\n")
 
 
 def publish(found: Results, root: Path = ROOT) -> list[Path]:
@@ -260,7 +269,7 @@ def publish(found: Results, root: Path = ROOT) -> list[Path]:
     written = [root / "README.md", root / "docs" / "results" / f"{name}.md"]
     rewrite(written[0], [*readme_table(found), "", under(found)], BEGIN, END)
     written[1].parent.mkdir(parents=True, exist_ok=True)
-    write(written[1], "\n".join(page(found)) + "\n")
+    write(written[1], _text(found))
     tables = table.dispatch(found)
     if any(one["rows"] for one in tables.values()):
         written.append(root / table.FILE)
