@@ -290,7 +290,8 @@ def least_squares(
     """
     kernel: dict[str, Any] = {"scale": scale, "bias": bias, "intercept": intercept}
     values = torch.zeros(1, dtype=torch.float64, device=f_syn.device)
-    path = _path(op, f_syn, y_syn, values, ridge_of="absolute", weights=weights, **kernel)
+    kernel |= {"ridge_of": "absolute", "weights": weights, "ridged": False}
+    path = _path(op, f_syn, y_syn, values, **kernel)
     return path._fit(torch.zeros_like(y_syn[..., 0, :], dtype=torch.int64))
 
 
@@ -305,6 +306,7 @@ def _path(
     bias: float,
     intercept: bool,
     weights: Tensor | None,
+    ridged: bool = True,
 ) -> KRRPath:
     """Decompose a problem for ridges [R] that were checked."""
     check_not_mapped(op, f_syn, y_syn)
@@ -331,7 +333,7 @@ def _path(
         f_syn=_owned(problem.f_syn, f_syn), y_syn=_owned(problem.y_syn, y_syn)
     )
     with exact_arithmetic(problem.f_syn):
-        found = spectrum_of(problem, values, None if means is None else means.share)
+        found = spectrum_of(problem, values, None if means is None else means.share, ridged)
     lam = found.lam.unflatten(1, batch) if len(batch) > 1 else found.lam
     return KRRPath(
         ridges=values.to(dtype),

@@ -36,6 +36,7 @@ class Spectrum:
         basis: [N?, M, K].
         lam: The numbers added to the diagonal [R, N?].
         share: The part of each centred row in the mean [N?, M], if the rows were centred.
+        ridged: Whether there is a ridge. Without one the fit is least squares of minimum norm.
     """
 
     phi: Tensor
@@ -47,6 +48,7 @@ class Spectrum:
     basis: Tensor
     lam: Tensor
     share: Tensor | None
+    ridged: bool
 
     def shrunk(self, lam: Tensor) -> Tensor:
         """Return 1 / (S + lam) [..., K] for lam [...]."""
@@ -71,13 +73,11 @@ class Spectrum:
 
     def duals(self, solved: Tensor, lam: Tensor) -> Tensor:
         """Return alpha [N?, M, P] from W [N?, D, P] as `coefficients` solves it in primal form."""
-        residual = (self.y - self.phi.double() @ solved) / lam[..., None, :]
-        if (lam != 0).all():
-            return residual
-        floor = _floor(self.values)[..., None]
-        inverse = torch.where(self.values > floor, 1 / self.values, 0)[..., None]
-        of_zero = self.basis @ (inverse.square() * (self.basis.mT @ self.y.double()))
-        return torch.where(lam[..., None, :] == 0, self.scale * of_zero, residual)
+        if not self.ridged:
+            inverse = torch.where(self.values > _floor(self.values)[..., None], 1 / self.values, 0)
+            rotated = inverse.square()[..., None] * (self.basis.mT @ self.y.double())
+            return self.scale * (self.basis @ rotated)
+        return (self.y - self.phi.double() @ solved) / lam[..., None, :]
 
     def _blocks(self) -> list[slice]:
         """Return the targets in blocks."""
@@ -123,11 +123,13 @@ class Spectrum:
         return own if self.share is None else lam[..., None] * own - self.share
 
 
-def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spectrum:
-    """Decompose a problem in float64 for ridges [R].
+def spectrum_of(
+    problem: Problem, ridges: Tensor, share: Tensor | None, ridged: bool = True
+) -> Spectrum:
+    """Decompose a problem in float64 for ridges [R], or without a ridge for one that is 0.
 
     Raises:
-        NotPositiveDefiniteError: A ridge is not 0, and below the rounding of the decomposition.
+        NotPositiveDefiniteError: A ridge is below the rounding of the decomposition.
     """
     phi, y, scale = problem.f_syn, problem.y_syn, problem.scale
     if problem.has_bias:
@@ -144,9 +146,10 @@ def spectrum_of(problem: Problem, ridges: Tensor, share: Tensor | None) -> Spect
     ridge = ridge.double() if isinstance(ridge, Tensor) else ridge
     lam = ridges.reshape(-1, *[1] * trace.ndim) * (ridge * base)  # [R, N?]
     values, vectors = torch.linalg.eigh(gram)
-    _above_rounding(values, lam, ridges)
+    if ridged:
+        _above_rounding(values, lam)
     basis = phi.double() @ vectors if primal else vectors
-    return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share)
+    return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share, ridged)
 
 
 def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
@@ -164,14 +167,10 @@ def _floor(values: Tensor) -> Tensor:
     return values.shape[-1] * _EPSILON * values[..., -1:].clamp(min=0).amax(-1)
 
 
-def _above_rounding(values: Tensor, lam: Tensor, ridges: Tensor) -> None:
-    """Raise for a ridge below the rounding of the decomposition, which regularises nothing.
-
-    A ridge of 0 is no such ridge: it asks for least squares.
-    """
+def _above_rounding(values: Tensor, lam: Tensor) -> None:
+    """Raise for a ridge below the rounding of the decomposition, which regularises nothing."""
     floor = _floor(values)  # [N?]
-    asked = (ridges == 0).reshape(-1, *[1] * (lam.ndim - 1))
-    if readable(lam) and not ((lam > floor) | asked).all():
+    if readable(lam) and not (lam > floor).all():
         raise NotPositiveDefiniteError(
             f"krr_path: a ridge of {lam.min().item():.3g} is below the rounding of the gram "
             f"({floor.max().item():.3g}): the features are zero, or the ridge is too small"
