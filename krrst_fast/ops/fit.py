@@ -39,20 +39,35 @@ class KRRFit:
     """A fitted kernel ridge regression, or a batch of them [...].
 
     Attributes:
-        alpha: Dual coefficients [..., M, P]: (K_ss + lam I)^-1 Y_s. In primal form (M > D) they
-            come from the residual, (Y_s - F_s W) / lam, and are as exact as that difference is.
-        weights: Primal coefficients scale F_s^T alpha [..., D, P].
         intercept: Bias * sum(alpha), or the constant without a penalty [..., P].
         info: Form, backend, ridge, retries, condition, and the Cholesky factor of K_ss + lam I
             [..., M, M], or in primal form of the ridged D x D system (bordered by the constant
             feature if there is a bias). With row weights, of the system of the weighted rows.
     """
 
-    alpha: Tensor
-    weights: Tensor
     intercept: Tensor
     info: SolveInfo
+    _alpha: Tensor | None
+    _weights: Tensor | None
     _fitted: "_Fitted"
+
+    @property
+    def alpha(self) -> Tensor:
+        """Dual coefficients [..., M, P]: (K_ss + lam I)^-1 Y_s.
+
+        In primal form (M > D) they come from the residual, (Y_s - F_s W) / lam, and are as exact as
+        that difference is.
+        """
+        if self._alpha is None:
+            raise AttributeError("KRRFit.alpha: the rows were read once, in chunks, and are gone")
+        return self._alpha
+
+    @property
+    def weights(self) -> Tensor:
+        """Primal coefficients scale F_s^T alpha [..., D, P]."""
+        if self._weights is None:
+            raise AttributeError("KRRFit.weights: only the linear kernel has them")
+        return self._weights
 
     def predict(self, f: Tensor) -> Tensor:
         """Predict [..., B, P] at features f [..., B, D].
@@ -257,10 +272,10 @@ def krr_fit(
     )
     rows = _kept(f_syn, root is not None), _kept(y_syn, root is not None)
     return KRRFit(
-        alpha=rounded,
-        weights=restore(coefficients, batch, dtype),
         intercept=restore(constants, batch, dtype),
         info=SolveInfo(form, backend.NAME, lam, retries, pivot, unfold(factor, batch)),
+        _alpha=rounded,
+        _weights=restore(coefficients, batch, dtype),
         _fitted=_Fitted(rows, unfold(alpha, batch), linear, kept, solver, root, means, batch),
     )
 
