@@ -18,6 +18,7 @@ from torch import Tensor
 from krrst_fast import reference
 from krrst_fast.cholesky import FLOAT64_UP_TO, Method, factor_dtype, factored, solve
 from krrst_fast.precision import exact_arithmetic
+from krrst_fast.reference import kernels
 from krrst_fast.triangular import inverse_shape
 
 # The registrations live as long as this object.
@@ -147,6 +148,18 @@ def _views_fake(
     return images.new_empty((index.shape[0], *images.shape[1:]), dtype=torch.float32)
 
 
+def _kernel_values_fake(products: Tensor, *rest: Any) -> Tensor:
+    return products.new_empty(products.shape, dtype=torch.float32 if rest[-1] else torch.float64)
+
+
+def _kernel_slopes_fake(products: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, needs_values = rest[4], rest[-1]
+    values = weight.new_empty(weight.shape if needs_values else (0,))
+    *many, rows, columns = products.shape
+    own, column = (products.new_empty((*many, size)) for size in (rows, columns))
+    return values, products.new_empty(products.shape), own, column
+
+
 def _krr_forward(
     f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor | None, *kernel: Any
 ) -> tuple[Tensor, ...]:
@@ -251,6 +264,20 @@ _define(
     "str form, int needs) -> Tensor[]",
     reference.krr_backward,
     _krr_backward_fake,
+)
+
+_define(
+    "kernel_values(Tensor products, Tensor x, Tensor y, Tensor squares_x, Tensor squares_y, "
+    "str kernel, int degree, float coef0, bool single) -> Tensor",
+    kernels.kernel_values,
+    _kernel_values_fake,
+)
+_define(
+    "kernel_slopes(Tensor products, Tensor x, Tensor y, Tensor squares_x, Tensor squares_y, "
+    "Tensor weight, str kernel, int degree, float coef0, bool needs_values) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    kernels.kernel_slopes,
+    _kernel_slopes_fake,
 )
 
 # Without tensors, and so without shape rules. The compiled implementations take the place of these.

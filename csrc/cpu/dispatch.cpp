@@ -55,5 +55,13 @@ const Small<double>& small<double>() {
   return kernels().small_f64;
 }
 const Triangular& triangular() { return kernels().triangular; }
+template <>
+const KernelRows<float>& kernel_rows<float>() {
+  return kernels().kernel_rows_f32;
+}
+template <>
+const KernelRows<double>& kernel_rows<double>() {
+  return kernels().kernel_rows_f64;
+}
 
 }  // namespace krrst::cpu

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "kernel_functions.h"
 #include "small.h"
 
 namespace krrst::cpu {
@@ -14,6 +15,8 @@ struct Kernels {
   Small<float> small_f32;
   Small<double> small_f64;
   Triangular triangular;
+  KernelRows<float> kernel_rows_f32;
+  KernelRows<double> kernel_rows_f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

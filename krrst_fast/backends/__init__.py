@@ -7,6 +7,8 @@ the signatures of `krrst_fast.reference`, for one problem [., .] or a batch [N, 
     refuses(x)                  why it cannot compute on a tensor like x, or None
     cholesky_method(k, columns) how a Gram is factored and solved with so many right-hand sides
     as_operands(f_syn, f_real)  the rounded features of precision="fast"
+    kernel_values, kernel_slopes  kernels as functions of inner products, and their derivatives,
+                                as in `krrst_fast.reference.kernels`
 """
 
 from types import ModuleType

@@ -18,6 +18,8 @@ __all__ = [
     "cholesky_method",
     "closing_matmul",
     "gram",
+    "kernel_slopes",
+    "kernel_values",
     "matmul",
     "predicted_residual_mse",
     "refuses",
@@ -96,6 +98,10 @@ def closing_matmul(
 def cholesky_method(k: Tensor, columns: int) -> Method:
     """Return our Cholesky for small Grams and LAPACK for large ones."""
     return CPP
+
+
+kernel_values = torch.ops.krrst_fast.kernel_values
+kernel_slopes = torch.ops.krrst_fast.kernel_slopes
 
 
 def suits_whole(form: str, problems: int, m: int, d: int, b: int, p: int) -> bool:

@@ -10,6 +10,22 @@ from torch import Tensor
 
 from krrst_fast import reference
 from krrst_fast.cholesky import CUDA_METHODS, LAPACK, Method
+from krrst_fast.reference.kernels import kernel_slopes, kernel_values
+
+__all__ = [
+    "NAME",
+    "as_operands",
+    "cholesky_method",
+    "closing_matmul",
+    "gram",
+    "kernel_slopes",
+    "kernel_values",
+    "matmul",
+    "predicted_residual_mse",
+    "refuses",
+    "scale_",
+    "widened",
+]
 
 NAME = "torch"
 

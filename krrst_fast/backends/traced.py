@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from krrst_fast.backends.cpp import cholesky_method, refuses
-from krrst_fast.backends.torch import as_operands, closing_matmul, matmul, predicted_residual_mse
+from krrst_fast.backends.torch import (
+    as_operands,
+    closing_matmul,
+    kernel_slopes,
+    kernel_values,
+    matmul,
+    predicted_residual_mse,
+)
 
 __all__ = [
     "NAME",
@@ -16,6 +23,8 @@ __all__ = [
     "cholesky_method",
     "closing_matmul",
     "gram",
+    "kernel_slopes",
+    "kernel_values",
     "matmul",
     "predicted_residual_mse",
     "refuses",

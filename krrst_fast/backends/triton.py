@@ -98,6 +98,11 @@ def closing_matmul(
     return kernel("closing_matmul")(alpha, v, beta, w, scale)
 
 
+# Until the kernels for them were written.
+kernel_values = torch_backend.kernel_values
+kernel_slopes = torch_backend.kernel_slopes
+
+
 def cholesky_method(k: Tensor, columns: int) -> Method:
     """Return our Cholesky, or torch's where ours is not built.
 

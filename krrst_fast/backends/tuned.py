@@ -28,6 +28,7 @@ from torch import Tensor
 from krrst_fast import operators
 from krrst_fast.backends import torch as torch_backend
 from krrst_fast.backends import triton
+from krrst_fast.backends.torch import kernel_slopes, kernel_values
 from krrst_fast.backends.triton import as_operands
 from krrst_fast.cholesky import CUDA_METHODS, FLOAT64_UP_TO, Method
 
@@ -37,6 +38,8 @@ __all__ = [
     "cholesky_method",
     "closing_matmul",
     "gram",
+    "kernel_slopes",
+    "kernel_values",
     "matmul",
     "predicted_residual_mse",
     "refuses",
