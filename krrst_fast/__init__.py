@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from krrst_fast.ops.from_gram import krr_predict_from_gram
     from krrst_fast.ops.gram import gram
     from krrst_fast.ops.info import SolveInfo
+    from krrst_fast.ops.kernel import Kernel
     from krrst_fast.ops.krr import krr_mse, krr_predict
     from krrst_fast.ops.path import KRRPath, krr_path
     from krrst_fast.ops.path_fit import PathFit
@@ -37,6 +38,7 @@ __all__ = [
     "DataError",
     "KRRFit",
     "KRRPath",
+    "Kernel",
     "KernelRidge",
     "KernelRidgeCV",
     "KrrstError",
@@ -66,6 +68,7 @@ _HOMES = {
     "krrst_fast.ops.gram": ("gram",),
     "krrst_fast.ops.from_gram": ("krr_predict_from_gram",),
     "krrst_fast.ops.info": ("SolveInfo",),
+    "krrst_fast.ops.kernel": ("Kernel",),
     "krrst_fast.ops.krr": ("krr_mse", "krr_predict"),
     "krrst_fast.ops.ridge_solve": ("ridge_solve",),
     "krrst_fast.ops.solver": ("Solver",),

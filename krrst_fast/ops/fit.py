@@ -12,6 +12,8 @@ from krrst_fast.ops.autograd import product
 from krrst_fast.ops.centring import Means, centred, check_intercept
 from krrst_fast.ops.closed_forms import fit_dual, fit_primal, primal_readout
 from krrst_fast.ops.info import SolveInfo
+from krrst_fast.ops.kernel import Kernel, KernelName, as_kernel, of_unit_length, unit_rows
+from krrst_fast.ops.kernel_fit import KernelRows, fit_rows
 from krrst_fast.ops.problem import (
     Problem,
     batch_of,
@@ -81,7 +83,12 @@ class KRRFit:
             NonFiniteError: F, on the CPU, holds NaN or infinity.
         """
         op, fitted = "KRRFit.predict", self._fitted
+        if fitted.of_kernel is not None:
+            check_matrices(op, ("alpha", "f"), (self.alpha, f))
+            return fitted.of_kernel.predict(op, f)
         check_matrices(op, ("weights", "f"), (self.weights, f))
+        if fitted.of_unit_length:
+            f = unit_rows(cast(f, fitted.linear[0].dtype))
         return predict_linear(op, f, *fitted.linear, fitted.solver)
 
     @property
@@ -134,6 +141,8 @@ class _Fitted:
         root: Square roots of the row weights [N?, M, 1], if there are weights.
         means: The means of the rows, if there is an intercept.
         batch: The leading dimensions of the caller.
+        of_unit_length: Whether the rows were divided by their length.
+        of_kernel: The rows of the fit, if the kernel is no linear one.
     """
 
     rows: tuple[Tensor, Tensor]
@@ -144,6 +153,8 @@ class _Fitted:
     root: Tensor | None
     means: Means | None
     batch: tuple[int, ...]
+    of_unit_length: bool = False
+    of_kernel: KernelRows | None = None
 
 
 def _inverse_diagonal(
@@ -200,6 +211,7 @@ def krr_fit(
     ridge_of: RidgeOf = "trace",
     scale: float = 1.0,
     bias: float = 0.0,
+    kernel: KernelName | Kernel = "linear",
     intercept: bool = False,
     weights: Tensor | None = None,
     solver: Solver = DEFAULT,
@@ -213,10 +225,12 @@ def krr_fit(
         ridge: Positive number, or a tensor [...].
         ridge_of: What the ridge multiplies to give lam: the "trace" of K_ss, its "mean_diagonal",
             or 1 ("absolute").
-        scale: Positive factor of every inner product.
+        scale: Positive factor of every kernel value.
         bias: Non-negative constant that is added to every kernel value.
+        kernel: The name of a kernel, or a `Kernel`, as in `krrst_fast.krr_mse`.
         intercept: Fit a constant for each target, which the ridge does not penalise: features and
-            targets are centred, the trace too is that of the centred Gram, and bias must be 0.
+            targets are centred, the trace too is that of the centred Gram, and bias must be 0. Of
+            the kernels "linear" and "cosine".
         weights: Weights of the rows of F_s [..., M], as in `krrst_fast.krr_mse`.
         solver: How the system is solved; the backend "reference" is refused.
 
@@ -225,15 +239,20 @@ def krr_fit(
     """
     op = "krr_fit"
     check_not_mapped(op, f_syn, y_syn)
-    problem, batch, dtype = prepare(
-        op, solver, (f_syn, y_syn), ridge, ridge_of, True, scale, bias, weights
-    )
+    kernel, tensors, of = as_kernel(op, kernel), (f_syn, y_syn), (scale, bias, weights)
+    problem, batch, dtype = prepare(op, solver, tensors, ridge, ridge_of, True, *of, kernel)
     check_intercept(op, intercept, bias)
     (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
     if m == 0:
         raise ValueError(f"{op}: f_syn must have at least one row, got {tuple(f_syn.shape)}")
     if solver.backend == "reference":
         raise ValueError(f"{op}: backend 'reference' keeps no fit")
+    if kernel.of_products:
+        if intercept:
+            raise ValueError(f"{op}: intercept must be False with kernel {kernel.name!r}")
+        return _fit_of_kernel(op, problem, tensors, kernel, weights, solver, batch, dtype)
+    if kernel.name == "cosine":
+        problem = of_unit_length(problem)
     root, as_given, means = None, problem, None
     if intercept:
         problem, means = centred(problem, weights, batch)
@@ -276,7 +295,42 @@ def krr_fit(
         info=SolveInfo(form, backend.NAME, lam, retries, pivot, unfold(factor, batch)),
         _alpha=rounded,
         _weights=restore(coefficients, batch, dtype),
-        _fitted=_Fitted(rows, unfold(alpha, batch), linear, kept, solver, root, means, batch),
+        _fitted=_Fitted(
+            *(rows, unfold(alpha, batch), linear, kept, solver, root, means, batch),
+            of_unit_length=kernel.name == "cosine",
+        ),
+    )
+
+
+def _fit_of_kernel(
+    op: str,
+    problem: Problem,
+    rows: tuple[Tensor, Tensor],
+    kernel: Kernel,
+    weights: Tensor | None,
+    solver: Solver,
+    batch: tuple[int, ...],
+    dtype: torch.dtype,
+) -> KRRFit:
+    """Return the fit with a kernel that is no linear one."""
+    kept, info = fit_rows(op, problem, kernel, weights, solver, batch)
+    alpha = restore(kept.alpha, batch, dtype)
+    if solver.check == "raise":
+        finite(op, alpha, f_syn=problem.f_syn, y_syn=problem.y_syn)
+    root = None
+    if weights is not None:
+        rows = _kept(rows[0], True), _kept(rows[1], True)
+        root = fold(weights.to(kept.alpha.dtype), batch, 1).sqrt()[..., None]
+    none = problem.f_syn.new_empty(0)
+    return KRRFit(
+        intercept=restore(problem.bias * kept.alpha.sum(-2), batch, dtype),
+        info=info,
+        _alpha=alpha,
+        _weights=None,
+        _fitted=_Fitted(
+            *(rows, unfold(kept.alpha, batch), (none, none), problem, solver, root, None, batch),
+            of_kernel=kept,
+        ),
     )
 
 

@@ -17,12 +17,11 @@ from krrst_fast.ops.autograd import (
     gradients,
     needs_composite,
 )
-from krrst_fast.ops.closed_forms import (
-    SOLVE,
-    separated,
-)
+from krrst_fast.ops.closed_forms import SOLVE, separated
 from krrst_fast.ops.info import SolveInfo
+from krrst_fast.ops.kernel import Kernel, KernelName, as_kernel, of_unit_length
 from krrst_fast.ops.krr_gradients import krr_gradients, with_operands
+from krrst_fast.ops.krr_of_kernel import krr_of_kernel
 from krrst_fast.ops.problem import (
     Problem,
     finite,
@@ -51,6 +50,7 @@ def krr_mse(
     detach_ridge: bool = ...,
     scale: float = ...,
     bias: float = ...,
+    kernel: KernelName | Kernel = ...,
     weights: Tensor | None = ...,
     solver: Solver = ...,
     return_info: Literal[False] = ...,
@@ -69,6 +69,7 @@ def krr_mse(
     detach_ridge: bool = ...,
     scale: float = ...,
     bias: float = ...,
+    kernel: KernelName | Kernel = ...,
     weights: Tensor | None = ...,
     solver: Solver = ...,
     return_info: Literal[True],
@@ -86,6 +87,7 @@ def krr_mse(
     detach_ridge: bool = True,
     scale: float = 1.0,
     bias: float = 0.0,
+    kernel: KernelName | Kernel = "linear",
     weights: Tensor | None = None,
     solver: Solver = DEFAULT,
     return_info: bool = False,
@@ -93,8 +95,8 @@ def krr_mse(
     """Compute the mean squared error of kernel ridge regression from (F_s, Y_s) on (F_r, Y_r).
 
     Equivalent to `mean((K_rs (K_ss + lam I)^-1 Y_s - Y_r)^2)` with `K_ss = scale F_s F_s^T + bias`
-    and `K_rs = scale F_r F_s^T + bias`, differentiable in every tensor argument. With `bias=1`
-    it is the outer loss of KRR-ST (arXiv 2310.06511, equation 4).
+    and `K_rs = scale F_r F_s^T + bias`, or with another kernel, differentiable in every tensor
+    argument. With `bias=1` it is the outer loss of KRR-ST (arXiv 2310.06511, equation 4).
 
     Args:
         f_syn: Features [..., M, D], float32, float64, or half precision (computed in float32).
@@ -107,8 +109,10 @@ def krr_mse(
             or 1 ("absolute").
         detach_ridge: Treat the trace as a constant in the gradient, as KRR-ST does; False
             differentiates through it, as FRePo does.
-        scale: Positive factor of every inner product.
+        scale: Positive factor of every kernel value.
         bias: Non-negative constant that is added to every kernel value.
+        kernel: The name of a kernel, or a `Kernel` with its numbers, which takes the place of the
+            inner product.
         weights: Weights of the rows of F_s [..., M], not negative (positive where they require a
             gradient). A whole number is equivalent to as many equal rows, also in the trace.
         solver: How the system is solved: precision, closed form, backend, retries, checks.
@@ -125,14 +129,14 @@ def krr_mse(
     """
     op = "krr_mse"
     tensors = f_syn, y_syn, f_real, y_real
+    if kernel != "linear":
+        kernel = as_kernel(op, kernel)
     problem, batch, dtype = prepare(
-        op, solver, tensors, ridge, ridge_of, detach_ridge, scale, bias, weights
+        op, solver, tensors, ridge, ridge_of, detach_ridge, scale, bias, weights, kernel
     )
     if y_real.numel() == 0 or (batch and problem.f_syn.shape[0] == 0):
         raise ValueError(f"{op}: the mean is over y_real, got shape {tuple(y_real.shape)}")
-    if weights is not None:
-        problem, _ = apply_weights(problem, weights, batch)
-    loss, info = _compute(op, problem, solver, batch, dtype, return_info)
+    loss, info = _compute(op, problem, kernel, weights, solver, batch, dtype, return_info)
     return (loss, info) if info is not None else loss
 
 
@@ -147,6 +151,7 @@ def krr_predict(
     detach_ridge: bool = ...,
     scale: float = ...,
     bias: float = ...,
+    kernel: KernelName | Kernel = ...,
     weights: Tensor | None = ...,
     solver: Solver = ...,
     return_info: Literal[False] = ...,
@@ -164,6 +169,7 @@ def krr_predict(
     detach_ridge: bool = ...,
     scale: float = ...,
     bias: float = ...,
+    kernel: KernelName | Kernel = ...,
     weights: Tensor | None = ...,
     solver: Solver = ...,
     return_info: Literal[True],
@@ -180,6 +186,7 @@ def krr_predict(
     detach_ridge: bool = True,
     scale: float = 1.0,
     bias: float = 0.0,
+    kernel: KernelName | Kernel = "linear",
     weights: Tensor | None = None,
     solver: Solver = DEFAULT,
     return_info: bool = False,
@@ -198,8 +205,9 @@ def krr_predict(
         ridge_of: What the ridge multiplies to give lam: the "trace" of K_ss, its "mean_diagonal",
             or 1 ("absolute").
         detach_ridge: Treat the trace as a constant in the gradient.
-        scale: Positive factor of every inner product.
+        scale: Positive factor of every kernel value.
         bias: Non-negative constant that is added to every kernel value.
+        kernel: The name of a kernel, or a `Kernel`, as in `krr_mse`.
         weights: Weights of the rows of F_s [..., M], as in `krr_mse`.
         solver: How the system is solved: precision, closed form, backend, retries, checks.
         return_info: Return also a `SolveInfo`.
@@ -211,18 +219,19 @@ def krr_predict(
         The errors of `krr_mse`.
     """
     op = "krr_predict"
-    problem, batch, dtype = prepare(
-        op, solver, (f_syn, y_syn, f_real), ridge, ridge_of, detach_ridge, scale, bias, weights
-    )
-    if weights is not None:
-        problem, _ = apply_weights(problem, weights, batch)
-    prediction, info = _compute(op, problem, solver, batch, dtype, return_info)
+    if kernel != "linear":
+        kernel = as_kernel(op, kernel)
+    tensors, of = (f_syn, y_syn, f_real), (scale, bias, weights, kernel)
+    problem, batch, dtype = prepare(op, solver, tensors, ridge, ridge_of, detach_ridge, *of)
+    prediction, info = _compute(op, problem, kernel, weights, solver, batch, dtype, return_info)
     return (prediction, info) if info is not None else prediction
 
 
 def _compute(
     op: str,
     problem: Problem,
+    kernel: str | Kernel,
+    weights: Tensor | None,
     solver: Solver,
     batch: tuple[int, ...],
     dtype: torch.dtype,
@@ -231,6 +240,13 @@ def _compute(
     """Choose form and backend, and compute the loss, or without y_real the prediction."""
     if not isinstance(return_info, bool):
         raise TypeError(f"{op}: return_info must be True or False, got {return_info!r}")
+    if isinstance(kernel, Kernel):
+        if kernel.of_products:
+            settings = weights, solver, batch, dtype, return_info
+            return krr_of_kernel(op, problem, kernel, *settings)
+        problem = of_unit_length(problem) if kernel.name == "cosine" else problem
+    if weights is not None:
+        problem, _ = apply_weights(problem, weights, batch)
     tracing = torch.compiler.is_compiling()
     in_transform = torch._C._are_functorch_transforms_active()
     if (in_transform or forward_ad._current_level >= 0) and needs_composite():

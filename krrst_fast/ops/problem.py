@@ -67,6 +67,7 @@ def prepare(
     scale: float,
     bias: float,
     weights: Tensor | None,
+    kernel: object = None,
 ) -> tuple[Problem, tuple[int, ...], torch.dtype]:
     """Check the arguments of `op` and bring them into the form that is computed.
 
@@ -75,6 +76,7 @@ def prepare(
 
     Args:
         tensors: F_s and Y_s, then F_r for a prediction, then Y_r for a loss.
+        kernel: A `Kernel`, whose gamma may have leading dimensions too.
 
     Returns:
         The problem, the leading dimensions that the caller sees, and the dtype of the result.
@@ -101,24 +103,26 @@ def prepare(
     for given in tensors:
         many |= given.ndim > 2
         converted |= given.dtype != working
-    if many or isinstance(ridge, Tensor) or weights is not None:
+    gamma = getattr(kernel, "gamma", None)
+    gamma = gamma if isinstance(gamma, Tensor) else None
+    if many or isinstance(ridge, Tensor) or weights is not None or gamma is not None:
         cores: dict[str, tuple[Tensor | None, int]]
         cores = {name: (x, 2) for name, x in zip(_NAMES, tensors)}
         scalar = ridge if isinstance(ridge, Tensor) else None
-        batch = batch_of(op, **cores, weights=(weights, 1), ridge=(scalar, 0))
+        batch = batch_of(op, **cores, weights=(weights, 1), ridge=(scalar, 0), gamma=(gamma, 0))
     if batch or converted:
         f_syn, y_syn, *real = (fold(cast(x, working), batch, 2) for x in tensors)
         f_real, y_real = (*real, None, None)[:2]
     if isinstance(ridge, Tensor):
         ridge = ready_ridge(ridge, batch, working, f_syn)
-    kernel: tuple[float | Tensor, float | Tensor]
+    numbers: tuple[float | Tensor, float | Tensor]
     if torch.compiler.is_compiling():
-        kernel = symbol(scale, f_syn), symbol(bias, f_syn)
+        numbers = symbol(scale, f_syn), symbol(bias, f_syn)
     else:
-        kernel = float(scale), float(bias)
+        numbers = float(scale), float(bias)
     problem = Problem(
         *(f_syn, y_syn, f_real, y_real, ridge, ridge_of),
-        *(detach_ridge, *kernel),
+        *(detach_ridge, *numbers),
     )
     if solver.precision == "fast" and solver.check == "raise":
         # NaN or infinity in one entry would spread: all features share a power of two.

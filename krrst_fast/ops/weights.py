@@ -23,7 +23,7 @@ def apply_weights(
         if f_real is not None:
             column = constant * f_real.new_ones((*f_real.shape[:-1], 1))
             f_real = torch.cat((f_real, column), -1)
-    ridge, ridge_of = _of_repeated_rows(problem.ridge, problem.ridge_of, row, problem.detach_ridge)
+    ridge, ridge_of = of_repeated_rows(problem.ridge, problem.ridge_of, row, problem.detach_ridge)
     weighted = problem._replace(
         f_syn=f_syn,
         y_syn=root * problem.y_syn,
@@ -46,11 +46,11 @@ def apply_weights_to_grams(
 ) -> tuple[Tensor, Tensor, Tensor, float | Tensor, str]:
     """Return K_ss [N?, M, M], K_rs [N?, B, M], Y_s and the ridge, weighted by weights [N?, M]."""
     root = weights.sqrt()[..., None]
-    ridge, ridge_of = _of_repeated_rows(ridge, ridge_of, weights, detach_ridge)
+    ridge, ridge_of = of_repeated_rows(ridge, ridge_of, weights, detach_ridge)
     return root * k_syn * root.mT, k_real * root.mT, root * y, ridge, ridge_of
 
 
-def _of_repeated_rows(
+def of_repeated_rows(
     ridge: float | Tensor, ridge_of: str, weights: Tensor, detach_ridge: bool
 ) -> tuple[float | Tensor, str]:
     """Return the ridge of a mean over as many rows as the weights [N?, M] stand for."""
