@@ -1,7 +1,7 @@
 """Kernel ridge regression as an estimator; it works with scikit-learn and without it."""
 
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from krrst_fast.estimator.base import (
     show_parameters,
     validated,
 )
-from krrst_fast.estimator.sparse import fit_sparse
+from krrst_fast.estimator.gram_fit import GramFit, fit_gram
+from krrst_fast.estimator.sparse import fit_sparse, unit_sparse_rows
 from krrst_fast.ops.fit import KRRFit, krr_fit
+from krrst_fast.ops.kernel import Kernel, KernelName, unit_rows
 from krrst_fast.ops.path import least_squares
 from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.per_target import TargetFit, fit_each_target
@@ -35,11 +37,11 @@ from krrst_fast.ops.problem import (
 )
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 
-Fit = KRRFit | TargetFit | PathFit
+Fit = KRRFit | TargetFit | PathFit | GramFit
 
 
 class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
-    """Kernel ridge regression with the kernel `scale <x, y> + bias`.
+    """Kernel ridge regression with the kernel `scale k(x, y) + bias`.
 
     With its defaults it fits what `sklearn.kernel_ridge.KernelRidge(alpha=ridge)` fits. Arrays give
     arrays; tensors give tensors, of the same device and dtype. It can be part of pipelines and
@@ -50,20 +52,28 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             of minimum norm, by eigenvalues in float64; those that are rounding count as 0.
         ridge_of: What the ridge multiplies: 1 ("absolute"), the "trace" of K, or its
             "mean_diagonal".
-        scale: Positive factor of every inner product.
+        scale: Positive factor of every kernel value.
         bias: Non-negative constant that is added to every kernel value.
+        kernel: "linear", "polynomial" (or "poly"), "rbf", "cosine", "arccos", as described in
+            `krrst_fast.Kernel`, or "precomputed": X is then the Gram matrix [M, M] of the fit, and
+            [B, M] for a prediction.
+        gamma: Positive number, None for 1 / D; of the kernels "polynomial" and "rbf".
+        degree, coef0: Power and constant of the kernel "polynomial".
         intercept: Fit a constant that the ridge does not penalise, as `sklearn.linear_model.Ridge`
-            does; bias must then be 0.
+            does; bias must then be 0. Of the kernels "linear" and "cosine".
         solver: A `krrst_fast.Solver`; None is `Solver()`.
 
     Attributes:
         dual_coef_: Coefficients of the rows, [M] or [M, P].
-        coef_: Coefficients of the features, [D] or [P, D].
+        coef_: Coefficients of the features, [D] or [P, D], for the kernel "cosine" of rows of
+            length 1; no other kernel but "linear" has them.
         intercept_: `bias` times the sum of the dual coefficients, or the constant, [] or [P].
         n_features_in_: D.
         feature_names_in_: The column names, if X was a data frame.
-        fit_: The `KRRFit`; with a ridge for each target the `TargetFit`.
+        fit_: The `KRRFit`, or what the fit is by its settings.
     """
+
+    _of_unit_length = False  # of the kernel "cosine": rows are divided by their length
 
     def __new__(cls, *args: Any, **parameters: Any) -> Self:
         """Refuse scikit-learn's name of the ridge."""
@@ -78,6 +88,10 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ridge_of: RidgeOf = "absolute",
         scale: float = 1.0,
         bias: float = 0.0,
+        kernel: str = "linear",
+        gamma: float | Tensor | None = None,
+        degree: int = 3,
+        coef0: float = 1.0,
         intercept: bool = False,
         solver: Solver | None = None,
     ) -> None:
@@ -85,6 +99,10 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.ridge_of = ridge_of
         self.scale = scale
         self.bias = bias
+        self.kernel = kernel
+        self.gamma = gamma
+        self.degree = degree
+        self.coef0 = coef0
         self.intercept = intercept
         self.solver = solver
 
@@ -112,29 +130,44 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ridge = _ridges(op, ridge, y_2d)
         none = not isinstance(ridge, Tensor | bool) and ridge == 0
         check_kernel(op, 1.0 if none else ridge, self.ridge_of, True, scale, bias)
-        kernel: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
-        kernel["intercept"] = self.intercept
+        of: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
         solver = DEFAULT if self.solver is None else self.solver
+        kernel = self._kernel(op, not isinstance(f, Tensor))
+        linear = kernel is not None and not kernel.of_products
+        if not linear and self.intercept:
+            raise ValueError(f"{op}: intercept must be False with kernel {self.kernel!r}")
+        of |= {"intercept": self.intercept} if linear else {}
+        if kernel is not None and kernel.name == "cosine":
+            f = unit_rows(f) if isinstance(f, Tensor) else unit_sparse_rows(f)
+        many = none or isinstance(ridge, Tensor)
         fit: Fit
         try:
-            if not isinstance(f, Tensor):
-                fit = fit_sparse(op, f, y_2d, ridge, weights=weights, **kernel)
+            if kernel is None or not (linear or isinstance(f, Tensor) and not many):
+                fit = fit_gram(op, f, y_2d, kernel, ridge, weights=weights, solver=solver, **of)
+            elif not isinstance(f, Tensor):
+                fit = fit_sparse(op, f, y_2d, ridge, weights=weights, **of)
             elif none:
-                del kernel["ridge_of"]
-                fit = least_squares(op, f, y_2d, weights=weights, **kernel)
+                del of["ridge_of"]
+                fit = least_squares(op, f, y_2d, weights=weights, **of)
             elif isinstance(ridge, Tensor):
-                fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **kernel)
+                fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **of)
             else:
-                fit = krr_fit(f, y_2d, ridge=ridge, weights=weights, solver=solver, **kernel)
+                of |= {} if linear else {"kernel": kernel}
+                fit = krr_fit(f, y_2d, ridge=ridge, weights=weights, solver=solver, **of)
         except NonFiniteError:
             raise_non_finite(op, X=f if isinstance(f, Tensor) else None, y=y_2d)
         # Where `precision` is not that of X, they are rounded to it.
         dtype = result_dtype(y_2d)
-        alpha, coef, intercept = (x.to(dtype) for x in (fit.alpha, fit.weights.mT, fit.intercept))
+        found = [fit.alpha.to(dtype), fit.intercept.to(dtype)]
+        found += [fit.weights.mT.to(dtype)] if not isinstance(fit, GramFit) and linear else []
         if targets.ndim == 1:
-            alpha, coef, intercept = alpha[:, 0], coef[0], intercept[0]
+            found = [x[:, 0] if i == 0 else x[0] for i, x in enumerate(found)]
         as_given = (lambda x: x) if isinstance(X, Tensor) else as_array
-        self.dual_coef_, self.coef_, self.intercept_ = map(as_given, (alpha, coef, intercept))
+        self.dual_coef_, self.intercept_, *coef = map(as_given, found)
+        self.__dict__.pop("coef_", None)
+        if coef:
+            self.coef_ = coef[0]
+        self._of_unit_length = kernel is not None and kernel.name == "cosine"
         self.fit_: Fit = fit
         self._dtype, self._working = dtype, fit.alpha.dtype
         return self
@@ -169,6 +202,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             if is_sparse(rows):
                 return self._predict_sparse(rows)
             f = as_tensor(rows).to(fit.alpha.device, self._working)
+        if self._of_unit_length:
+            f = unit_rows(f)
         try:
             prediction = fit.predict(f).to(self._dtype)
         except NonFiniteError:
@@ -203,9 +238,30 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         weights = row_weights(op, sample_weight, exact)
         return _r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
 
+    def _kernel(self, op: str, sparse: bool) -> Kernel | None:
+        """Return the kernel, or None for "precomputed"."""
+        names = (*get_args(KernelName), "poly", "precomputed")
+        if not isinstance(self.kernel, str) or self.kernel not in names:
+            raise ValueError(f"{op}: kernel must be one of {list(names)}, got {self.kernel!r}")
+        if self.kernel == "precomputed":
+            if sparse:
+                raise TypeError(f"{op}: a precomputed kernel must be dense, got a sparse X")
+            return None
+        name: Any = "polynomial" if self.kernel == "poly" else self.kernel
+        gamma, degree, coef0 = map(_python, (self.gamma, self.degree, self.coef0))
+        if isinstance(degree, float) and degree.is_integer():
+            degree = int(degree)  # what scikit-learn allows
+        return Kernel(name, gamma if name in ("polynomial", "rbf") else None, degree, coef0)
+
     def _predict_sparse(self, rows: Any) -> np.ndarray:
         """Predict at rows [B, D] in CSR."""
         fit = self.fit_
+        if self._of_unit_length:
+            rows = unit_sparse_rows(rows)
+        if isinstance(fit, GramFit):
+            found = fit.predict(rows)
+            found = found[:, 0] if self.dual_coef_.ndim == 1 else found
+            return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
         weights, constant = (x.cpu().double().numpy() for x in (fit.weights, fit.intercept))
         found = rows @ (weights[:, 0] if self.dual_coef_.ndim == 1 else weights)
         found = found + (constant[0] if self.dual_coef_.ndim == 1 else constant)
@@ -235,7 +291,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that sparse rows are welcome."""
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
+        tags.input_tags.sparse = self.kernel != "precomputed"
+        tags.input_tags.pairwise = self.kernel == "precomputed"
         return tags
 
     def _fitted(self, op: str) -> Fit:

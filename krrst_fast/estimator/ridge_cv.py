@@ -10,6 +10,7 @@ from krrst_fast.errors import NonFiniteError
 from krrst_fast.estimator.base import as_array, refuse_sparse, show_parameters
 from krrst_fast.estimator.ridge import KernelRidge, row_weights
 from krrst_fast.ops.path import krr_path
+from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import raise_non_finite, result_dtype
 from krrst_fast.ops.solver import RidgeOf
 
@@ -32,6 +33,8 @@ class KernelRidgeCV(KernelRidge):
         dual_coef_, coef_, intercept_, n_features_in_, feature_names_in_: As of `KernelRidge`.
         fit_: The `PathFit`.
     """
+
+    kernel = "linear"  # not a parameter: eigenvectors of another Gram give no coefficients
 
     def __init__(
         self,
@@ -84,7 +87,9 @@ class KernelRidgeCV(KernelRidge):
     @property
     def coef_(self) -> Any:
         """Coefficients of the features, [D] or [P, D]; made when they are asked for."""
-        coef = self._fitted("KernelRidgeCV.coef_").weights.mT
+        fit = self._fitted("KernelRidgeCV.coef_")
+        assert isinstance(fit, PathFit)
+        coef = fit.weights.mT
         coef = coef[0] if self.dual_coef_.ndim == 1 else coef
         return coef if self._as_given == "tensor" else as_array(coef)
 
@@ -92,6 +97,7 @@ class KernelRidgeCV(KernelRidge):
         """Tell scikit-learn that sparse rows are refused."""
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False
+        tags.input_tags.pairwise = False
         return tags
 
 

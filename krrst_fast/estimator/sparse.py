@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.ops.centring import check_intercept
-from krrst_fast.ops.per_target import TargetFit
-from krrst_fast.ops.ridge_solve import ridge_solve
+from krrst_fast.ops.per_target import TargetFit, solve_each_target
 from krrst_fast.ops.solver import DEFAULT, RidgeOf
 
 
@@ -67,7 +66,7 @@ def fit_sparse(
         gram += bias * (root @ root.T)
     base = {"trace": trace, "mean_diagonal": trace / total}.get(ridge_of, 1.0)
     lam = torch.as_tensor(ridge, dtype=torch.float64).expand(targets.shape[1]) * base
-    solved = _solved(torch.from_numpy(gram), torch.from_numpy(right), lam).numpy()
+    solved = solve_each_target(torch.from_numpy(gram), torch.from_numpy(right), lam).numpy()
     if primal:
         primal_weights = scale * solved[:columns]
         constant = (bias * scale) ** 0.5 * solved[columns:] if bias else mean_y * 0
@@ -76,7 +75,7 @@ def fit_sparse(
         constant = bias * (root.T @ solved)
     constant = constant + mean_y - mean_x @ primal_weights
     if primal and not lam.any():  # K^+ y by the inverse of the smaller Gram, twice
-        twice = _solved(torch.from_numpy(gram), torch.from_numpy(solved), lam).numpy()
+        twice = solve_each_target(torch.from_numpy(gram), torch.from_numpy(solved), lam).numpy()
         alpha = phi @ twice[:columns] - root @ (mean_x @ twice[:columns])
         if bias:
             alpha = alpha + (bias / scale) ** 0.5 * root @ twice[columns:]
@@ -95,21 +94,6 @@ def fit_sparse(
     )
 
 
-def _solved(gram: Tensor, y: Tensor, lam: Tensor) -> Tensor:
-    """Solve (gram + lam[p] I) x[:, p] = y[:, p]; targets of one lam share a factor.
-
-    Of a lam of 0 the solution of minimum norm.
-    """
-    if not lam.any():
-        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=len(gram) * 2.0**-52)
-        return inverse @ y
-    out = torch.empty_like(y)
-    for value in lam.unique():
-        columns = lam == value
-        out[:, columns] = ridge_solve(gram, y[:, columns], ridge=value, ridge_of="absolute")
-    return out
-
-
 def _scaled(x: Any, root: np.ndarray) -> Any:
     """Return the rows of a CSR matrix times root [M, 1], in CSR."""
     scaled = x.copy()
@@ -120,3 +104,11 @@ def _scaled(x: Any, root: np.ndarray) -> Any:
 def _dense(x: Any) -> np.ndarray:
     """Return a sparse product as an array."""
     return np.asarray(x.toarray(), dtype=np.float64)
+
+
+def unit_sparse_rows(x: Any) -> Any:
+    """Return the rows of a CSR matrix divided by their length; a row of zeros stays."""
+    largest = np.asarray(abs(x).max(axis=1).todense()).ravel()
+    scaled = _scaled(x, np.where(largest > 0, 1 / np.maximum(largest, 1e-300), 0)[:, None])
+    length = np.sqrt(np.asarray(scaled.multiply(scaled).sum(axis=1)).ravel())
+    return _scaled(scaled, np.where(length > 0, 1 / np.maximum(length, 1e-300), 0)[:, None])

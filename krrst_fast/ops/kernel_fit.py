@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krrst_fast.backends import Backend, choose
+from krrst_fast.backends import choose
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.kernel import Kernel, mean_row, operands, root_gamma
 from krrst_fast.ops.kernel_gram import kernel_product
@@ -32,7 +32,7 @@ class KernelRows:
     """The rows of a fit and their dual coefficients.
 
     Attributes:
-        kernel, solver, backend: As of the fit.
+        kernel, solver: As of the fit.
         x: Rows as `kernel.operands` returns them [N?, M, D].
         alpha: [N?, M, P].
         mean, root: What was subtracted from the rows [N?, 1, D], and what they were multiplied by.
@@ -42,7 +42,6 @@ class KernelRows:
 
     kernel: Kernel
     solver: Solver
-    backend: Backend
     x: Tensor
     alpha: Tensor
     mean: Tensor | None
@@ -62,8 +61,9 @@ class KernelRows:
         x, alpha = (self._folded(y, batch) for y in (self.x, self.alpha))
         recorded = torch.is_grad_enabled() and f.requires_grad
         high = rows.shape[-2] if recorded else _AT_ONCE // max(d * math.prod(batch), 1)
+        backend = choose(self.solver.backend, alpha, op)
         parts = [
-            kernel_product(self._operand(part, batch), x, alpha, self.kernel, self.backend)
+            kernel_product(self._operand(part, batch), x, alpha, self.kernel, backend)
             for part in rows.split(max(high, 1), -2)
         ]
         prediction = self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, -2))
@@ -116,7 +116,6 @@ def fit_rows(
     kept = KernelRows(
         kernel=kernel,
         solver=solver,
-        backend=choose(solver.backend, f, op),
         x=x.detach().clone() if x.data_ptr() == f.data_ptr() else x.detach(),
         alpha=alpha,
         mean=mean_row(f.double()) if kernel.name == "rbf" else None,

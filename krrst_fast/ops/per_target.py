@@ -8,6 +8,7 @@ from torch import Tensor
 
 from krrst_fast.ops.fit import krr_fit, predict_linear
 from krrst_fast.ops.problem import check_matrices
+from krrst_fast.ops.ridge_solve import ridge_solve
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 
 
@@ -72,3 +73,21 @@ def fit_each_target(
         alpha[:, columns], primal[:, columns] = fit.alpha, fit.weights
         constants[columns], lam[columns] = fit.intercept, fit.info.ridge.to(lam.dtype)
     return TargetFit(alpha, primal, constants, lam, solver)
+
+
+def solve_each_target(gram: Tensor, y: Tensor, lam: Tensor) -> Tensor:
+    """Solve (gram + lam[p] I) x[:, p] = y[:, p] in float64; targets of one lam share a factor.
+
+    Of a lam of 0 the solution of minimum norm. gram [M, M], y [M, P], lam [P], all float64.
+
+    Raises:
+        NotPositiveDefiniteError: A ridge is too small for the Gram.
+    """
+    out, least = torch.empty_like(y), lam == 0
+    if least.any():
+        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=len(gram) * 2.0**-52)
+        out[:, least] = inverse @ y[:, least]
+    for value in lam[~least].unique():
+        columns = lam == value
+        out[:, columns] = ridge_solve(gram, y[:, columns], ridge=value, ridge_of="absolute")
+    return out
