@@ -53,7 +53,9 @@ def of_products(
     lengths, cosine, sine = _angles(products, squares_x, squares_y)
     # As pi / 2 less the arc of a tangent, whose derivative needs no square root.
     angle = torch.atan2(sine, cosine)
-    return lengths * (sine + (math.pi - angle) * cosine) / math.pi
+    values = lengths * (sine + (math.pi - angle) * cosine) / math.pi
+    # Where a norm is 0 a derivative from both sides is that of half the product.
+    return torch.where(lengths == 0, products / 2, values)
 
 
 def _angles(products: Tensor, squares_x: Tensor, squares_y: Tensor) -> tuple[Tensor, ...]:
