@@ -129,7 +129,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ridge, scale, bias = map(_python, (self.ridge, self.scale, self.bias))
         ridge = _ridges(op, ridge, y_2d)
         none = not isinstance(ridge, Tensor | bool) and ridge == 0
-        check_kernel(op, 1.0 if none else ridge, self.ridge_of, True, scale, bias)
+        positive = ridge.masked_fill(ridge == 0, 1) if isinstance(ridge, Tensor) else ridge
+        check_kernel(op, 1.0 if none else positive, self.ridge_of, True, scale, bias)
         of: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
         solver = DEFAULT if self.solver is None else self.solver
         kernel = self._kernel(op, not isinstance(f, Tensor))

@@ -74,17 +74,17 @@ def fit_sparse(
         primal_weights = scale * (phi.T @ solved - mean_x.T @ (root.T @ solved))
         constant = bias * (root.T @ solved)
     constant = constant + mean_y - mean_x @ primal_weights
-    if primal and not lam.any():  # K^+ y by the inverse of the smaller Gram, twice
-        twice = solve_each_target(torch.from_numpy(gram), torch.from_numpy(solved), lam).numpy()
-        alpha = phi @ twice[:columns] - root @ (mean_x @ twice[:columns])
-        if bias:
-            alpha = alpha + (bias / scale) ** 0.5 * root @ twice[columns:]
-        alpha = scale * root * alpha
-    elif primal:
+    alpha, least = root * solved if not primal else None, (lam == 0).numpy()
+    if alpha is None:
         residual = targets - exact @ primal_weights - constant
-        alpha = of_rows[:, None] * residual / lam.numpy()
-    else:
-        alpha = root * solved
+        alpha = of_rows[:, None] * residual / np.where(least, 1, lam.numpy())
+    if primal and least.any():  # K^+ y by the inverse of the smaller Gram, twice
+        once = torch.from_numpy(solved[:, least])
+        twice = solve_each_target(torch.from_numpy(gram), once, lam[least]).numpy()
+        alpha[:, least] = phi @ twice[:columns] - root @ (mean_x @ twice[:columns])
+        if bias:
+            alpha[:, least] += (bias / scale) ** 0.5 * root @ twice[columns:]
+        alpha[:, least] *= scale * root
     return TargetFit(
         alpha=torch.from_numpy(alpha).to(y.dtype),
         weights=torch.from_numpy(np.asarray(primal_weights)).to(y.dtype),

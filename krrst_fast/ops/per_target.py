@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.ops.fit import krr_fit, predict_linear
+from krrst_fast.ops.fit import KRRFit, krr_fit, predict_linear
+from krrst_fast.ops.path import least_squares
+from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import check_matrices
 from krrst_fast.ops.ridge_solve import ridge_solve
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
@@ -58,6 +60,7 @@ def fit_each_target(
     """Fit target p of y [M, P] on f [M, D] with ridges[p] [P], for all p.
 
     Targets of one ridge share a factor: the cost is that of one `krr_fit` for each different ridge.
+    A ridge of 0 is least squares of minimum norm.
 
     Raises:
         The errors of `krrst_fast.krr_fit`.
@@ -69,9 +72,20 @@ def fit_each_target(
     constants, lam = y.new_empty(y.shape[-1]), y.new_empty(y.shape[-1])
     for i, value in enumerate(values.tolist()):
         columns = (group == i).nonzero()[:, 0]
-        fit = krr_fit(f, y[:, columns], ridge=value, **kernel, **how)
+        fit: KRRFit | PathFit
+        if value == 0:
+            plain: dict[str, Any] = {
+                "scale": scale,
+                "bias": bias,
+                "intercept": intercept,
+                "weights": weights,
+            }
+            fit, added = least_squares("KernelRidge.fit", f, y[:, columns], **plain), 0.0
+        else:
+            fit = krr_fit(f, y[:, columns], ridge=value, **kernel, **how)
+            added = fit.info.ridge.item()
         alpha[:, columns], primal[:, columns] = fit.alpha, fit.weights
-        constants[columns], lam[columns] = fit.intercept, fit.info.ridge.to(lam.dtype)
+        constants[columns], lam[columns] = fit.intercept, added
     return TargetFit(alpha, primal, constants, lam, solver)
 
 
