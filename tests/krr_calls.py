@@ -8,6 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from krrst_fast import Kernel
+from krrst_fast.reference.kernels import OF_PRODUCTS, kernel_matrix
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = ("normal", "duplicates", "equal", "zero", "tiny", "denormal", "huge", "nan", "inf")
 LAYOUTS = ("rows", "columns", "sliced", "offset", "negated", "parameter", "expanded", "sparse")
@@ -66,10 +69,13 @@ ANYTHING: tuple[Any, ...] = (
     *(torch.ones((), device="meta"), torch.ones(2).to_sparse(), torch.ones(3).half()),
 )
 
+POLYNOMIAL = Kernel("polynomial", gamma=torch.tensor(0.3), degree=2, coef0=0.0)
+
 OPTIONS: dict[str, st.SearchStrategy] = {
     "ridge_of": st.sampled_from(RIDGES_OF),
     "bias": st.sampled_from((0.0, 1.0, 0.3, 1)),
     "scale": st.sampled_from((1.0, 2.0, 0.1)),
+    "kernel": st.sampled_from(("linear", *OF_PRODUCTS, "cosine", POLYNOMIAL)),
     "form": st.sampled_from(("auto", "k", "w", "primal")),
     "backend": st.sampled_from(("auto", "torch")),
     "precision": st.sampled_from((None, "float64", "float32", "fast")),
@@ -121,6 +127,9 @@ def calls(draw: st.DrawFn, allowed: tuple[str, ...]) -> Call:
         for name, strategy in OPTIONS.items()
         if name in allowed and draw(st.integers(0, 2)) == 0
     }
+    kernel = options.get("kernel", "linear")
+    of_products = kernel is POLYNOMIAL or kernel in OF_PRODUCTS
+    good = good and not (of_products and options.get("form") in ("w", "primal"))
     options["ridge"] = draw(st.sampled_from((1e-6, 1e-3, 0.5, 1)))
     if draw(st.integers(0, 3)) == 0:
         shape = draw(st.sampled_from(((), batch)))
@@ -147,7 +156,7 @@ class Exact(NamedTuple):
 def exact(call: Call, single: bool) -> Exact | None:
     """The formula, or None where the numbers do not allow to state a bound.
 
-    With phi the features, the constant among them, and kappa = (trace + lam) / lam, which is at
+    With phi the rows in the space of the kernel, and kappa = (trace + lam) / lam, which is at
     least the condition number: alpha is wrong by 64 eps kappa |alpha|, a prediction by
     64 eps (kappa |phi_r| |phi_s| |alpha| + |phi_r| |phi_s| |y| / lam).
     """
@@ -156,14 +165,17 @@ def exact(call: Call, single: bool) -> Exact | None:
     tensors = {k: x.detach().double() for k, x in given.items()}
     scale, bias = (call.options.get(k, v) for k, v in (("scale", 1.0), ("bias", 0.0)))
 
-    def phi(f: Tensor) -> Tensor:
-        one = torch.ones_like(f[..., :1]) * bias**0.5
-        return torch.cat((f * scale**0.5, one), -1)
+    kernel = call.options.get("kernel", "linear")
+    kernel = kernel if isinstance(kernel, Kernel) else Kernel(kernel)
 
-    syn, y, real = phi(tensors["f_syn"]), tensors["y_syn"], phi(tensors["f_real"])
+    def values(x: Tensor, y: Tensor) -> Tensor:
+        gamma = 1 / x.shape[-1] if kernel.gamma is None else float(kernel.gamma)
+        return scale * kernel_matrix(x, y, kernel.name, gamma, kernel.degree, kernel.coef0) + bias
+
+    syn, y, real = tensors["f_syn"], tensors["y_syn"], tensors["f_real"]
     weights = tensors.get("weights", torch.ones(syn.shape[-2]).double())
     root = weights.sqrt()[..., None]
-    k = (root * syn) @ (root * syn).mT
+    k = root * values(syn, syn) * root.mT
     base = k.diagonal(dim1=-2, dim2=-1).sum(-1)
     trace, ridge_of = base, call.options.get("ridge_of", "trace")
     if ridge_of != "trace":
@@ -177,12 +189,16 @@ def exact(call: Call, single: bool) -> Exact | None:
     inverse = torch.linalg.inv(k + lam[..., None, None] * torch.eye(k.shape[-1]).double())
     solved = inverse @ (root * y)
     alpha = root * solved
-    prediction = real @ (syn.mT @ alpha)
+    prediction = values(real, syn) @ alpha
 
     def size(x: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(x)
 
-    grams, w = size(real) * size(root * syn), root.amax((-2, -1)).clamp(min=1)
+    def length(k: Tensor) -> Tensor:
+        """The norm of the rows in the space of the kernel."""
+        return k.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+
+    grams, w = length(values(real, real)) * length(k), root.amax((-2, -1)).clamp(min=1)
     allowed = grams * (kappa * size(solved) + size(root * y) / lam) * w + size(prediction)
     left_out = solved / inverse.diagonal(dim1=-2, dim2=-1)[..., None] / root
     return Exact(prediction, 64 * eps * allowed, alpha, left_out)

@@ -109,7 +109,7 @@ def check_prediction(call: Call, got: Tensor, failed: Tensor | None = None) -> N
 
 
 SOLVE = ("ridge_of", "precision", "max_retries", "check", "ridge")
-FIT = (*SOLVE, "bias", "scale", "form", "backend", "weights")
+FIT = (*SOLVE, "bias", "scale", "kernel", "form", "backend", "weights")
 PREDICT = (*FIT, "detach_ridge")
 GRAM = (*SOLVE, "detach_ridge", "weights")
 PATH = ("ridge_of", "bias", "scale", "weights")
