@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import bench_few_shot, bench_fit, bench_krr, bench_peers
+from bench import bench_few_shot, bench_fit, bench_kernels, bench_krr, bench_peers
 from bench.common import THREADS, medians, relative_error
 from bench.markdown import between, cells, digits, head, rewrite, scientific
 from bench.suite import Comparison, Setting
@@ -72,12 +72,26 @@ ROWS = (
         Row("few-shot heads and gradients", suite, bench_few_shot.FIVE_SHOT, floor)
         for suite, floor in ((bench_few_shot.FewShot, 1.2), (bench_few_shot.FewShotLoop, 8.0))
     ),
+    *(
+        Row("KRR loss and gradients", bench_kernels.OfKernel, shape, 1.0, 3, shape.kernel == "rbf")
+        for shape in bench_kernels.SHAPES[:3]
+    ),
     Row("one fit, many queries", bench_fit.Reuse, bench_fit.QUICK, 20.0, headline=False),
     Row("one fit, many queries", bench_fit.ReusePredict, bench_fit.QUICK, 20.0),
 )
-PEERS = tuple(
-    Row("fit and predict", peer, bench_peers.SHAPE, 1.0, 3, peer is not bench_peers.LinearOperator)
-    for peer in bench_peers.PEERS
+PEERS = (
+    *(
+        Row(
+            "fit and predict",
+            peer,
+            bench_peers.SHAPE,
+            1.0,
+            3,
+            peer is not bench_peers.LinearOperator,
+        )
+        for peer in bench_peers.PEERS
+    ),
+    Row("fit and predict, rbf", bench_kernels.ScikitLearnRbf, bench_kernels.FIT, 2.0, 3),
 )
 
 

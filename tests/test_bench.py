@@ -21,6 +21,7 @@ suite = import_module("bench.suite")
 flops = import_module("bench.flops")
 few_shot = import_module("bench.bench_few_shot")
 fit = import_module("bench.bench_fit")
+kernels = import_module("bench.bench_kernels")
 krr = import_module("bench.bench_krr")
 operators = import_module("bench.bench_operators")
 outer_step = import_module("bench.bench_outer_step")
@@ -36,6 +37,8 @@ TINY = {
     fit.Reuse: fit.Shape(9, 3, 20, 7, queries=4),
     fit.ReusePredict: fit.Shape(9, 3, 20, 7, queries=4),
     fit.Path: fit.PathShape(9, 3, 20, 7, 4),
+    kernels.OfKernel: kernels.Shape("rbf", 7, 3, 20, 11),
+    kernels.ScikitLearnRbf: kernels.FitShape(9, 3, 20, 7),
     krr.KRR: KRR,
     krr.KRRPrecision: KRR,
     krr.KRRPredict: KRR,

@@ -88,7 +88,7 @@ class KRRFit:
             return fitted.of_kernel.predict(op, f)
         check_matrices(op, ("weights", "f"), (self.weights, f))
         if fitted.of_unit_length:
-            f = unit_rows(cast(f, fitted.linear[0].dtype))
+            f = unit_rows(cast(f, result_dtype(f)))
         return predict_linear(op, f, *fitted.linear, fitted.solver)
 
     @property
