@@ -66,12 +66,13 @@ def plan(
     those that fit in chunks of B. `krr_mse` chooses by operations alone: pass it
     `Solver(form=plan.form)`.
 
-    The peak is right to within 10 %, or within 0.1 MB where it is below 1 MB: of the compiled
-    extension on a CPU with AVX-512, in one thread or two. With narrower vectors, problems that are
-    computed by one operator take up to 30 % less or 13 % more. A batch takes at most what its
-    problems would together. Not counted is what libraries take once and keep (buffers of MKL, some
-    MB), nor that rows of uneven norms in float32 make the primal form compute in float64. The
-    peak on a GPU was not measured.
+    The peak is that of the compiled extension on a CPU with AVX-512, in one thread or two, right to
+    within 10 %, or 0.1 MB where it is below 1 MB. With narrower vectors, problems that are computed
+    by one operator take 30 % less to 13 % more; a batch takes about what its problems would
+    together, or less; the primal form with a bias and D = 512 in float32 takes 30 % less. Not
+    counted: what libraries take once and keep (buffers of MKL, some MB); gradients to F_r or to the
+    ridge; float64, in which the primal form computes for rows of uneven norms. On a GPU the peak
+    was not measured.
 
     Args:
         m, b, d, p: The sizes.
