@@ -1,4 +1,4 @@
-"""The KRR loss with kernels that are no linear ones, against the formula, and scikit-learn's fit."""
+"""The KRR loss with other kernels, against the formula, and scikit-learn's fit with one."""
 
 import math
 from functools import partial

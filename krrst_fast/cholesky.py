@@ -12,15 +12,13 @@ from torch import Tensor
 
 from krrst_fast import triangular
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
+from krrst_fast.planner.sizes import FLOAT64_UP_TO
 
 MAX_RETRIES = 3
 """The default number of retries of a factorisation whose result is read back."""
 
 RIDGE_FACTOR = 10.0
 """The factor by which a retry raises the ridge."""
-
-FLOAT64_UP_TO = 512
-"""Grams of at most this many rows are factored in float64, whatever their own precision."""
 
 _ZERO_RIDGE = (
     "ridge_factor: the ridge{} is 0 because trace(K) is 0: the features are zero, or their squares "

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from krrst_fast import Solver, krr_mse, plan, planner
+from krrst_fast import Solver, krr_mse, plan
 from krrst_fast.backends import cpp
-from krrst_fast.cholesky import FLOAT64_UP_TO
-from krrst_fast.planner import FORMS, Form
+from krrst_fast.planner import FORMS, Form, sizes
+from krrst_fast.planner.peaks import peak_bytes as peak_bytes_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 peak_bytes = import_module("bench.common").peak_bytes
@@ -67,16 +67,16 @@ def test_the_bytes_are_those_of_the_allocator(
         return peak_bytes(lambda: torch.autograd.grad(krr_mse(*tensors, **settings), leaves))
 
     counted = plan(m=m, b=b, d=d, p=p, itemsize=dtype.itemsize).bytes[form]
+    if sizes.suits_whole(form, 1, m, d, b, p):
+        assert measured() < counted  # scratch memory of the operators is in no tensor
+    else:
+        assert counted == pytest.approx(measured(), rel=0.1)
+    by_steps = peak_bytes_of(form, m, b, d, p, dtype.itemsize, whole=False)
     with cpp.by_steps():
-        assert counted == pytest.approx(measured(), rel=0.15)
-    assert measured() < 1.15 * counted  # one operator for each pass holds less in tensors
+        assert by_steps == pytest.approx(measured(), rel=0.1)
 
 
 def test_problems_side_by_side_cost_as_much_as_one_after_the_other() -> None:
     one, many = (plan(m=25, b=75, d=640, p=5, problems=n) for n in (1, 40))
     assert many.form == one.form == "w"
     assert many.flops["w"] == 40 * one.flops["w"] and many.bytes["w"] == 40 * one.bytes["w"]
-
-
-def test_the_planner_knows_which_factors_are_float64() -> None:
-    assert planner._FLOAT64_UP_TO == FLOAT64_UP_TO

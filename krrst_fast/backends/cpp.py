@@ -9,7 +9,8 @@ from torch import Tensor
 from krrst_fast import operators
 from krrst_fast.backends import torch as torch_backend
 from krrst_fast.backends.torch import as_operands
-from krrst_fast.cholesky import CPP, FLOAT64_UP_TO, Method
+from krrst_fast.cholesky import CPP, Method
+from krrst_fast.planner import sizes
 
 __all__ = [
     "NAME",
@@ -30,23 +31,9 @@ NAME = "cpp"
 
 # A smaller Gram does not fill the kernel's panels of 48 rows, and MKL is up to twice as fast.
 _GRAM_ROWS = 48
-# Measured against MKL on one core, for a [rows, depth] that is read once from memory: stored by
-# rows, the thin product is faster below 16 columns; stored by columns, which MKL reads slowly, it
-# is faster below 256 columns if it is deep.
-_ROW_MAJOR_COLUMNS = 16
-_COLUMN_MAJOR_COLUMNS = 256
+# Few batched products of small depth by a transposed matrix are faster in MKL.
 _DEEP = 64
-_THIN_NUMBERS = 4096
 _LARGE_BATCH = 128
-# Multiplications of the forward pass of one problem, measured on one core and two for M to 400, B
-# to 1024, D to 8192, P to 2048, with AVX2 and AVX-512. A whole pass in one operator is 1.0 to 2.4
-# times as fast as its steps up to the first; from there MKL's larger products decide (0.9 at
-# somewhat more with AVX2, 0.8 at ten times as many). Of
-# more problems than a few, each step pays for one call in all, and streams its operands better:
-# the whole pass is half as fast at 3e4 multiplications a problem, and as fast at 5e5.
-_WHOLE = 2**26
-_FEW_PROBLEMS = 64
-_WHOLE_OF_MANY = 2**19
 
 
 def refuses(x: Tensor) -> str | None:
@@ -106,16 +93,7 @@ kernel_slopes = torch.ops.krrst_fast.kernel_slopes
 
 def suits_whole(form: str, problems: int, m: int, d: int, b: int, p: int) -> bool:
     """Return whether one operator for each pass is faster than one for each step."""
-    order = d if form == "primal" else m
-    if _in_steps or not 0 < order < FLOAT64_UP_TO or m == 0 or d == 0:
-        return False
-    if form == "w":
-        work = m * m * d + (m + b) * d * p
-    elif form == "k":
-        work = (m + b) * m * (d + p)
-    else:
-        work = m * d * d + (m + b) * d * p
-    return work <= _WHOLE and (problems <= _FEW_PROBLEMS or work >= _WHOLE_OF_MANY)
+    return not _in_steps and sizes.suits_whole(form, problems, m, d, b, p)
 
 
 @contextmanager
@@ -139,8 +117,5 @@ def _suits_batched(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_thin(a: Tensor, b: Tensor) -> bool:
-    (rows, depth), columns = a.shape, b.shape[1]
-    if not (columns > 1 and 2 * columns < rows and rows * depth >= _THIN_NUMBERS):
-        return False
-    by_columns = a.stride(0) == 1 and depth >= _DEEP
-    return columns < (_COLUMN_MAJOR_COLUMNS if by_columns else _ROW_MAJOR_COLUMNS)
+    rows, depth = a.shape
+    return sizes.suits_thin(rows, depth, b.shape[1], a.stride(0) == 1)

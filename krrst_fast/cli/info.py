@@ -7,6 +7,7 @@ import torch
 
 from krrst_fast import operators
 from krrst_fast.errors import DataError
+from krrst_fast.planner.limits import free_memory
 from krrst_fast.runs import environment
 from krrst_fast.runs.files import recover_folder
 
@@ -21,9 +22,15 @@ def about_this_machine() -> dict[str, str]:
         "python": about["python"],
         "torch": about["torch"],
         "cpu": f"{about['cpu']}, {about['threads']} threads",
+        "memory": _memory(),
         "gpu": f"{gpu} (CUDA {torch.version.cuda})" if about["gpu"] else gpu,
         "platform": about["platform"],
     }
+
+
+def _memory() -> str:
+    left = free_memory("cpu")
+    return "no limit is known" if left is None else f"{left / 1e9:.1f} GB left for a process"
 
 
 def _extension() -> str:
