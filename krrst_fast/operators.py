@@ -149,15 +149,18 @@ def _views_fake(
 
 
 def _kernel_values_fake(products: Tensor, *rest: Any) -> Tensor:
-    return products.new_empty(products.shape, dtype=torch.float32 if rest[-1] else torch.float64)
+    return products.new_empty(products.shape)
 
 
-def _kernel_slopes_fake(products: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, needs_values = rest[4], rest[-1]
-    values = weight.new_empty(weight.shape if needs_values else (0,))
+def _kernel_slopes_fake(products: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *many, rows, columns = products.shape
+    values = products.new_empty(products.shape if rest[-1] else (0,))
     own, column = (products.new_empty((*many, size)) for size in (rows, columns))
-    return values, products.new_empty(products.shape), own, column
+    numbers = (
+        products.new_empty(size, dtype=dtype)
+        for size, dtype in ((many, torch.float64), ((), torch.int64))
+    )
+    return values, products.new_empty(products.shape), own, column, *numbers
 
 
 def _krr_forward(
@@ -268,14 +271,14 @@ _define(
 
 _define(
     "kernel_values(Tensor products, Tensor x, Tensor y, Tensor squares_x, Tensor squares_y, "
-    "str kernel, int degree, float coef0, bool single) -> Tensor",
+    "Tensor gamma, int same, str kernel, int degree, float coef0) -> Tensor",
     kernels.kernel_values,
     _kernel_values_fake,
 )
 _define(
     "kernel_slopes(Tensor products, Tensor x, Tensor y, Tensor squares_x, Tensor squares_y, "
-    "Tensor weight, str kernel, int degree, float coef0, bool needs_values) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "Tensor gamma, int same, Tensor weight, str kernel, int degree, float coef0, "
+    "bool needs_values) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels.kernel_slopes,
     _kernel_slopes_fake,
 )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.helpers import assert_equal
 EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
 OPS = torch.ops.krrst_fast
 SHAPES = [(1, 1, 1), (0, 3, 2), (3, 0, 2), (3, 2, 0), (7, 5, 3), (13, 300, 17), (37, 41, 130)]
-COEF0 = 0.5
+COEF0, GAMMA = 0.5, 0.7
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -26,8 +27,10 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=draw) / max(shape[-1], 1) ** 0.5
 
 
-def operands(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return x @ y.mT, x, y, x.square().sum(-1), y.square().sum(-1)
+def operands(x: Tensor, y: Tensor, gamma: float = GAMMA, same: int = -1) -> tuple[Any, ...]:
+    """What the operators take."""
+    numbers = x.new_full(x.shape[:-2], gamma, dtype=torch.float64)
+    return x @ y.mT, x, y, x.square().sum(-1), y.square().sum(-1), numbers, same
 
 
 def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -44,55 +47,76 @@ def pairs() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def derivative(x: Tensor, y: Tensor, weight: Tensor, kernel: str, degree: int) -> list[Tensor]:
-    """Gradients of sum(weight * k) to x and y, by autograd of a definition that has them."""
+    """Gradients of sum(weight * k) to x, y and gamma, by autograd of a definition that has them."""
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    gamma = x.new_full(x.shape[:-2], GAMMA, requires_grad=True)
+    number = gamma[..., None, None]
     if kernel == "arccos":  # at equal rows the definition divides by zero
-        values = kernels.of_products(*(operands(x, y)[k] for k in (0, 3, 4)), kernel, 1, 0.0)
+        of = x @ y.mT, x.square().sum(-1), y.square().sum(-1), gamma
+        values = kernels.of_products(*of, kernel, 1, 0.0) + 0 * number
+    elif kernel == "rbf" and x.shape[-1]:  # with one gamma for each problem
+        distance = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+        values = torch.exp(-number * distance)
     else:
-        values = kernel_matrix(x, y, kernel, 1.0, degree, COEF0)
-    return list(torch.autograd.grad((weight * values).sum(), (x, y)))
+        values = kernel_matrix(x, y, kernel, number, degree, COEF0) + 0 * number
+    return list(torch.autograd.grad((weight * values).sum(), (x, y, gamma)))
 
 
-def check_everything() -> None:
-    for number, (x, y) in enumerate(pairs()):
-        of = operands(x, y)
+def check(x: Tensor, y: Tensor, kernel: str, degree: int, by: Any, tolerance: float) -> None:
+    """The values and the derivative for rows of one dtype, against float64."""
+    of, numbers = operands(x, y), (kernel, degree, COEF0)
+    wide = x.double(), y.double()
+    exact = kernel_matrix(*wide, kernel, GAMMA, degree, COEF0)
+    weight = rows(*exact.shape, seed=3).to(x.dtype)
+    values = by.kernel_values(*of, *numbers)
+    assert values.dtype == x.dtype
+    what = f"{kernel} {degree}, {tuple(exact.shape)}, {x.dtype}"
+    assert_equal(values.double(), exact, tolerance, what)
+    *found, near = by.kernel_slopes(*of, weight, *numbers, True)
+    same, slope, own, column, d_gamma = found
+    assert_equal(same.double(), exact, tolerance, what)
+    assert near.shape == () and d_gamma.dtype == torch.float64
+    none, *others = by.kernel_slopes(*of, weight, *numbers, False)
+    assert none.numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(others, (*found[1:], near)))
+    if x.dtype == torch.float32 and near.item():
+        return  # as it says, the products lose digits
+    got = slope @ y + own[..., None] * x, slope.mT @ x + column[..., None] * y, d_gamma
+    right = derivative(*wide, weight.double(), kernel, degree)
+    size = max([1.0, *(z.abs().max().item() for z in wide if z.numel())])
+    for a, b in zip(got, right):
+        assert_equal(a.double(), b, 30 * tolerance * size, what)
+
+
+def check_everything(by: Any = OPS) -> None:
+    for x, y in pairs():
         for kernel in OF_PRODUCTS:
             for degree in (1, 2, 3, 7) if kernel == "polynomial" else (3,):
-                what = f"pair {number}, {kernel} {degree}, {tuple(of[0].shape)}"
-                exact = kernel_matrix(x, y, kernel, 1.0, degree, COEF0)
-                numbers = kernel, degree, COEF0
-                double, single = (OPS.kernel_values(*of, *numbers, s) for s in (False, True))
-                assert_equal(double, exact, 3e-14, what)
-                assert single.dtype == torch.float32
-                assert_equal(single.double(), exact, 7e-8, what)
-                weight = rows(*exact.shape, seed=3)
-                for w, tolerance in ((weight, 0.0), (weight.float(), 7e-8)):
-                    values, slope, own, column = OPS.kernel_slopes(*of, w, *numbers, True)
-                    assert values.dtype == w.dtype
-                    assert_equal(values.double(), exact, max(3e-14, tolerance), what)
-                    found = slope @ y + own[..., None] * x, slope.mT @ x + column[..., None] * y
-                    right = derivative(x, y, w.double(), kernel, degree)
-                    size = max([1.0, *(z.abs().max().item() for z in (x, y) if z.numel())])
-                    for got, wanted in zip(found, right):
-                        assert_equal(got, wanted, 1e-12 * size, what)
-                none, *same = OPS.kernel_slopes(*of, w, *numbers, False)
-                assert none.numel() == 0
-                assert all(torch.equal(a, b) for a, b in zip(same, (slope, own, column)))
+                check(x, y, kernel, degree, by, 3e-14)
+                check(x.float(), y.float(), kernel, degree, by, 4e-6)
 
 
 def test_the_reference_is_the_definition() -> None:
     x, y = rows(2, 9, 6), rows(2, 11, 6, seed=1)
-    of, weight = operands(x, y), rows(2, 9, 11, seed=3)
     for kernel in OF_PRODUCTS:
-        exact = kernel_matrix(x, y, kernel, 1.0, 3, COEF0)
-        values, slope, own, column = kernels.kernel_slopes(*of, weight, kernel, 3, COEF0, True)
-        assert_equal(kernels.kernel_values(*of, kernel, 3, COEF0, False), exact, 1e-14)
-        assert_equal(values, exact, 1e-14)
-        for got, wanted in zip(
-            (slope @ y + own[..., None] * x, slope.mT @ x + column[..., None] * y),
-            derivative(x, y, weight, kernel, 3),
-        ):
-            assert_equal(got, wanted, 1e-13)
+        check(x, y, kernel, 3, kernels, 3e-14)
+
+
+@pytest.mark.parametrize("by", [kernels, pytest.param(OPS, marks=EXTENSION)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_and_itself(dtype: torch.dtype, by: Any) -> None:
+    """Of rows 3 .. 5 and all: the kernel is exact, and has no derivative made of rounding."""
+    y = (1e3 * rows(9, 6)).to(dtype)
+    of = operands(y[3:6], y, same=3)
+    for kernel, itself in (("rbf", torch.ones(3)), ("arccos", of[3][3:6])):
+        values = by.kernel_values(*of, kernel, 3, COEF0)
+        exact = itself.to(dtype) if kernel == "rbf" else y[3:6].square().sum(1)
+        assert_equal(values[:, 3:6].diagonal(), exact, 1e-6 if dtype == torch.float32 else 1e-14)
+        _, slope, _, _, d_gamma, near = by.kernel_slopes(
+            *of, torch.ones(3, 9, dtype=dtype), kernel, 3, COEF0, False
+        )
+        if kernel == "rbf":
+            assert (slope[:, 3:6].diagonal() == 0).all() and d_gamma == 0 and near == 0
 
 
 @EXTENSION
@@ -118,7 +142,7 @@ def test_exponential_and_angle_to_the_last_digits() -> None:
     """Through the operators: the exponential over its range, the angle over all cosines."""
     norms = torch.logspace(-12, 1.45, 4001, dtype=torch.float64)[:, None]  # squares up to 795
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    values = OPS.kernel_values(*operands(norms, zero), "rbf", 3, 1.0, False)[:, 0]
+    values = OPS.kernel_values(*operands(norms, zero, 1.0), "rbf", 3, 1.0)[:, 0]
     exact = torch.exp(-norms[:, 0].square())
     normal = exact > 1e-307
     assert ((values - exact).abs() <= 4e-16 * exact)[normal].all()
@@ -126,7 +150,7 @@ def test_exponential_and_angle_to_the_last_digits() -> None:
     turn = torch.linspace(0, torch.pi, 4001, dtype=torch.float64)
     x = torch.stack((turn.cos(), turn.sin()), 1)
     y = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    values = OPS.kernel_values(*operands(x, y), "arccos", 3, 1.0, False)[:, 0]
+    values = OPS.kernel_values(*operands(x, y), "arccos", 3, 1.0)[:, 0]
     exact = (turn.sin() + (torch.pi - turn) * turn.cos()) / torch.pi
     assert_equal(values, exact, 1e-15)
 
@@ -137,7 +161,7 @@ def test_what_is_not_a_number_stays_so() -> None:
         x, y = rows(4, 3), rows(5, 3, seed=1)
         x[1, 2] = bad
         for kernel in OF_PRODUCTS:
-            values = OPS.kernel_values(*operands(x, y), kernel, 3, 1.0, False)
+            values = OPS.kernel_values(*operands(x, y), kernel, 3, 1.0)
             assert values[[0, 2, 3]].isfinite().all()
             # A distance that is infinite has a kernel of 0, as the formula says.
             assert not values[1].isfinite().all() or (kernel == "rbf" and bad == float("inf"))
@@ -145,15 +169,17 @@ def test_what_is_not_a_number_stays_so() -> None:
 
 @EXTENSION
 def test_near_rows_far_from_zero() -> None:
-    """A distance of 1e-4 of the norm: of the sum of squares only 8 digits are left."""
-    x = 1e4 * rows(50, 20)
-    y = x + rows(50, 20, seed=1)
-    right = torch.exp(-(x - y).square().sum(1))
-    for single, tolerance in ((False, 1e-14), (True, 7e-8)):
-        values = OPS.kernel_values(*operands(x, y), "rbf", 3, 1.0, single).diagonal()
+    """A distance of 1e-4 of the norm: of the sum of squares 8 digits are left, or none."""
+    x = (1e4 * rows(50, 20)).float()
+    y = x + rows(50, 20, seed=1).float()
+    right = torch.exp(-(x.double() - y.double()).square().sum(1))
+    for dtype, tolerance, lost in ((torch.float64, 1e-14, 1e-10), (torch.float32, 3e-7, 0.1)):
+        of = operands(x.to(dtype), y.to(dtype), 1.0)
+        values = OPS.kernel_values(*of, "rbf", 3, 1.0).diagonal()
         assert_equal(values.double(), right, tolerance)
-    plain = kernels.kernel_values(*operands(x, y), "rbf", 3, 1.0, False).diagonal()
-    assert (plain - right).abs().max() > 1e-10
+        assert OPS.kernel_slopes(*of, of[0], "rbf", 3, 1.0, False)[-1] == 50
+        plain = kernels.kernel_values(*of, "rbf", 3, 1.0).diagonal()
+        assert (plain - right).abs().max() > lost
 
 
 @EXTENSION
@@ -174,12 +200,15 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
 def test_operators_refuse_what_does_not_fit() -> None:
     of = operands(rows(4, 3), rows(5, 3, seed=1))
     for call in (
-        lambda: OPS.kernel_values(*of, "cubic", 3, 1.0, False),
-        lambda: OPS.kernel_values(*of, "polynomial", 0, 1.0, False),
-        lambda: OPS.kernel_values(of[0].float(), *of[1:], "rbf", 3, 1.0, False),
-        lambda: OPS.kernel_values(of[0], of[2], of[1], *of[3:], "rbf", 3, 1.0, False),
-        lambda: OPS.kernel_values(*of[:3], of[4], of[3], "rbf", 3, 1.0, False),
+        lambda: OPS.kernel_values(*of, "cubic", 3, 1.0),
+        lambda: OPS.kernel_values(*of, "polynomial", 0, 1.0),
+        lambda: OPS.kernel_values(of[0].float(), *of[1:], "rbf", 3, 1.0),
+        lambda: OPS.kernel_values(of[0], of[2], of[1], *of[3:], "rbf", 3, 1.0),
+        lambda: OPS.kernel_values(*of[:3], of[4], of[3], *of[5:], "rbf", 3, 1.0),
+        lambda: OPS.kernel_values(*of[:5], of[5].float(), -1, "rbf", 3, 1.0),
+        lambda: OPS.kernel_values(*of[:5], of[5].expand(2), -1, "rbf", 3, 1.0),
         lambda: OPS.kernel_slopes(*of, rows(5, 4), "rbf", 3, 1.0, False),
+        lambda: OPS.kernel_slopes(*of, rows(4, 5).float(), "rbf", 3, 1.0, False),
     ):
         with pytest.raises(RuntimeError, match="kernel_"):
             call()

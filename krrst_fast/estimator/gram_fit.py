@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from krrst_fast.backends import choose
-from krrst_fast.ops.kernel import Kernel, mean_row, operands, root_gamma
-from krrst_fast.ops.kernel_fit import KernelRows
+from krrst_fast.ops.kernel import Kernel, gamma_of, mean_of, rows_of
+from krrst_fast.ops.kernel_fit import KernelRows, kept_rows
 from krrst_fast.ops.kernel_gram import kernel_gram
 from krrst_fast.ops.per_target import solve_each_target
 from krrst_fast.ops.problem import finite
@@ -107,7 +107,9 @@ def fit_gram(
     rounded, constant = alpha.to(y.dtype), bias * alpha.sum(0)
     rows: KernelRows | _SparseRows | None = None
     if isinstance(x, Tensor) and kernel is not None:
-        rows = _kernel_rows(x, rounded, kernel, scale, bias, solver)
+        mean, gamma = mean_of(kernel, x), gamma_of(kernel, x, ()).detach()
+        of = rows_of(kernel, x, mean)
+        rows = kept_rows(kernel, solver, of, rounded, mean, gamma, scale, bias)
     elif kernel is not None:
         rows = _SparseRows(x.copy(), scale * alpha.numpy(), constant.numpy(), kernel)
     return GramFit(rounded, constant.to(y.dtype), lam.to(y.dtype), scale, rows)
@@ -120,26 +122,10 @@ def _gram(op: str, x: Any, kernel: Kernel | None, solver: Solver) -> Tensor:
         return x.double()
     if isinstance(x, Tensor):
         finite(op, x, X=x)
-        rows, _ = operands(kernel, x, None, ())
-        return kernel_gram(rows, kernel, torch.float64, choose(solver.backend, x, op))
+        wide = x.double()
+        rows = rows_of(kernel, wide, mean_of(kernel, wide))
+        return kernel_gram(rows, gamma_of(kernel, x, ()), kernel, choose("auto", wide, op))
     return torch.from_numpy(_sparse_kernel(x, x, kernel))
-
-
-def _kernel_rows(
-    x: Tensor, alpha: Tensor, kernel: Kernel, scale: float, bias: float, solver: Solver
-) -> KernelRows:
-    scaled = kernel.name in ("rbf", "polynomial")
-    return KernelRows(
-        kernel=kernel,
-        solver=solver,
-        x=operands(kernel, x, None, ())[0].clone(),
-        alpha=alpha,
-        mean=mean_row(x.double()) if kernel.name == "rbf" else None,
-        root=root_gamma(kernel, x, ()) if scaled else 1.0,
-        scale=scale,
-        bias=bias,
-        batch=(),
-    )
 
 
 def _sparse_kernel(x: Any, y: Any, kernel: Kernel) -> np.ndarray:
@@ -149,11 +135,10 @@ def _sparse_kernel(x: Any, y: Any, kernel: Kernel) -> np.ndarray:
     far from zero, which sparse ones are not.
     """
     gamma = 1 / x.shape[1] if kernel.gamma is None else kernel.gamma
-    factor = float(gamma) if kernel.name in ("rbf", "polynomial") else 1.0
     x, y = x.astype(np.float64), y.astype(np.float64)
-    products = factor * np.asarray((x @ y.T).toarray(), dtype=np.float64)
-    squares = [factor * np.asarray(z.multiply(z).sum(axis=1)).ravel() for z in (x, y)]
+    products = np.asarray((x @ y.T).toarray(), dtype=np.float64)
+    squares = [np.asarray(z.multiply(z).sum(axis=1)).ravel() for z in (x, y)]
     settings = kernel.name, kernel.degree, float(kernel.coef0)
     tensors = torch.from_numpy(products), torch.from_numpy(squares[0]), torch.from_numpy(squares[1])
-    values = of_products(*tensors, *settings)
+    values = of_products(*tensors, float(gamma), *settings)
     return (values.clamp(max=1) if kernel.name == "rbf" else values).numpy()

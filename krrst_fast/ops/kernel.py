@@ -1,11 +1,12 @@
 """`Kernel`: which function of two rows the Gram matrices hold."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from krrst_fast.ops.autograd import needs_composite
 from krrst_fast.ops.problem import Problem, check_ridge, fold, number
 from krrst_fast.reference.kernels import OF_PRODUCTS
 
@@ -107,34 +108,36 @@ def unit_rows(f: Tensor) -> Tensor:
     return torch.where(none, 0, scaled / length)
 
 
-def operands(
-    kernel: Kernel, f_syn: Tensor, f_real: Tensor | None, batch: tuple[int, ...]
-) -> tuple[Tensor, Tensor | None]:
-    """Return rows in float64 whose kernel with gamma = 1 is the one that is asked for.
+class Rows(NamedTuple):
+    """Rows of features as a kernel takes them.
 
-    In float64, so that the distance of near rows is right. Distances do not change with the mean
-    of F_s, but their rounding errors do: it is subtracted.
+    Attributes:
+        x: [N?, I, D], for "rbf" less the mean of F_s: distances stay, and their rounding shrinks.
+        given: The same without a gradient and with no mean subtracted, whose differences are exact.
     """
-    x_syn, x_real = f_syn.double(), None if f_real is None else f_real.double()
-    if kernel.name == "rbf":
-        mean = mean_row(x_syn)
-        x_syn, x_real = x_syn - mean, None if x_real is None else x_real - mean
-    if kernel.name in ("rbf", "polynomial"):
-        root = root_gamma(kernel, f_syn, batch)
-        x_syn, x_real = root * x_syn, None if x_real is None else root * x_real
-    return x_syn, x_real
+
+    x: Tensor
+    given: Tensor
 
 
-def mean_row(x: Tensor) -> Tensor:
-    """Return the mean of the rows of x [N?, M, D] as a constant [N?, 1, D]."""
-    x = x.detach()
-    return x.mean(-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
+def rows_of(kernel: Kernel, f: Tensor, mean: Tensor | None) -> Rows:
+    """Return the rows of features [N?, I, D] for a kernel and the mean [N?, 1, D] of F_s."""
+    if needs_composite() or torch.compiler.is_compiling():
+        f = f.double()  # no differences of near rows are taken there
+    return Rows(f if mean is None else f - mean.to(f.dtype), f.detach())
 
 
-def root_gamma(kernel: Kernel, f: Tensor, batch: tuple[int, ...]) -> float | Tensor:
-    """Return the square root of gamma as a number or [N?, 1, 1], for features f [N?, M, D]."""
-    gamma = kernel.gamma
-    if not isinstance(gamma, Tensor):
-        return (1 / max(f.shape[-1], 1) if gamma is None else float(gamma)) ** 0.5
-    gamma = fold(gamma.to(device=f.device, dtype=torch.float64), batch, 0)
-    return gamma.sqrt()[..., None, None]
+def mean_of(kernel: Kernel, f_syn: Tensor) -> Tensor | None:
+    """Return the mean of the rows of F_s [N?, M, D] as a constant [N?, 1, D], or None for 0."""
+    x = f_syn.detach()
+    if kernel.name != "rbf" or x.shape[-2] == 0:
+        return None
+    return x.mean(-2, keepdim=True, dtype=torch.float64)
+
+
+def gamma_of(kernel: Kernel, f: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """Return gamma in float64 [N?] for features f [N?, I, D]."""
+    if isinstance(kernel.gamma, Tensor):
+        return fold(kernel.gamma.to(device=f.device, dtype=torch.float64), batch, 0)
+    gamma = 1 / max(f.shape[-1], 1) if kernel.gamma is None else float(kernel.gamma)
+    return f.new_full(f.shape[:-2], gamma, dtype=torch.float64)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from krrst_fast.backends import choose
 from krrst_fast.ops.info import SolveInfo
-from krrst_fast.ops.kernel import Kernel, mean_row, operands, root_gamma
+from krrst_fast.ops.kernel import Kernel, Rows, gamma_of, mean_of, rows_of
 from krrst_fast.ops.kernel_gram import kernel_product
 from krrst_fast.ops.krr_of_kernel import check_form, fit_kernel, rounded
 from krrst_fast.ops.problem import (
@@ -33,61 +33,57 @@ class KernelRows:
 
     Attributes:
         kernel, solver: As of the fit.
-        x: Rows as `kernel.operands` returns them [N?, M, D].
+        rows: The rows [N?, M, D].
         alpha: [N?, M, P].
-        mean, root: What was subtracted from the rows [N?, 1, D], and what they were multiplied by.
+        mean: What was subtracted from the rows [N?, 1, D], if anything.
+        gamma: [N?].
         scale, bias: The Gram is scale k + bias.
         batch: The leading dimensions of the fit.
     """
 
     kernel: Kernel
     solver: Solver
-    x: Tensor
+    rows: Rows
     alpha: Tensor
     mean: Tensor | None
-    root: float | Tensor
+    gamma: Tensor
     scale: float | Tensor
     bias: float | Tensor
     batch: tuple[int, ...]
 
     def predict(self, op: str, f: Tensor) -> Tensor:
         """Predict [..., B, P] at features f [..., B, D], in blocks of rows."""
-        d = self.x.shape[-1]
+        d = self.rows.x.shape[-1]
         if f.shape[-1] != d:
             raise ValueError(f"{op}: f must be [..., B, {d}], got shape {tuple(f.shape)}")
         like = self.alpha.new_empty((*self.batch, 1, 1))
         batch = batch_of(op, f=(f, 2), fit=(like, 2))
-        rows = fold(cast(f, self.alpha.dtype), batch, 2)
-        x, alpha = (self._folded(y, batch) for y in (self.x, self.alpha))
+        new = fold(cast(f, self.alpha.dtype), batch, 2)
+        if self.solver.check == "raise":  # the kernel of an infinite distance is 0
+            finite(op, f, f=f)
+        if self.solver.precision == "fast":
+            new, _ = round_features(new, None)
+        rows = Rows(*(self._folded(x, batch, 2) for x in self.rows))
+        alpha, gamma = self._folded(self.alpha, batch, 2), self._folded(self.gamma, batch, 0)
+        mean = None if self.mean is None else self._folded(self.mean, batch, 2)
+        how = alpha, gamma, self.kernel, choose(self.solver.backend, alpha, op)
         recorded = torch.is_grad_enabled() and f.requires_grad
-        high = rows.shape[-2] if recorded else _AT_ONCE // max(d * math.prod(batch), 1)
-        backend = choose(self.solver.backend, alpha, op)
+        high = new.shape[-2] if recorded else _AT_ONCE // max(d * math.prod(batch), 1)
         parts = [
-            kernel_product(self._operand(part, batch), x, alpha, self.kernel, backend)
-            for part in rows.split(max(high, 1), -2)
+            kernel_product(rows_of(self.kernel, part, mean), rows, *how)
+            for part in new.split(max(high, 1), -2)
         ]
         prediction = self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, -2))
         prediction = prediction + self.bias * alpha.sum(-2, keepdim=True)
         if self.solver.check == "raise":
-            finite(op, f, f=f)
             finite(op, prediction, f=f, alpha=alpha)
         return restore(prediction, batch, result_dtype(f))
 
-    def _operand(self, rows: Tensor, batch: tuple[int, ...]) -> Tensor:
-        """Return rows [N?, B, D] as `kernel.operands` does."""
-        if self.solver.precision == "fast":
-            rows, _ = round_features(rows, None)
-        x = rows.double()
-        if self.mean is not None:
-            x = x - self._folded(self.mean, batch)
-        root = self.root
-        return x * (self._folded(root, batch) if isinstance(root, Tensor) else root)
-
-    def _folded(self, x: Tensor, batch: tuple[int, ...]) -> Tensor:
-        """Return a tensor [N?, ., .] of the fit for the leading dimensions of a prediction."""
-        if batch == self.batch or x.ndim < 3:
-            return fold(x, batch, 2) if batch and x.ndim < 3 else x
-        return fold(x.unflatten(0, self.batch), batch, 2)
+    def _folded(self, x: Tensor, batch: tuple[int, ...], core: int) -> Tensor:
+        """Return a tensor of the fit, [N?] and core dimensions, for a prediction's batch."""
+        if batch == self.batch:
+            return x
+        return fold(x.unflatten(0, self.batch) if len(self.batch) > 1 else x, batch, core)
 
 
 def fit_rows(
@@ -110,18 +106,27 @@ def fit_rows(
     f = problem.f_syn
     finite(op, f, f_syn=f)
     root = None if weights is None else fold(weights.to(f.dtype), batch, 1).sqrt()[..., None]
-    x, _ = operands(kernel, f, None, batch)
-    alpha, info = fit_kernel(op, problem, x, kernel, root, solver, batch)
-    scaled = kernel.name in ("rbf", "polynomial")
-    kept = KernelRows(
-        kernel=kernel,
-        solver=solver,
-        x=x.detach().clone() if x.data_ptr() == f.data_ptr() else x.detach(),
-        alpha=alpha,
-        mean=mean_row(f.double()) if kernel.name == "rbf" else None,
-        root=root_gamma(kernel, f, batch) if scaled else 1.0,
-        scale=problem.scale,
-        bias=problem.bias,
-        batch=batch,
-    )
-    return kept, info
+    mean, gamma = mean_of(kernel, f), gamma_of(kernel, f, batch).detach()
+    rows = rows_of(kernel, f, mean)
+    alpha, info = fit_kernel(op, problem, rows, gamma, kernel, root, solver, batch)
+    return kept_rows(
+        kernel, solver, rows, alpha, mean, gamma, problem.scale, problem.bias, batch
+    ), info
+
+
+def kept_rows(
+    kernel: Kernel,
+    solver: Solver,
+    rows: Rows,
+    alpha: Tensor,
+    mean: Tensor | None,
+    gamma: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    batch: tuple[int, ...] = (),
+) -> KernelRows:
+    """Return what predicts, with copies of rows that the caller may change."""
+    given = rows.given.clone()
+    x = given if mean is None else rows.x.detach()
+    kept = Rows(x, given)
+    return KernelRows(kernel, solver, kept, alpha, mean, gamma.clone(), scale, bias, batch)

@@ -8,7 +8,7 @@ from krrst_fast.backends import choose
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.ops.autograd import needs_composite
 from krrst_fast.ops.info import SolveInfo
-from krrst_fast.ops.kernel import Kernel, operands
+from krrst_fast.ops.kernel import Kernel, Rows, gamma_of, mean_of, rows_of
 from krrst_fast.ops.kernel_gram import kernel_gram, kernel_product
 from krrst_fast.ops.problem import (
     Problem,
@@ -57,11 +57,11 @@ def krr_of_kernel(
     if solver.backend == "reference":
         prediction = _by_reference(problem, kernel, root, batch)
     else:
-        x_syn, x_real = operands(kernel, f_syn, f_real, batch)
-        assert x_real is not None
-        alpha, info = fit_kernel(op, problem, x_syn, kernel, root, solver, batch)
+        mean, gamma = mean_of(kernel, f_syn), gamma_of(kernel, f_syn, batch)
+        syn, real = (rows_of(kernel, f, mean) for f in (f_syn, f_real))
+        alpha, info = fit_kernel(op, problem, syn, gamma, kernel, root, solver, batch)
         backend = choose(solver.backend, f_syn, op)
-        prediction = problem.scale * kernel_product(x_real, x_syn, alpha, kernel, backend)
+        prediction = problem.scale * kernel_product(real, syn, alpha, gamma, kernel, backend)
         if problem.has_bias:
             prediction = prediction + problem.bias * alpha.sum(-2, keepdim=True)
     value = prediction
@@ -91,7 +91,8 @@ def rounded(problem: Problem, solver: Solver) -> Problem:
 def fit_kernel(
     op: str,
     problem: Problem,
-    x_syn: Tensor,
+    rows: Rows,
+    gamma: Tensor,
     kernel: Kernel,
     root: Tensor | None,
     solver: Solver,
@@ -103,7 +104,7 @@ def fit_kernel(
     """
     f_syn, y = problem.f_syn, problem.y_syn
     backend = choose(solver.backend, f_syn, op)
-    k_ss = kernel_gram(x_syn, kernel, f_syn.dtype, backend)
+    k_ss = kernel_gram(rows, gamma, kernel, backend).to(f_syn.dtype)
     k_ss, ridge, of = _ridged(problem, k_ss, root)
     lam = absolute_ridge(k_ss, ridge, of, problem.detach_ridge)
     y = y if root is None else root * y

@@ -40,29 +40,40 @@ def kernel_matrix(
 
 
 def of_products(
-    products: Tensor, squares_x: Tensor, squares_y: Tensor, kernel: str, degree: int, coef0: float
+    products: Tensor,
+    squares_x: Tensor,
+    squares_y: Tensor,
+    gamma: float | Tensor,
+    kernel: str,
+    degree: int,
+    coef0: float,
 ) -> Tensor:
-    """Compute the kernel [..., I, J] from <x, y> [..., I, J] and squared norms, with gamma = 1.
+    """Compute the kernel [..., I, J] from <x, y> [..., I, J] and squared norms; gamma is [...].
 
     Differentiable twice, at equal rows too.
     """
+    gamma = gamma[..., None, None] if isinstance(gamma, Tensor) else gamma
     if kernel == "polynomial":
-        return (products + coef0) ** degree
+        return (gamma * products + coef0) ** degree
     if kernel == "rbf":
-        return torch.exp(2 * products - squares_x[..., :, None] - squares_y[..., None, :])
+        return torch.exp(-gamma * _distances(products, squares_x, squares_y))
     lengths, cosine, sine = _angles(products, squares_x, squares_y)
-    # As pi / 2 less the arc of a tangent, whose derivative needs no square root.
+    # As the arc of a tangent, whose derivative needs no square root.
     angle = torch.atan2(sine, cosine)
     values = lengths * (sine + (math.pi - angle) * cosine) / math.pi
     # Where a norm is 0 a derivative from both sides is that of half the product.
     return torch.where(lengths == 0, products / 2, values)
 
 
+def _distances(products: Tensor, squares_x: Tensor, squares_y: Tensor) -> Tensor:
+    return squares_x[..., :, None] + squares_y[..., None, :] - 2 * products
+
+
 def _angles(products: Tensor, squares_x: Tensor, squares_y: Tensor) -> tuple[Tensor, ...]:
     """Return |x| |y|, cos t and sin t [..., I, J]; a right angle where a norm is 0."""
-    area = squares_x[..., :, None] * squares_y[..., None, :]
-    none = area == 0
-    lengths = torch.where(none, 1, area).sqrt()
+    norms = [torch.where(squares == 0, 1, squares).sqrt() for squares in (squares_x, squares_y)]
+    none = (squares_x == 0)[..., :, None] | (squares_y == 0)[..., None, :]
+    lengths = norms[0][..., :, None] * norms[1][..., None, :]
     cosine = torch.where(none, 0, products / lengths)
     # Where the rows are parallel to rounding, the sine is 0 and has no derivative.
     rest = (1 - cosine) * (1 + cosine)
@@ -77,20 +88,26 @@ def kernel_values(
     y: Tensor,
     squares_x: Tensor,
     squares_y: Tensor,
+    gamma: Tensor,
+    same: int,
     kernel: str,
     degree: int,
     coef0: float,
-    single: bool,
 ) -> Tensor:
-    """Compute the kernel [N?, I, J] with gamma = 1, in float32 if `single`, else in float64.
+    """Compute the kernel [N?, I, J] of rows x [N?, I, D] and y [N?, J, D], in their precision.
 
-    products [N?, I, J], x [N?, I, D], y [N?, J, D] and the squared norms [N?, I], [N?, J] are
-    float64. Implementations may compute the distance of near rows from x and y.
+    Products [N?, I, J] and squared norms [N?, I], [N?, J] may be those of rows less a common row,
+    which leaves distances as they are; implementations may compute the distance of near rows from
+    x and y. gamma is float64 [N?]. Row i of x is row i + same of y, unless same is negative.
     """
-    values = of_products(products, squares_x, squares_y, kernel, degree, coef0)
+    of = products, squares_x, squares_y, gamma.to(products.dtype)
+    values = of_products(*of, kernel, degree, coef0)
     if kernel == "rbf":
         values = values.clamp(max=1)
-    return values.float() if single else values
+        if same >= 0:
+            rows = torch.arange(products.shape[-2], device=products.device)
+            values[..., rows, rows + same] = 0 * values[..., rows, rows + same] + 1
+    return values
 
 
 def kernel_slopes(
@@ -99,39 +116,55 @@ def kernel_slopes(
     y: Tensor,
     squares_x: Tensor,
     squares_y: Tensor,
+    gamma: Tensor,
+    same: int,
     weight: Tensor,
     kernel: str,
     degree: int,
     coef0: float,
     needs_values: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the derivative of sum(weight * k) for the kernel k [N?, I, J] with gamma = 1.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the derivative of sum(weight * k) for the kernel k [N?, I, J].
 
     Args:
-        products, x, y, squares_x, squares_y, kernel, degree, coef0: As for `kernel_values`.
-        weight: Gradient to the kernel [N?, I, J], float32 or float64.
+        products, x, y, squares_x, squares_y, gamma, same, kernel, degree, coef0: As for
+            `kernel_values`.
+        weight: Gradient to the kernel [N?, I, J].
         needs_values: Return the kernel too.
 
     Returns:
-        The kernel in the precision of weight, or an empty tensor; then in float64 slope [N?, I, J],
-        own [N?, I] and column [N?, J], with which the gradients are slope @ y + own * x and
-        slope^T @ x + column * y.
+        The kernel, or an empty tensor; slope [N?, I, J], own [N?, I] and column [N?, J], with which
+        the gradients are slope @ y + own * x and slope^T @ x + column * y for the rows whose
+        products these are; the gradient to gamma in float64 [N?]; and, in an implementation that
+        counts them, in how many entries rows are so near that these sums lose digits, int64 [].
     """
-    wide, none = weight.to(products.dtype), products.new_empty(0, dtype=weight.dtype)
+    of = squares_x, squares_y, gamma.to(products.dtype)
+    number = of[-1][..., None, None]
+    own, column = torch.zeros_like(squares_x), torch.zeros_like(squares_y)
     if kernel == "polynomial":
-        below = (products + coef0) ** (degree - 1)
-        values, slope = below * (products + coef0), degree * wide * below
-        own, column = torch.zeros_like(squares_x), torch.zeros_like(squares_y)
+        base = number * products + coef0
+        below = base ** (degree - 1)
+        values, slope = below * base, degree * number * weight * below
+        change = degree * weight * below * products
     elif kernel == "rbf":
-        values = of_products(products, squares_x, squares_y, kernel, degree, coef0).clamp(max=1)
-        slope = 2 * wide * values
+        values = kernel_values(products, x, y, *of[:2], gamma, same, kernel, degree, coef0)
+        change = weight * values
+        if same >= 0:
+            rows = torch.arange(products.shape[-2], device=products.device)
+            change[..., rows, rows + same] = 0
+        slope = 2 * number * change
         own, column = -slope.sum(-1), -slope.sum(-2)
+        change = -change * _distances(products, squares_x, squares_y)
     else:
         lengths, cosine, sine = _angles(products, squares_x, squares_y)
         angle = torch.atan2(sine, cosine)
         values = lengths * (sine + (math.pi - angle) * cosine) / math.pi
-        slope = wide * (math.pi - angle) / math.pi
-        turn = wide * lengths * sine / math.pi
+        slope = weight * (math.pi - angle) / math.pi
+        turn = weight * lengths * sine / math.pi
         own = torch.where(squares_x > 0, turn.sum(-1) / squares_x, 0)
         column = torch.where(squares_y > 0, turn.sum(-2) / squares_y, 0)
-    return values.to(weight.dtype) if needs_values else none, slope, own, column
+        change = torch.zeros_like(turn)
+    d_gamma = change.sum((-2, -1), dtype=torch.float64)
+    near = torch.zeros((), dtype=torch.int64, device=products.device)
+    values = values if needs_values else products.new_empty(0)
+    return values, slope, own, column, d_gamma, near
