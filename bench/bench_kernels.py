@@ -15,18 +15,18 @@ from krrst_fast import krr_fit, krr_mse
 
 
 class Shape(NamedTuple):
-    """A kernel, M synthetic images, P target features, D features, B real images."""
+    """M synthetic images, P target features, D features, B real images, and the kernel."""
 
-    kernel: str
     m: int
     p: int
     d: int
     b: int = 1024
+    kernel: str = "rbf"
 
 
 SHAPES = (
-    *(Shape(kernel, 1000, 10, 512) for kernel in ("rbf", "polynomial", "arccos")),
-    Shape("rbf", 100, 64, 512, 256),
+    *(Shape(1000, 10, 512, kernel=kernel) for kernel in ("rbf", "polynomial", "arccos")),
+    Shape(100, 64, 512, 256),
 )
 RIDGE = 0.1
 
@@ -60,7 +60,7 @@ class OfKernel(Comparison):
     params = (SHAPES, EVERYWHERE, PLAIN)
 
     def case(self, shape: Shape, how: Setting) -> Case:
-        kernel, m, p, d, b = shape
+        m, p, d, b, kernel = shape
         f_syn, f_real = features(m, b, columns=d)
         tensors = f_syn.requires_grad_(), targets(m, p).requires_grad_(), f_real, targets(b, p)
         loss: Any = partial(krr_mse, kernel=kernel, ridge=RIDGE, ridge_of="mean_diagonal")
@@ -93,7 +93,7 @@ class ScikitLearnRbf(Comparison):
     """Fit and predict with the rbf kernel, against scikit-learn."""
 
     against = "scikit-learn's KernelRidge, rbf"
-    params = ((FIT,), ("cpp", "torch"), PLAIN)
+    params = ((FIT, FitShape(256, 10, 64, 256)), ("cpp", "torch"), PLAIN)
 
     def case(self, shape: FitShape, how: Setting) -> Case:
         quiet_import("sklearn")

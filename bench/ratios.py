@@ -73,7 +73,7 @@ ROWS = (
         for suite, floor in ((bench_few_shot.FewShot, 1.2), (bench_few_shot.FewShotLoop, 8.0))
     ),
     *(
-        Row("KRR loss and gradients", bench_kernels.OfKernel, shape, 1.0, 3, shape.kernel == "rbf")
+        Row("KRR loss and gradients", bench_kernels.OfKernel, shape, 1.0, 1, shape.kernel == "rbf")
         for shape in bench_kernels.SHAPES[:3]
     ),
     Row("one fit, many queries", bench_fit.Reuse, bench_fit.QUICK, 20.0, headline=False),

@@ -37,7 +37,7 @@ TINY = {
     fit.Reuse: fit.Shape(9, 3, 20, 7, queries=4),
     fit.ReusePredict: fit.Shape(9, 3, 20, 7, queries=4),
     fit.Path: fit.PathShape(9, 3, 20, 7, 4),
-    kernels.OfKernel: kernels.Shape("rbf", 7, 3, 20, 11),
+    kernels.OfKernel: kernels.Shape(7, 3, 20, 11),
     kernels.ScikitLearnRbf: kernels.FitShape(9, 3, 20, 7),
     krr.KRR: KRR,
     krr.KRRPrecision: KRR,

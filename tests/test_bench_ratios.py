@@ -61,6 +61,7 @@ def test_every_other_promise_is_a_row() -> None:
     rows = {
         (row.name, row.suite.against): row.floor for row in ratios.ROWS if row.suite is not krr.KRR
     }
+    product = "the formula, by a product, LU and autograd"
     shots, queries = (
         "few-shot heads and gradients: episodes 4096, M 25, P 5, D 640, B 75",
         "one fit, many queries: M 1000, P 10, D 2048, B 32, queries 100",
@@ -68,13 +69,19 @@ def test_every_other_promise_is_a_row() -> None:
     assert rows == {
         (shots, "the formula in batched PyTorch"): 1.2,
         (shots, "a Python loop over the episodes"): 8.0,
+        **{
+            (f"KRR loss and gradients: M 1000, P 10, D 512, B 1024, kernel {kernel}", product): 1.0
+            for kernel in ("rbf", "polynomial", "arccos")
+        },
         (queries, "the formula for each query"): 20.0,
         (queries, "krr_predict for each query"): 20.0,
     }
-    assert len(ratios.ROWS) == len(krr.FLOORS) + 4
-    assert {row.name for row in ratios.PEERS} == {"fit and predict: N 1000, P 512, D 8192, B 1024"}
-    assert [row.suite for row in ratios.PEERS] == list(peers.PEERS) and len(set(peers.PEERS)) == 4
-    assert all(row.floor == 1.0 and row.draws == 3 for row in ratios.PEERS)
+    assert len(ratios.ROWS) == len(krr.FLOORS) + 7
+    *of_peers, rbf = ratios.PEERS
+    assert {row.name for row in of_peers} == {"fit and predict: N 1000, P 512, D 8192, B 1024"}
+    assert [row.suite for row in of_peers] == list(peers.PEERS) and len(set(peers.PEERS)) == 4
+    assert all(row.floor == 1.0 and row.draws == 3 for row in of_peers)
+    assert (rbf.floor, rbf.name) == (2.0, "fit and predict, rbf: N 2000, P 10, D 64, B 2000")
 
 
 def _errors(case: "suite.Case") -> list[float]:
