@@ -1,5 +1,7 @@
 """krr_path: many ridges from one decomposition, each as a fit of its own."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -104,3 +106,35 @@ def test_ridges_that_are_no_numbers(ridges: str) -> None:
     given = {"meta": empty.expand(2), "list": [empty, empty], "words": ["a", "b"]}[ridges]
     with pytest.raises(TypeError, match="krr_path: ridges must be numbers, or a tensor of them: "):
         krr_path(f_syn, y_syn, ridges=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_eigenvalues_that_are_nothing_beside_the_ridge(
+    dtype: torch.dtype, batch: tuple[int, ...], intercept: bool
+) -> None:
+    """Of rows in few dimensions most eigenvalues are rounding: they need no eigenvectors."""
+    draw = torch.Generator().manual_seed(0)
+    low, wide, y = (
+        torch.randn(*batch, *size, generator=draw, dtype=torch.float64)
+        for size in ((40, 5), (5, 60), (40, 3))
+    )
+    f = (low @ wide).to(dtype).double()
+    ridges = [1e-2, 1.0, 100.0]
+    settings: dict[str, Any] = {"ridge_of": "absolute", "intercept": intercept}
+    path = krr_path(f.to(dtype), y.to(dtype), ridges, **settings)
+    assert path._spectrum.some is not None and path._spectrum.some <= 6
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-9
+    for i, ridge in enumerate(ridges):
+        fit = krr_fit(f, y.to(dtype).double(), ridge=ridge, **settings)
+        left_out = path.loo_residuals[i].double()
+        assert_equal(left_out, fit.loo_residuals, tolerance)
+        mean_square = fit.loo_residuals.square().mean(-2)
+        assert_equal(path.loo_mse_per_target[i].double(), mean_square, tolerance)
+    best = path.fit_best(per_target=True)
+    for p in range(3):
+        target = y.to(dtype).double()[..., p : p + 1]
+        ridge = best.ridge[..., p].double()
+        fit = krr_fit(f, target, ridge=ridge, **settings)
+        assert_equal(best.alpha[..., p : p + 1].double(), fit.alpha, tolerance / ridge.min().item())

@@ -17,6 +17,8 @@ from krrst_fast.ops.problem import Problem, readable
 from krrst_fast.ops.weights import constant_feature
 
 _EPSILON = 2.0**-52
+# Of the largest eigenvalue: what the smallest ones are wrong by.
+_DECOMPOSED = 16 * _EPSILON
 # Numbers of a block of residuals. Larger ones leave the cache; smaller ones make thin products.
 _BLOCK = 2**20
 
@@ -36,6 +38,8 @@ class Spectrum:
         basis: [N?, M, K].
         lam: The numbers added to the diagonal [R, N?].
         share: The part of each centred row in the mean [N?, M], if the rows were centred.
+        some: The number of eigenvalues that are not nothing beside the smallest lam, if they are
+            few: the others, as 1 / lam, need no eigenvectors. None where all are computed with.
         ridged: Whether there is a ridge. Without one the fit is least squares of minimum norm.
     """
 
@@ -49,6 +53,7 @@ class Spectrum:
     lam: Tensor
     share: Tensor | None
     ridged: bool
+    some: int | None
 
     def shrunk(self, lam: Tensor) -> Tensor:
         """Return 1 / (S + lam) [..., K] for lam [...]."""
@@ -61,15 +66,24 @@ class Spectrum:
         """
         *many, _, p = self.y.shape
         out = self.y.new_empty((*many, self.vectors.shape[-2], p), dtype=dtype)
-        floor = _floor(self.values)[..., None, None]
+        floor, basis = _floor(self.values)[..., None, None], self._leading(self.basis)
+        vectors, values = self._leading(self.vectors), self._leading(self.values).clamp(min=0)
         for block in self._blocks():
-            total = self.values.clamp(min=0)[..., None] + lam[..., None, block]
+            added, y = lam[..., None, block], self.y[..., block].double()
+            total = values[..., None] + added
             # With a ridge of 0 what is rounding is left out: least squares of minimum norm.
             shrunk = torch.where(total > floor, 1 / total, 0)
-            rotated = shrunk.mul_(self.basis.mT @ self.y[..., block].double())
-            solved = self.vectors @ (rotated.mul_(self.scale) if self.primal else rotated)
-            out[..., block] = solved
+            rotated = basis.mT @ y
+            if self.some is not None:
+                y -= vectors @ rotated
+            shrunk *= rotated
+            solved = vectors @ (shrunk.mul_(self.scale) if self.primal else shrunk)
+            out[..., block] = solved if self.some is None else solved.add_(y.div_(added))
         return out
+
+    def _leading(self, x: Tensor) -> Tensor:
+        """Return the columns of x [N?, ., K] for the eigenvalues that are computed with."""
+        return x if self.some is None else x[..., x.shape[-1] - self.some :]
 
     def duals(self, solved: Tensor, lam: Tensor) -> Tensor:
         """Return alpha [N?, M, P] from W [N?, D, P] as `coefficients` solves it in primal form."""
@@ -90,14 +104,18 @@ class Spectrum:
 
         Yields the number of the ridge, the targets of the block, and [N?, M, targets].
         """
-        basis = self.basis.to(dtype)
+        basis = self._leading(self.basis).to(dtype)
         m, blocks = self.y.shape[-2], self._blocks()
         *many, p = self.y.shape[:-2] + self.y.shape[-1:]
         rotated = basis.new_empty((*many, basis.shape[-1], p))
+        rest = None if self.some is None else torch.empty_like(self.y, dtype=dtype)
         for block in blocks:
-            rotated[..., block] = basis.mT @ self.y[..., block].to(dtype)
+            y = self.y[..., block].to(dtype)
+            rotated[..., block] = basis.mT @ y
+            if rest is not None:
+                rest[..., block] = y - basis @ rotated[..., block]
         for number, lam in enumerate(self.lam):
-            shrunk, own = self.shrunk(lam), self._own(lam)
+            shrunk, own = self._leading(self.shrunk(lam)), self._own(lam)
             # The diagonal of the inverse has the unit of 1 / lam, and is never rounding.
             plain = not self.primal and self.share is None
             nothing = own <= (0.0 if plain else m * _EPSILON)
@@ -106,6 +124,9 @@ class Spectrum:
             left = basis * by_row.to(dtype)
             for block in blocks:
                 found = left @ (shrunk.to(dtype)[..., None] * rotated[..., block])
+                if rest is not None:
+                    of_rest = (by_row / lam[..., None, None]).to(dtype)
+                    found.addcmul_(of_rest, rest[..., block])
                 if self.primal:
                     found = divided.to(dtype) * self.y[..., block].to(dtype) - found
                 yield number, block, found.masked_fill_(nothing[..., None], math.inf)
@@ -149,7 +170,18 @@ def spectrum_of(
     if ridged:
         _above_rounding(values, lam)
     basis = phi.double() @ vectors if primal else vectors
-    return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share, ridged)
+    some = None if primal or not ridged else _some(values, lam, torch.finfo(y.dtype).eps)
+    return Spectrum(phi, y, scale, primal, values, vectors, basis, lam, share, ridged, some)
+
+
+def _some(values: Tensor, lam: Tensor, rounding: float) -> int | None:
+    """Return how many eigenvalues [N?, K] matter beside lam [R, N?], if it is less than half."""
+    if not readable(values) or not lam.numel():
+        return None
+    # Below the second of these an eigenvalue is the rounding of the decomposition.
+    least = torch.maximum(rounding * lam.amin(0), _DECOMPOSED * values.amax(-1))
+    matter = int((values > least[..., None]).sum(-1).amax())
+    return matter if 2 * matter < values.shape[-1] else None
 
 
 def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
