@@ -5,8 +5,7 @@ block by block, forward and backward. Inner products that are no more numbers th
 for the backward pass. Letters: I rows x, J rows y, P columns.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,27 +14,31 @@ from krrst_fast.backends import Backend, for_backward
 from krrst_fast.backends.torch import matmul
 from krrst_fast.ops.autograd import Batched, Tensors, gradients, mark_constant, needs_composite
 from krrst_fast.ops.kernel import Kernel, Rows
+from krrst_fast.ops.kernel_blocks import (
+    Function,
+    Pair,
+    add,
+    blocks,
+    groups_of,
+    is_batched,
+    joined,
+    keeps,
+    mean_row,
+    put,
+    rows_in,
+    slopes_of,
+    squares,
+)
 from krrst_fast.ops.problem import cast, keepable
 from krrst_fast.precision import exact_arithmetic
 from krrst_fast.reference.kernels import of_products
 
-# Numbers of a block of products: in the last cache of a CPU, and enough to fill a GPU.
-_BLOCK, _BLOCK_OF_GPU = 2**19, 2**25
-
-
-class _Function(NamedTuple):
-    """A kernel as the backends take it."""
-
-    name: str
-    degree: int
-    coef0: float
-
 
 def kernel_gram(rows: Rows, gamma: Tensor, kernel: Kernel, backend: Backend) -> Tensor:
     """Compute k(x_i, x_j) [N?, I, I] for x [N?, I, D] and gamma [N?], differentiably."""
-    function = _Function(kernel.name, kernel.degree, float(kernel.coef0))
+    function = Function(kernel.name, kernel.degree, float(kernel.coef0))
     if needs_composite() or torch.compiler.is_compiling():
-        return _composite_gram(rows.x, gamma, function)
+        return _composite_gram(*rows, gamma, function)
     return _KernelGram.apply(*rows, gamma, function, backend)[0]
 
 
@@ -43,150 +46,49 @@ def kernel_product(
     x: Rows, y: Rows, v: Tensor, gamma: Tensor, kernel: Kernel, backend: Backend
 ) -> Tensor:
     """Compute sum_j k(x_i, y_j) v_j [N?, I, P] for v [N?, J, P] and gamma [N?], differentiably."""
-    function = _Function(kernel.name, kernel.degree, float(kernel.coef0))
+    function = Function(kernel.name, kernel.degree, float(kernel.coef0))
     if needs_composite() or torch.compiler.is_compiling():
-        return _composite_product(x.x, y.x, v, gamma, function)
+        return _composite_product(function, *x, *y, v, gamma)
     return _KernelProduct.apply(*x, *y, v, gamma, function, backend)[0]
 
 
-def _squares(x: Tensor) -> Tensor:
-    return x.square().sum(-1)
+def _wide(x: Tensor, given: Tensor, mean: Tensor) -> Tensor:
+    """Return the rows x in float64 with the digits of those that were given, and the graph of x."""
+    if x.dtype == torch.float64:
+        return x
+    return given.double() - mean + (x - x.detach()).double()
 
 
-def _composite_gram(x: Tensor, gamma: Tensor, function: _Function) -> Tensor:
-    wide = x.double()
-    squares = _squares(wide)
-    return cast(of_products(wide @ wide.mT, squares, squares, gamma, *function), x.dtype)
+def _composite_gram(x: Tensor, given: Tensor, gamma: Tensor, function: Function) -> Tensor:
+    wide = _wide(x, given, mean_row(given, function))
+    norms = squares(wide)
+    return cast(of_products(wide @ wide.mT, norms, norms, gamma, *function), x.dtype)
 
 
 def _composite_product(
-    x: Tensor, y: Tensor, v: Tensor, gamma: Tensor, function: _Function
-) -> Tensor:
-    x, y = x.double(), y.double()
-    k = of_products(x @ y.mT, _squares(x), _squares(y), gamma, *function)
-    return cast(k @ v.double(), v.dtype)
-
-
-class _Pair(NamedTuple):
-    """Two sets of rows as they are multiplied, and as their differences are taken."""
-
-    x: Tensor
-    y: Tensor
-    given_x: Tensor
-    given_y: Tensor
-
-    def of(self, block: slice | None) -> "_Pair":
-        """Return the pair for a block of the rows x."""
-        x, given = _rows(self.x, block), _rows(self.given_x, block)
-        return _Pair(x, self.y, given, self.given_y)
-
-    def in_float64(self, function: _Function) -> "_Pair":
-        """Return the pair in float64, from the rows as they were given."""
-        x, y = self.given_x.double(), self.given_y.double()
-        if function.name == "rbf":
-            mean = y.mean(-2, keepdim=True)
-            return _Pair(x - mean, y - mean, x, y)
-        return _Pair(x, y, x, y)
-
-    def operands(self, products: Tensor | None, gamma: Tensor, same: int) -> tuple[Any, ...]:
-        """Return what the functions of a backend take; products [N?, I, J] if they are known."""
-        products = self.x @ self.y.mT if products is None else products
-        return products, self.given_x, self.given_y, _squares(self.x), _squares(self.y), gamma, same
-
-
-def _pair(x: Rows, y: Rows, function: _Function, backend: Backend) -> _Pair:
-    """Return rows for a backend: only the one of the CPU takes differences of near rows."""
-    pair = _Pair(x.x, y.x, x.given, y.given)
-    return pair if backend.NAME == "cpp" else pair.in_float64(function)
-
-
-def _blocks(x: Tensor, columns: int, grad: Tensor | None = None) -> Iterator[slice | None]:
-    """Yield the rows of x [N?, I, D] in blocks, for so many columns; None for all of them.
-
-    They are all where products of them are no more numbers than the rows, and are kept. A gradient
-    of is_grads_batched=True has no slices.
-    """
-    *many, rows, _ = x.shape
-    numbers = _BLOCK if x.device.type == "cpu" else _BLOCK_OF_GPU
-    high = max(1, numbers // max(columns * (many[0] if many else 1), 1))
-    if high >= rows or _keeps(x, columns) or (grad is not None and _is_batched(grad)):
-        yield None
-        return
-    for first in range(0, rows, high):
-        yield slice(first, min(first + high, rows))
-
-
-def _keeps(x: Tensor, columns: int) -> bool:
-    """Return whether the products of x [N?, I, D] and so many rows are no more numbers than all."""
-    rows, depth = x.shape[-2:]
-    return rows * columns <= (rows + columns) * depth
-
-
-def _is_batched(grad: Tensor) -> bool:
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-def _rows(x: Tensor, block: slice | None) -> Tensor:
-    """Return rows of a matrix [N?, I, K]."""
-    return x if block is None else x[..., block, :]
-
-
-def _together(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
-
-
-def _slopes(
-    pair: _Pair,
-    products: Tensor | None,
+    function: Function,
+    x: Tensor,
+    given_x: Tensor,
+    y: Tensor,
+    given_y: Tensor,
+    v: Tensor,
     gamma: Tensor,
-    same: int,
-    weight: Tensor,
-    function: _Function,
-    backend: Backend,
-    needs_values: bool,
-) -> tuple[_Pair, tuple[Tensor, ...]]:
-    """Return what `kernel_slopes` does, in float64 where float32 would lose digits, and the rows.
-
-    Those are the ones that the slopes are to be multiplied with.
-    """
-    weight = weight.to(pair.x.dtype)
-    settings = *function, needs_values
-    found = backend.kernel_slopes(*pair.operands(products, gamma, same), weight, *settings)
-    single = pair.x.dtype == torch.float32 and pair.x.is_cpu and not _is_batched(weight)
-    if single and found[-1].item():
-        pair, weight = pair.in_float64(function), weight.double()
-        found = backend.kernel_slopes(*pair.operands(None, gamma, same), weight, *settings)
-    return pair, found[:-1]
+) -> Tensor:
+    mean = mean_row(given_y, function)
+    x, y = _wide(x, given_x, mean), _wide(y, given_y, mean)
+    k = of_products(x @ y.mT, squares(x), squares(y), gamma, *function)
+    return cast(k @ v.double(), v.dtype)
 
 
 class _KernelGram(Batched):
     @staticmethod
     def forward(
-        x: Tensor, given: Tensor, gamma: Tensor, function: _Function, backend: Backend
-    ) -> tuple[Tensor, Tensor | None]:
-        rows, count = Rows(x, given), x.shape[-2]
-        pair = _pair(rows, rows, function, backend)
-        with exact_arithmetic(x):
-            if _keeps(x, count):
-                mine = backend.refuses(pair.x) is None
-                products = backend.gram(pair.x, 1.0, 0.0) if mine else pair.x @ pair.x.mT
-                values = backend.kernel_values(*pair.operands(products, gamma, 0), *function)
-                return values.to(x.dtype), products
-            k = x.new_empty((*x.shape[:-1], count))
-            for block in _blocks(x, count):
-                first, end = (0, count) if block is None else (block.start, block.stop)
-                below = slice(0, end)
-                part = pair.of(block)._replace(
-                    y=pair.y[..., below, :], given_y=pair.given_y[..., below, :]
-                )
-                values = backend.kernel_values(*part.operands(None, gamma, first), *function)
-                k[..., first:end, below] = values
-                k[..., below, first:end] = values.mT
-        return k, None
+        x: Tensor, given: Tensor, gamma: Tensor, function: Function, backend: Backend
+    ) -> tuple[Tensor | None, ...]:
+        groups = groups_of(x, x.shape[-2])
+        if groups is None:
+            return _gram(x, given, gamma, function, backend)
+        return joined([_gram(x[i], given[i], gamma[i], function, backend) for i in groups])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -204,6 +106,28 @@ class _KernelGram(Batched):
         return (*found[:3], None, None)
 
 
+def _gram(
+    x: Tensor, given: Tensor, gamma: Tensor, function: Function, backend: Backend
+) -> tuple[Tensor, Tensor | None]:
+    """Return the Gram [N?, I, I], and products that are kept."""
+    rows, count = Rows(x, given), x.shape[-2]
+    pair = Pair.made(rows, rows, function, backend)
+    with exact_arithmetic(x):
+        if keeps(x, count):
+            mine = backend.refuses(pair.x) is None
+            products = backend.gram(pair.x, 1.0, 0.0) if mine else pair.x @ pair.x.mT
+            values = backend.kernel_values(*pair.operands(products, gamma, 0), *function)
+            return values.to(x.dtype), products
+        k = x.new_empty((*x.shape[:-1], count))
+        for block in blocks(x, count):
+            first, end, _ = block.indices(count)
+            part = pair.of(block, slice(0, end))
+            values = backend.kernel_values(*part.operands(None, gamma, first), *function)
+            k[..., first:end, :end] = values
+            k[..., :end, first:end] = values.mT
+    return k, None
+
+
 def _gram_backward(
     settings: tuple[Any, ...],
     x: Tensor,
@@ -213,49 +137,41 @@ def _gram_backward(
     grad: Tensor,
 ) -> Tensors:
     function, backend = settings
+    groups = None if is_batched(grad) else groups_of(x, x.shape[-2])
+    if groups is not None:
+        some = [None if products is None else products[i] for i in groups]
+        of = [(x[i], given[i], gamma[i], k, grad[i]) for i, k in zip(groups, some)]
+        return joined([_gram_backward(settings, *tensors) for tensors in of])
     rows, backend = Rows(x, given), for_backward(backend, grad)
-    pair = _pair(rows, rows, function, backend)
-    parts, d_gamma = [], None
+    pair = Pair.made(rows, rows, function, backend)
+    d_x = d_gamma = None
     with exact_arithmetic(x):
-        for block in _blocks(x, x.shape[-2], grad):
-            weight = _rows(grad, block) + _rows(grad.mT, block)
-            first = 0 if block is None else block.start
-            kept = products if block is None else None
-            how = gamma, first, weight, function, backend, False
-            part, (_, slope, own, _, change) = _slopes(pair.of(block), kept, *how)
-            parts.append((slope @ part.y + own[..., None] * part.x).to(x.dtype))
-            d_gamma = _add(d_gamma, change / 2)  # each pair was weighted twice
-    return _together(parts, -2), None, d_gamma
+        for block in blocks(x, x.shape[-2], grad):
+            weight = rows_in(grad, block) + rows_in(grad.mT, block)
+            kept = None if products is None else rows_in(products, block)
+            how = gamma, block.start or 0, weight, function, backend, False
+            part, (_, slope, own, _, change) = slopes_of(pair.of(block), kept, *how)
+            gradient = (slope @ part.y + own[..., None] * part.x).to(x.dtype)
+            d_x = put(d_x, x.shape, block, gradient)
+            d_gamma = add(d_gamma, change / 2)  # each pair was weighted twice
+    return d_x, None, d_gamma
 
 
 def _gram_again(
     settings: tuple[Any, ...], x: Tensor, given: Tensor, gamma: Tensor, *_: Tensor | None
 ) -> Tensor:
-    return _composite_gram(x, gamma, settings[0])
+    return _composite_gram(x, given, gamma, settings[0])
 
 
 class _KernelProduct(Batched):
     @staticmethod
-    def forward(
-        x: Tensor,
-        given_x: Tensor,
-        y: Tensor,
-        given_y: Tensor,
-        v: Tensor,
-        gamma: Tensor,
-        function: _Function,
-        backend: Backend,
-    ) -> tuple[Tensor, Tensor | None]:
-        pair = _pair(Rows(x, given_x), Rows(y, given_y), function, backend)
-        parts, products = [], None
-        with exact_arithmetic(v):
-            if _keeps(x, y.shape[-2]):
-                products = pair.x @ pair.y.mT
-            for block in _blocks(x, y.shape[-2]):
-                operands = pair.of(block).operands(products, gamma, -1)
-                values = backend.kernel_values(*operands, *function)
-                parts.append(matmul(values.to(v.dtype), v))
-        return _together(parts, -2), products
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        function, backend = inputs[6:]
+        tensors = inputs[:6]
+        groups = groups_of(tensors[0], tensors[2].shape[-2])
+        if groups is None:
+            return _product(function, backend, *tensors)
+        return joined([_product(function, backend, *(x[i] for x in tensors)) for i in groups])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -273,6 +189,30 @@ class _KernelProduct(Batched):
         return (*found[:6], None, None)
 
 
+def _product(
+    function: Function,
+    backend: Backend,
+    x: Tensor,
+    given_x: Tensor,
+    y: Tensor,
+    given_y: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the product [N?, I, P], and inner products that are kept."""
+    pair = Pair.made(Rows(x, given_x), Rows(y, given_y), function, backend)
+    shape, out, products = (*x.shape[:-1], v.shape[-1]), None, None
+    with exact_arithmetic(v):
+        if keeps(x, y.shape[-2]):
+            products = pair.x @ pair.y.mT
+        for block in blocks(x, y.shape[-2]):
+            kept = None if products is None else rows_in(products, block)
+            values = backend.kernel_values(*pair.of(block).operands(kept, gamma, -1), *function)
+            out = put(out, shape, block, matmul(values.to(v.dtype), v))
+    assert out is not None
+    return out, products
+
+
 def _product_backward(
     settings: tuple[Any, ...],
     x: Tensor,
@@ -285,35 +225,31 @@ def _product_backward(
     grad: Tensor,
 ) -> Tensors:
     function, backend, needs = settings
+    groups = None if is_batched(grad) else groups_of(x, y.shape[-2])
+    if groups is not None:
+        tensors = x, given_x, y, given_y, v, gamma, products, grad
+        of = [[None if t is None else t[i] for t in tensors] for i in groups]
+        return joined([_product_backward(settings, *some) for some in of])  # type: ignore[arg-type]
     backend = for_backward(backend, grad)
-    pair = _pair(Rows(x, given_x), Rows(y, given_y), function, backend)
-    parts: list[Tensor] = []
-    d_y = d_v = d_gamma = None
+    pair = Pair.made(Rows(x, given_x), Rows(y, given_y), function, backend)
+    d_x = d_y = d_v = d_gamma = None
     with exact_arithmetic(grad):
-        for block in _blocks(x, y.shape[-2], grad):
-            change = _rows(grad, block)
+        for block in blocks(x, y.shape[-2], grad):
+            change = rows_in(grad, block)
             how = gamma, -1, matmul(change, v.mT), function, backend, needs[4]
-            kept = products if block is None else None
-            part, (values, slope, own, column, numbers) = _slopes(pair.of(block), kept, *how)
+            kept = None if products is None else rows_in(products, block)
+            part, (values, slope, own, column, numbers) = slopes_of(pair.of(block), kept, *how)
             if needs[0]:
-                parts.append((slope @ part.y + own[..., None] * part.x).to(x.dtype))
+                gradient = (slope @ part.y + own[..., None] * part.x).to(x.dtype)
+                d_x = put(d_x, x.shape, block, gradient)
             if needs[2]:
-                d_y = _add(d_y, slope.mT @ part.x + column[..., None] * part.y)
+                gradient = slope.mT @ part.x + column[..., None] * part.y
+                d_y = add(d_y, gradient.to(y.dtype))
             if needs[4]:
-                d_v = _add(d_v, matmul(values.mT.to(v.dtype), change))
-            d_gamma = _add(d_gamma, numbers)
-    d_x = _together(parts, -2) if needs[0] else None
-    return d_x, None, None if d_y is None else d_y.to(y.dtype), None, d_v, d_gamma
+                d_v = add(d_v, matmul(values.mT.to(v.dtype), change))
+            d_gamma = add(d_gamma, numbers)
+    return d_x, None, d_y, None, d_v, d_gamma
 
 
-def _product_again(
-    settings: tuple[Any, ...],
-    x: Tensor,
-    given_x: Tensor,
-    y: Tensor,
-    given_y: Tensor,
-    v: Tensor,
-    gamma: Tensor,
-    *_: Tensor | None,
-) -> Tensor:
-    return _composite_product(x, y, v, gamma, settings[0])
+def _product_again(settings: tuple[Any, ...], *saved: Any) -> Tensor:
+    return _composite_product(settings[0], *saved[:6])
