@@ -128,7 +128,8 @@ TRANSFORMS: dict[str, Callable[[Function], Tensor]] = {
     "hessian": lambda f: hessian(f)(F_SYN),
     "jacrev of jacrev": lambda f: jacrev(jacrev(f))(F_SYN),
 }
-EAGER = {  # torch.compile fails to trace the first, whatever the function
+EAGER = {  # torch.compile fails to trace the first two, whatever the function
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f))(F_SYN),
     "vmap of hessian": lambda f: vmap(hessian(f))(PAIR),
     "linearize": lambda f: linearize(f, F_SYN)[1](F_SYN + 1),
 }

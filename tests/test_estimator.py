@@ -37,11 +37,12 @@ def assert_close(got: Any, exact: Any, tolerance: float, what: str = "") -> None
 
 
 WHOLE = "a weighted row is left out with its whole weight, a repeated one alone"
+OF_KERNELS = [KernelRidge(kernel=kernel) for kernel in ("polynomial", "rbf", "cosine", "arccos")]
 EXPECTED = {"check_sample_weight_equivalence_on_dense_data": WHOLE}
 
 
 @parametrize_with_checks(
-    [KernelRidge(), KernelRidgeCV(), KernelRidgeCV(per_target=True)],
+    [KernelRidge(), KernelRidgeCV(), KernelRidgeCV(per_target=True), *OF_KERNELS],
     expected_failed_checks=lambda x: EXPECTED if isinstance(x, KernelRidgeCV) else {},
 )
 def test_scikit_learns_checks(estimator: Any, check: Callable[[Any], None]) -> None:

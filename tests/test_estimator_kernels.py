@@ -13,7 +13,14 @@ from sklearn.base import clone  # noqa: E402
 from sklearn.metrics.pairwise import pairwise_kernels  # noqa: E402
 from sklearn.model_selection import GridSearchCV  # noqa: E402
 
-from krrst_fast import Kernel, KernelRidge, krr_predict  # noqa: E402
+from krrst_fast import (  # noqa: E402
+    Kernel,
+    KernelRidge,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    Solver,
+    krr_predict,
+)
 
 THEIRS = ("linear", "poly", "polynomial", "rbf", "cosine")
 
@@ -121,3 +128,99 @@ def test_rows_in_any_number() -> None:
         model = KernelRidge(ridge, kernel="rbf").fit(x, y)
         found = model.predict(new)
         np.testing.assert_allclose(found[-5:], model.predict(new[-5:]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "polynomial", "rbf", "cosine", "arccos"])
+@pytest.mark.parametrize("ridge", [0.3, [0.3, 0.3, 0.3]])
+def test_dense_and_sparse_rows_mix(kernel: str, ridge: Any) -> None:
+    x, y, new = data()
+    exact = KernelRidge(ridge, kernel=kernel).fit(x, y).predict(new)
+    for fitted, asked in ((x, sparse.csr_array(new)), (sparse.csr_array(x), new)):
+        model = KernelRidge(ridge, kernel=kernel).fit(fitted, y)
+        np.testing.assert_allclose(model.predict(asked), exact, rtol=1e-8, atol=1e-8)
+    tensors = KernelRidge(ridge, kernel=kernel).fit(sparse.csr_array(x), y)
+    found = tensors.predict(torch.from_numpy(new))
+    np.testing.assert_allclose(found.numpy(), exact, rtol=1e-8, atol=1e-8)
+
+
+def test_float32_keeps_large_coefficients() -> None:
+    """Least squares with a narrow spectrum: coefficients of a million that cancel."""
+    x = np.random.default_rng(0).standard_normal((60, 2)).astype(np.float32)
+    y = np.sin(x @ np.eye(2) + x.sum(1, keepdims=True))
+    for kernel in ("rbf", "arccos"):
+        for ridge in (0.0, [1e-9, 1e-9]):
+            model = KernelRidge(ridge, kernel=kernel, gamma=0.1).fit(x, y)
+            exact = KernelRidge(ridge, kernel=kernel, gamma=0.1).fit(x.astype(float), y).predict(x)
+            assert model.predict(x).dtype == np.float32
+            np.testing.assert_allclose(model.predict(x), exact, atol=2e-3)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", "cosine", "precomputed"])
+@pytest.mark.parametrize("ridge", [0.3, 0.0, [0.3, 0.0, 1.0]])
+def test_half_precision_and_autocast(kernel: str, ridge: Any) -> None:
+    f, y, new = (torch.from_numpy(x).half() for x in data())
+    if kernel == "precomputed":
+        f, new = f @ f.mT, new @ f.mT
+        f = (f + f.mT) / 2
+    exact = KernelRidge(ridge, kernel=kernel).fit(f.double(), y.double()).predict(new.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = KernelRidge(ridge, kernel=kernel).fit(f, y).predict(new)
+    assert found.dtype == torch.float32
+    scale = exact.abs().max()
+    assert (found - exact).abs().max() < 2e-2 * scale if kernel == "precomputed" else 1e-4 * scale
+
+
+def test_a_zero_trace_is_no_least_squares() -> None:
+    y = np.ones((4, 3))
+    for x, kernel in ((np.zeros((4, 3)), "arccos"), (np.zeros((4, 4)), "precomputed")):
+        for ridge in (0.1, [0.1, 0.1, 0.1]):
+            with pytest.raises(NotPositiveDefiniteError, match="because trace.K. is 0"):
+                KernelRidge(ridge, kernel=kernel, ridge_of="trace").fit(x, y)
+    with pytest.raises(NotPositiveDefiniteError, match="because trace.K. is 0"):
+        KernelRidge(0.1, ridge_of="trace").fit(sparse.csr_array((4, 3)), y)
+
+
+def test_the_solver_of_a_gram() -> None:
+    x, y, _ = data()
+    for ridge in (0.1, [0.1, 0.2, 0.3]):
+        for solver, match in (
+            (Solver(form="w"), "form must be 'auto' or 'k'"),
+            ("cholesky", "solver must be a Solver"),
+        ):
+            with pytest.raises((ValueError, TypeError), match=match):
+                KernelRidge(ridge, kernel="rbf", solver=solver).fit(x, y)  # type: ignore[arg-type]
+    raised = KernelRidge([1e-16] * 3, kernel="rbf", gamma=1e-9).fit(x, y)
+    assert (raised.fit_.ridge > 1e-16).all()
+    with pytest.raises(NotPositiveDefiniteError):
+        solver = Solver(max_retries=0)
+        KernelRidge([1e-16] * 3, kernel="rbf", gamma=1e-9, solver=solver).fit(x, y)
+
+
+def test_one_gamma() -> None:
+    x, y, new = data()
+    exact = KernelRidge(kernel="rbf", gamma=0.2).fit(x, y).predict(new)
+    for gamma in (np.float32(0.2), np.array(0.2), np.array([0.2]), torch.tensor([0.2]).double()):
+        found = KernelRidge(kernel="rbf", gamma=gamma).fit(x, y).predict(new)
+        np.testing.assert_allclose(found, exact, rtol=1e-6)
+    with pytest.raises(ValueError, match="KernelRidge.fit: gamma must be one number"):
+        KernelRidge(kernel="rbf", gamma=torch.tensor([0.1, 0.2])).fit(x, y)
+
+
+def test_a_sparse_gram_and_nan_are_refused() -> None:
+    x, y, _ = data()
+    model = KernelRidge(kernel="precomputed").fit(torch.from_numpy(x @ x.T), torch.from_numpy(y))
+    bad = torch.full((2, 20), float("nan"), dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="X holds NaN"):
+        model.predict(bad)
+    arrays = KernelRidge(kernel="precomputed").fit(x @ x.T, y)
+    with pytest.raises(TypeError, match="precomputed kernel must be dense"):
+        arrays.predict(sparse.csr_array((2, 20)))
+
+
+def test_sparse_cosine_of_single_precision() -> None:
+    x, y, new = (a.astype(np.float32) for a in data())
+    x[3] = 0
+    for size in (1.0, 1e-30):
+        dense = KernelRidge(kernel="cosine").fit(x * np.float32(size), y).predict(new)
+        rows = KernelRidge(kernel="cosine").fit(sparse.csr_array(x * np.float32(size)), y)
+        np.testing.assert_allclose(rows.predict(sparse.csr_array(new)), dense, atol=1e-4)

@@ -259,6 +259,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Kernel("rbf", gamma=torch.tensor(-1.0)), ValueError, "Kernel: gamma must be positive"),
     (lambda: Kernel("rbf", gamma="scale"), TypeError, "Kernel: gamma must be a number"),
     (lambda: Kernel("rbf", gamma=torch.tensor(1)), TypeError, "gamma tensor must be floating"),
+    (lambda: Kernel("rbf", gamma=torch.tensor(float("inf"))), ValueError, "gamma must be finite"),
     (lambda: Kernel("linear", gamma=1.0), ValueError, "gamma must be None with 'linear', got 1.0"),
     (lambda: Kernel("polynomial", degree=0), ValueError, "degree must be from 1 to 100, got 0"),
     (lambda: Kernel("polynomial", degree=2.5), TypeError, "degree must be a whole number, got 2.5"),

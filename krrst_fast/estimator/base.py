@@ -116,8 +116,10 @@ def validated(estimator: Any, x: Any, y: Any, *, reset: bool) -> tuple[np.ndarra
         raise ValueError(f"{name}: X must be a matrix of some rows and columns, got {x.shape}")
     if reset:
         y = floats(name, "y", y)
-        if y.ndim not in (1, 2) or 0 in y.shape or len(y) != len(x):
-            raise ValueError(f"{name}: y must be [{len(x)}] or [{len(x)}, P], got {y.shape}")
+        if y.ndim not in (1, 2) or 0 in y.shape or len(y) != x.shape[0]:
+            raise ValueError(
+                f"{name}: y must be [{x.shape[0]}] or [{x.shape[0]}, P], got {y.shape}"
+            )
         estimator.n_features_in_ = x.shape[1]
         estimator.__dict__.pop("feature_names_in_", None)
         if columns is not None:

@@ -3,6 +3,7 @@
 They solve in float64, for a ridge of each target too, and without one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from krrst_fast.backends import choose
+from krrst_fast.ops.autograd import product
 from krrst_fast.ops.kernel import Kernel, gamma_of, mean_of, rows_of
 from krrst_fast.ops.kernel_fit import KernelRows, kept_rows
 from krrst_fast.ops.kernel_gram import kernel_gram
-from krrst_fast.ops.per_target import solve_each_target
-from krrst_fast.ops.problem import finite
+from krrst_fast.ops.krr_of_kernel import check_form
+from krrst_fast.ops.per_target import ridges_added, solve_each_target
+from krrst_fast.ops.problem import check_solver, finite, result_dtype
 from krrst_fast.ops.solver import RidgeOf, Solver
+from krrst_fast.reference import round_features
 from krrst_fast.reference.kernels import of_products
 
 # Numbers of a Gram of sparse rows that are made at once.
@@ -36,28 +40,57 @@ class GramFit:
     alpha: Tensor
     intercept: Tensor
     ridge: Tensor
-    _scale: float
-    _rows: "KernelRows | _SparseRows | None"
+    _rows: "KernelRows | _SparseRows | _GivenGram"
 
     def predict(self, f: Any) -> Any:
-        """Predict [B, P] at features [B, D], dense or in CSR, or with a given Gram from [B, M]."""
-        if isinstance(self._rows, KernelRows):
-            return self._rows.predict("KernelRidge.predict", f)
-        if isinstance(self._rows, _SparseRows):
-            return self._rows.predict(f)
-        return self._scale * (f @ self.alpha) + self.intercept
+        """Predict [B, P] in float64, at features [B, D] or with a given Gram from [B, M].
+
+        A tensor gives a tensor, differentiable if the rows of the fit are not sparse; rows in CSR
+        give an array.
+        """
+        op, rows = "KernelRidge.predict", self._rows
+        if isinstance(rows, _SparseRows):
+            return rows.predict(f)
+        if not isinstance(f, Tensor):
+            return in_dense_blocks(f, self.predict)
+        if isinstance(rows, KernelRows):
+            return rows.predict(op, f.double())
+        return rows.predict(op, f)
+
+
+def in_dense_blocks(rows: Any, predict: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """Predict at rows in CSR [B, D], of which some are made dense at once."""
+    high = max(1, _BLOCK // max(rows.shape[1], 1))
+    firsts = range(0, max(rows.shape[0], 1), high)
+    parts = [predict(torch.from_numpy(rows[i : i + high].toarray())) for i in firsts]
+    return torch.cat(parts).numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _GivenGram:
+    """Dual coefficients in float64 [M, P] times the scale, and a constant [P]."""
+
+    alpha: Tensor
+    constant: Tensor
+
+    def predict(self, op: str, k: Tensor) -> Tensor:
+        prediction = product(k.double(), self.alpha) + self.constant
+        finite(op, prediction, X=k)
+        return prediction
 
 
 @dataclass(frozen=True, eq=False)
 class _SparseRows:
-    """Rows of a fit in CSR [M, D], their dual coefficients [M, P] and a constant [P]."""
+    """Rows of a fit in CSR [M, D], their dual coefficients [M, P] and a constant [P]: float64."""
 
     x: Any
     alpha: np.ndarray
     constant: np.ndarray
     kernel: Kernel
 
-    def predict(self, rows: Any) -> np.ndarray:
+    def predict(self, rows: Any) -> Any:
+        if isinstance(rows, Tensor):
+            return torch.from_numpy(self.predict(type(self.x)(rows.detach().cpu().numpy())))
         high = max(1, _BLOCK // len(self.alpha))
         firsts = range(0, max(rows.shape[0], 1), high)
         parts = [
@@ -80,62 +113,84 @@ def fit_gram(
     weights: Tensor | None,
     solver: Solver,
 ) -> GramFit:
-    """Fit y [M, P] with ridges [] or [P], of which 0 is least squares of minimum norm.
+    """Fit y [M, P] in float64 with ridges [] or [P], of which 0 is least squares of minimum norm.
 
     Args:
         op: The name in errors.
         x: Features [M, D], dense or in CSR, or the Gram [M, M].
         y: Targets.
-        kernel: None if x is the Gram, else one that is no linear one.
+        kernel: None if x is the Gram, else a non-linear one.
         ridge, ridge_of, scale, bias: As for `krrst_fast.krr_fit`.
         weights: Weights of the rows [M].
-        solver: Its backend computes the kernel.
+        solver: Its retries and checks; precision "fast" rounds features.
 
     Raises:
-        ValueError: A Gram is not square.
+        ValueError: A Gram is not square, or the solver has what a Gram has not.
         NotPositiveDefiniteError: A ridge is too small for these rows.
     """
-    if kernel is None and x.shape[0] != x.shape[1]:
-        raise ValueError(f"{op}: X must be [M, M] with kernel 'precomputed', got {tuple(x.shape)}")
-    gram = _gram(op, x, kernel, solver)
-    k = scale * gram + bias
-    root = torch.ones_like(k[:, :1]) if weights is None else weights.double().sqrt()[:, None]
-    k = root * k * root.mT
-    base = {"trace": k.trace(), "mean_diagonal": k.trace() / root.square().sum()}.get(ridge_of, 1.0)
-    lam = torch.as_tensor(ridge, dtype=torch.float64, device=k.device).expand(y.shape[1]) * base
-    alpha = root * solve_each_target(k, root * y.double(), lam)
-    rounded, constant = alpha.to(y.dtype), bias * alpha.sum(0)
-    rows: KernelRows | _SparseRows | None = None
+    _check(op, x, kernel, solver)
+    if kernel is not None and isinstance(x, Tensor) and solver.precision == "fast":
+        x, _ = round_features(x.float(), None)
+    k = _gram(op, x, kernel)
+    k = k if scale == 1 else scale * k
+    k = k if bias == 0 else k + bias
+    wanted, root = y.double(), None
+    if weights is not None:
+        root = weights.double().sqrt()[:, None]
+        k, wanted = root * k * root.mT, root * wanted
+    total = len(k) if root is None else root.square().sum()
+    lam, least = ridges_added(ridge, ridge_of, k.trace(), total, y.shape[1])
+    alpha, lam = solve_each_target(op, k, wanted, lam, least, solver)
+    alpha = alpha if root is None else root * alpha
+    constant, rounded = bias * alpha.sum(0), alpha.to(result_dtype(y))
+    if solver.check == "raise":
+        finite(op, rounded, X=k, y=y)
+    rows: KernelRows | _SparseRows | _GivenGram = _GivenGram(scale * alpha, constant)
     if isinstance(x, Tensor) and kernel is not None:
-        mean, gamma = mean_of(kernel, x), gamma_of(kernel, x, ()).detach()
-        of = rows_of(kernel, x, mean)
-        rows = kept_rows(kernel, solver, of, rounded, mean, gamma, scale, bias)
-    elif kernel is not None:
-        rows = _SparseRows(x.copy(), scale * alpha.numpy(), constant.numpy(), kernel)
-    return GramFit(rounded, constant.to(y.dtype), lam.to(y.dtype), scale, rows)
-
-
-def _gram(op: str, x: Any, kernel: Kernel | None, solver: Solver) -> Tensor:
-    """Return the Gram matrix [M, M] in float64."""
-    if kernel is None:
-        finite(op, x, X=x)
-        return x.double()
-    if isinstance(x, Tensor):
-        finite(op, x, X=x)
         wide = x.double()
-        rows = rows_of(kernel, wide, mean_of(kernel, wide))
-        return kernel_gram(rows, gamma_of(kernel, x, ()), kernel, choose("auto", wide, op))
-    return torch.from_numpy(_sparse_kernel(x, x, kernel))
+        mean, gamma = mean_of(kernel, wide), gamma_of(kernel, wide, ()).detach()
+        of = rows_of(kernel, wide, mean)
+        rows = kept_rows(kernel, solver, of, alpha, mean, gamma, scale, bias)
+    elif kernel is not None:
+        arrays = scale * alpha.numpy(), constant.numpy()
+        rows = _SparseRows(x.astype(np.float64), *arrays, kernel)
+    return GramFit(rounded, constant.to(rounded.dtype), lam.to(rounded.dtype), rows)
+
+
+def _check(op: str, x: Any, kernel: Kernel | None, solver: Solver) -> None:
+    check_solver(op, solver)
+    if solver.backend == "reference":
+        raise ValueError(f"{op}: backend 'reference' does not factor a gram")
+    if kernel is not None:
+        check_form(op, kernel, solver)
+        return
+    if x.shape[0] != x.shape[1]:
+        raise ValueError(f"{op}: X must be [M, M] with kernel 'precomputed', got {tuple(x.shape)}")
+    if solver.precision == "fast":
+        raise ValueError(f"{op}: precision 'fast' rounds features, and a gram has none")
+
+
+def _gram(op: str, x: Any, kernel: Kernel | None) -> Tensor:
+    """Return the Gram matrix [M, M] in float64."""
+    if not isinstance(x, Tensor):
+        assert kernel is not None
+        return torch.from_numpy(_sparse_kernel(x, x.astype(np.float64), kernel))
+    finite(op, x, X=x)
+    wide = x.double()
+    if kernel is None:
+        return wide
+    rows = rows_of(kernel, wide, mean_of(kernel, wide))
+    return kernel_gram(rows, gamma_of(kernel, wide, ()), kernel, choose("auto", wide, op))
 
 
 def _sparse_kernel(x: Any, y: Any, kernel: Kernel) -> np.ndarray:
-    """Compute the kernel [I, J] in float64 for rows in CSR.
+    """Compute the kernel [I, J] in float64 for rows in CSR, those of y in float64.
 
-    Distances are those of the rows as they are, and lose digits where rows are near each other and
-    far from zero, which sparse ones are not.
+    Distances are those of the rows as they are: they lose digits where rows are much nearer to each
+    other than to zero.
     """
     gamma = 1 / x.shape[1] if kernel.gamma is None else kernel.gamma
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    x = x.astype(np.float64)
     products = np.asarray((x @ y.T).toarray(), dtype=np.float64)
     squares = [np.asarray(z.multiply(z).sum(axis=1)).ravel() for z in (x, y)]
     settings = kernel.name, kernel.degree, float(kernel.coef0)

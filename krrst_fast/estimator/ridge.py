@@ -1,5 +1,6 @@
 """Kernel ridge regression as an estimator; it works with scikit-learn and without it."""
 
+import math
 import warnings
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from krrst_fast.estimator.base import (
     show_parameters,
     validated,
 )
-from krrst_fast.estimator.gram_fit import GramFit, fit_gram
+from krrst_fast.estimator.gram_fit import GramFit, fit_gram, in_dense_blocks
 from krrst_fast.estimator.sparse import fit_sparse, unit_sparse_rows
 from krrst_fast.ops.fit import KRRFit, krr_fit
 from krrst_fast.ops.kernel import Kernel, KernelName, unit_rows
@@ -61,7 +62,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         degree, coef0: Power and constant of the kernel "polynomial".
         intercept: Fit a constant that the ridge does not penalise, as `sklearn.linear_model.Ridge`
             does; bias must then be 0. Of the kernels "linear" and "cosine".
-        solver: A `krrst_fast.Solver`; None is `Solver()`.
+        solver: A `krrst_fast.Solver`; None is `Solver()`. Fits of sparse rows, and without a ridge,
+            are computed in float64 whatever it says; a `GramFit` takes its retries and checks.
 
     Attributes:
         dual_coef_: Coefficients of the rows, [M] or [M, P].
@@ -70,7 +72,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         intercept_: `bias` times the sum of the dual coefficients, or the constant, [] or [P].
         n_features_in_: D.
         feature_names_in_: The column names, if X was a data frame.
-        fit_: The `KRRFit`, or what the fit is by its settings.
+        fit_: The `KRRFit`; a `TargetFit` with a ridge for each target, a `PathFit` without a ridge,
+            a `GramFit` for the same with a non-linear kernel, and for a given Gram.
     """
 
     _of_unit_length = False  # of the kernel "cosine": rows are divided by their length
@@ -250,6 +253,10 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             return None
         name: Any = "polynomial" if self.kernel == "poly" else self.kernel
         gamma, degree, coef0 = map(_python, (self.gamma, self.degree, self.coef0))
+        if isinstance(gamma, Tensor | np.ndarray):
+            if math.prod(gamma.shape) != 1:
+                raise ValueError(f"{op}: gamma must be one number, got {gamma!r}")
+            gamma = gamma.item()
         if isinstance(degree, float) and degree.is_integer():
             degree = int(degree)  # what scikit-learn allows
         return Kernel(name, gamma if name in ("polynomial", "rbf") else None, degree, coef0)
@@ -259,14 +266,23 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         fit = self.fit_
         if self._of_unit_length:
             rows = unit_sparse_rows(rows)
-        if isinstance(fit, GramFit):
-            found = fit.predict(rows)
+        if self.kernel == "precomputed":
+            raise TypeError(
+                f"KernelRidge.predict: a precomputed kernel must be dense, got {rows!r}"
+            )
+        if isinstance(fit, GramFit) or not hasattr(self, "coef_"):
+            found = fit.predict(rows) if isinstance(fit, GramFit) else self._of_dense(rows)
             found = found[:, 0] if self.dual_coef_.ndim == 1 else found
             return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
         weights, constant = (x.cpu().double().numpy() for x in (fit.weights, fit.intercept))
         found = rows @ (weights[:, 0] if self.dual_coef_.ndim == 1 else weights)
         found = found + (constant[0] if self.dual_coef_.ndim == 1 else constant)
         return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
+
+    def _of_dense(self, rows: Any) -> np.ndarray:
+        """Predict at rows in CSR by a fit of dense ones."""
+        fit = self.fit_
+        return in_dense_blocks(rows, lambda block: fit.predict(block.to(self._working)).cpu())
 
     def _training_set(self, op: str, X: Any, y: Any) -> tuple[Any, Tensor]:
         """Return X [M, D], y [M] or [M, P] as tensors of one dtype, a sparse X in CSR.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.ops.centring import check_intercept
-from krrst_fast.ops.per_target import TargetFit, solve_each_target
+from krrst_fast.ops.per_target import TargetFit, ridges_added, solve_each_target
 from krrst_fast.ops.solver import DEFAULT, RidgeOf
 
 
@@ -64,9 +64,11 @@ def fit_sparse(
         right = np.concatenate((right, (bias / scale) ** 0.5 * (root.T @ solved_for)))
     elif bias:
         gram += bias * (root @ root.T)
-    base = {"trace": trace, "mean_diagonal": trace / total}.get(ridge_of, 1.0)
-    lam = torch.as_tensor(ridge, dtype=torch.float64).expand(targets.shape[1]) * base
-    solved = solve_each_target(torch.from_numpy(gram), torch.from_numpy(right), lam).numpy()
+    system = torch.from_numpy(gram)
+    of = torch.tensor(trace, dtype=torch.float64), total, targets.shape[1]
+    lam, none = ridges_added(ridge, ridge_of, *of)
+    found, lam = solve_each_target(op, system, torch.from_numpy(right), lam, none, DEFAULT)
+    solved = found.numpy()
     if primal:
         primal_weights = scale * solved[:columns]
         constant = (bias * scale) ** 0.5 * solved[columns:] if bias else mean_y * 0
@@ -74,13 +76,14 @@ def fit_sparse(
         primal_weights = scale * (phi.T @ solved - mean_x.T @ (root.T @ solved))
         constant = bias * (root.T @ solved)
     constant = constant + mean_y - mean_x @ primal_weights
-    alpha, least = root * solved if not primal else None, (lam == 0).numpy()
+    alpha, least = root * solved if not primal else None, none.numpy()
     if alpha is None:
         residual = targets - exact @ primal_weights - constant
         alpha = of_rows[:, None] * residual / np.where(least, 1, lam.numpy())
     if primal and least.any():  # K^+ y by the inverse of the smaller Gram, twice
         once = torch.from_numpy(solved[:, least])
-        twice = solve_each_target(torch.from_numpy(gram), once, lam[least]).numpy()
+        of_none = lam[none], none[none]
+        twice = solve_each_target(op, system, once, *of_none, DEFAULT)[0].numpy()
         alpha[:, least] = phi @ twice[:columns] - root @ (mean_x @ twice[:columns])
         if bias:
             alpha[:, least] += (bias / scale) ** 0.5 * root @ twice[columns:]
@@ -107,8 +110,9 @@ def _dense(x: Any) -> np.ndarray:
 
 
 def unit_sparse_rows(x: Any) -> Any:
-    """Return the rows of a CSR matrix divided by their length; a row of zeros stays."""
+    """Return the rows of a CSR matrix divided by their length, in float64; one of zeros stays."""
+    x = x.astype(np.float64)
     largest = np.asarray(abs(x).max(axis=1).todense()).ravel()
-    scaled = _scaled(x, np.where(largest > 0, 1 / np.maximum(largest, 1e-300), 0)[:, None])
+    scaled = _scaled(x, 1 / np.where(largest > 0, largest, 1)[:, None])
     length = np.sqrt(np.asarray(scaled.multiply(scaled).sum(axis=1)).ravel())
-    return _scaled(scaled, np.where(length > 0, 1 / np.maximum(length, 1e-300), 0)[:, None])
+    return _scaled(scaled, 1 / np.where(length > 0, length, 1)[:, None])

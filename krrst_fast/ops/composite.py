@@ -44,7 +44,7 @@ def ridge_solve(
     k_wide, y_wide = cast(k, wide), cast(y, wide)
     eye = torch.eye(k.shape[-1], dtype=wide, device=k.device)
     system = (k_wide + k_wide.mT) / 2 + cast(lam, wide)[..., None, None] * eye
-    if tracing:
+    if tracing or _nested_forward():
         factor = _cholesky(op, system, check)
         return cast(torch.cholesky_solve(y_wide, factor), y.dtype), factor
     given = None if factor is None else cast(factor.detach(), wide)
@@ -52,10 +52,20 @@ def ridge_solve(
     return cast(_Solve.apply(system, factor, y_wide), y.dtype), factor
 
 
+def _nested_forward() -> bool:
+    """Return whether forward mode is in forward mode.
+
+    While a function's own jvp runs, torch switches forward mode off, and the outer tangent is lost.
+    """
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(x.key() == torch._C._functorch.TransformType.Jvp for x in levels) > 1
+
+
 class _Solve(torch.autograd.Function):
     """A^-1 y with a factor of A that is not differentiated: every derivative is a solve again.
 
-    Not in a trace, where torch.compile differentiates the forward pass.
+    Not in a trace, where torch.compile differentiates the forward pass, and not for forward mode in
+    forward mode.
     """
 
     generate_vmap_rule = True

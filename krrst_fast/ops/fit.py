@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class KRRFit:
 
         In primal form (M > D) they come from the residual, (Y_s - F_s W) / lam, and are as exact as
         that difference is.
+
+        Raises:
+            AttributeError: The rows were read once, in chunks.
         """
         if self._alpha is None:
             raise AttributeError("KRRFit.alpha: the rows were read once, in chunks, and are gone")
@@ -66,7 +70,11 @@ class KRRFit:
 
     @property
     def weights(self) -> Tensor:
-        """Primal coefficients scale F_s^T alpha [..., D, P]."""
+        """Primal coefficients scale F_s^T alpha [..., D, P].
+
+        Raises:
+            AttributeError: The kernel is non-linear.
+        """
         if self._weights is None:
             raise AttributeError("KRRFit.weights: only the linear kernel has them")
         return self._weights
@@ -142,7 +150,7 @@ class _Fitted:
         means: The means of the rows, if there is an intercept.
         batch: The leading dimensions of the caller.
         of_unit_length: Whether the rows were divided by their length.
-        of_kernel: The rows of the fit, if the kernel is no linear one.
+        of_kernel: The rows of the fit, if the kernel is non-linear.
     """
 
     rows: tuple[Tensor, Tensor]
@@ -238,8 +246,9 @@ def krr_fit(
         The errors of `krrst_fast.krr_mse`.
     """
     op = "krr_fit"
-    check_not_mapped(op, f_syn, y_syn)
-    kernel, tensors, of = as_kernel(op, kernel), (f_syn, y_syn), (scale, bias, weights)
+    kernel = as_kernel(op, kernel)
+    check_not_mapped(op, f_syn, y_syn, ridge, weights, kernel.gamma)
+    tensors, of = (f_syn, y_syn), (scale, bias, weights)
     problem, batch, dtype = prepare(op, solver, tensors, ridge, ridge_of, True, *of, kernel)
     check_intercept(op, intercept, bias)
     (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
@@ -312,14 +321,16 @@ def _fit_of_kernel(
     batch: tuple[int, ...],
     dtype: torch.dtype,
 ) -> KRRFit:
-    """Return the fit with a kernel that is no linear one."""
+    """Return the fit with a non-linear kernel."""
+    detached: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in problem]
+    problem = Problem(*detached)
     kept, info = fit_rows(op, problem, kernel, weights, solver, batch)
     alpha = restore(kept.alpha, batch, dtype)
     if solver.check == "raise":
         finite(op, alpha, f_syn=problem.f_syn, y_syn=problem.y_syn)
-    root = None
+    root, weighted = None, weights is not None
+    rows = _kept(rows[0], weighted), _kept(rows[1], weighted)
     if weights is not None:
-        rows = _kept(rows[0], True), _kept(rows[1], True)
         root = fold(weights.to(kept.alpha.dtype), batch, 1).sqrt()[..., None]
     none = problem.f_syn.new_empty(0)
     return KRRFit(

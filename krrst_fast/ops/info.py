@@ -11,7 +11,8 @@ class SolveInfo:
     """A record of how a call was computed; `...` are the leading dimensions of the call.
 
     Attributes:
-        form: Closed form, "k" | "w" | "primal"; "gram" where the Gram was given.
+        form: Closed form, "k" | "w" | "primal"; "gram" where the Gram was given or is that of a
+            non-linear kernel.
         backend: Implementation: "cpp", "triton" or "torch"; "tuned" for a mixture of the last two.
         ridge: The number that was added to the diagonal [...].
         retries: How often the ridge was multiplied by 10 after a failed factorisation [...] int64.

@@ -1,5 +1,6 @@
 """`Kernel`: which function of two rows the Gram matrices hold."""
 
+import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.ops.autograd import needs_composite
-from krrst_fast.ops.problem import Problem, check_ridge, fold, number
+from krrst_fast.ops.problem import Problem, check_ridge, fold, number, readable
 from krrst_fast.reference.kernels import OF_PRODUCTS
 
 KernelName = Literal["linear", "polynomial", "rbf", "cosine", "arccos"]
@@ -55,16 +56,22 @@ class Kernel:
                 need = "gamma must be None with"
                 raise ValueError(f"Kernel: {need} {self.name!r}, got {self.gamma!r}")
             check_ridge("Kernel", self.gamma, "gamma")
+            self._check_tensor()
         if isinstance(self.degree, bool) or not isinstance(self.degree, int):
             raise TypeError(f"Kernel: degree must be a whole number, got {self.degree!r}")
         if not 1 <= self.degree <= _MOST_DEGREE:
             raise ValueError(f"Kernel: degree must be from 1 to {_MOST_DEGREE}, got {self.degree}")
-        if not abs(number("Kernel", "coef0", self.coef0)) < float("inf"):
+        if not abs(number("Kernel", "coef0", self.coef0)) <= sys.float_info.max:
             raise ValueError(f"Kernel: coef0 must be finite, got {self.coef0}")
+
+    def _check_tensor(self) -> None:
+        gamma = self.gamma
+        if isinstance(gamma, Tensor) and readable(gamma) and not gamma.isfinite().all():
+            raise ValueError(f"Kernel: gamma must be finite, got {gamma.detach().max().item():.3g}")
 
     @property
     def of_products(self) -> bool:
-        """Whether it is no linear kernel, of the rows or of rows of length 1."""
+        """Whether it is computed from inner products and norms, and is not a linear kernel."""
         return self.name in OF_PRODUCTS
 
 

@@ -1,7 +1,7 @@
-"""Fits with a kernel that is no linear one: they predict through the rows of the fit."""
+"""Fits with a non-linear kernel: they predict through the rows of the fit."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from krrst_fast.backends import choose
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.kernel import Kernel, Rows, gamma_of, mean_of, rows_of
 from krrst_fast.ops.kernel_gram import kernel_product
-from krrst_fast.ops.krr_of_kernel import check_form, fit_kernel, rounded
+from krrst_fast.ops.krr_of_kernel import check_form, fit_kernel, rounded, where_finite
 from krrst_fast.ops.problem import (
     Problem,
     batch_of,
@@ -75,6 +75,7 @@ class KernelRows:
         ]
         prediction = self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, -2))
         prediction = prediction + self.bias * alpha.sum(-2, keepdim=True)
+        prediction = where_finite(prediction, new, self.solver)
         if self.solver.check == "raise":
             finite(op, prediction, f=f, alpha=alpha)
         return restore(prediction, batch, result_dtype(f))
@@ -126,6 +127,8 @@ def kept_rows(
     batch: tuple[int, ...] = (),
 ) -> KernelRows:
     """Return what predicts, with copies of rows that the caller may change."""
+    if isinstance(kernel.gamma, Tensor):
+        kernel = replace(kernel, gamma=kernel.gamma.detach())
     given = rows.given.clone()
     x = given if mean is None else rows.x.detach()
     kept = Rows(x, given)

@@ -1,4 +1,4 @@
-"""Gram matrices of kernels that are no linear ones, and products with them.
+"""Gram matrices of non-linear kernels, and products with them.
 
 A matrix K_rs of two sets of rows is not kept: its product with the dual coefficients is computed
 block by block, forward and backward. Inner products that are no more numbers than the rows are kept

@@ -1,4 +1,4 @@
-"""Kernel ridge regression with kernels that are no linear ones."""
+"""Kernel ridge regression with non-linear kernels."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from krrst_fast.ops.problem import (
     finite,
     fold,
     raise_non_finite,
+    readable,
     restore,
     unfold,
 )
@@ -64,6 +65,7 @@ def krr_of_kernel(
         prediction = problem.scale * kernel_product(real, syn, alpha, gamma, kernel, backend)
         if problem.has_bias:
             prediction = prediction + problem.bias * alpha.sum(-2, keepdim=True)
+        prediction = where_finite(prediction, f_real, solver)
     value = prediction
     if y_real is not None:
         value = (prediction - y_real).square().mean((-2, -1))
@@ -71,6 +73,16 @@ def krr_of_kernel(
     if solver.check == "raise":
         finite(op, value, f_syn=f_syn, y_syn=y_syn, f_real=f_real, y_real=y_real)
     return value, info if return_info else None
+
+
+def where_finite(prediction: Tensor, f: Tensor, solver: Solver) -> Tensor:
+    """Return the predictions [N?, B, P], NaN for rows of f [N?, B, D] that are not finite.
+
+    Where nothing is read back, nothing else would say so: the kernel of an infinite distance is 0.
+    """
+    if solver.check == "raise" and readable(f):
+        return prediction
+    return prediction.masked_fill(~f.isfinite().all(-1, keepdim=True), torch.nan)
 
 
 def check_form(op: str, kernel: Kernel, solver: Solver) -> None:

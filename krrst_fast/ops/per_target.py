@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from krrst_fast.backends import choose
+from krrst_fast.errors import NonFiniteError
 from krrst_fast.ops.fit import KRRFit, krr_fit, predict_linear
 from krrst_fast.ops.path import least_squares
 from krrst_fast.ops.path_fit import PathFit
-from krrst_fast.ops.problem import check_matrices
-from krrst_fast.ops.ridge_solve import ridge_solve
+from krrst_fast.ops.problem import check_matrices, result_dtype
+from krrst_fast.ops.ridge_solve import solve_gram
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 
 
@@ -68,8 +70,9 @@ def fit_each_target(
     values, group = ridges.unique(return_inverse=True)
     kernel: dict[str, Any] = {"ridge_of": ridge_of, "scale": scale, "bias": bias}
     how: dict[str, Any] = {"intercept": intercept, "weights": weights, "solver": solver}
-    alpha, primal = torch.empty_like(y), y.new_empty(f.shape[-1], y.shape[-1])
-    constants, lam = y.new_empty(y.shape[-1]), y.new_empty(y.shape[-1])
+    p, like = y.shape[-1], y.new_empty(0, dtype=result_dtype(y))
+    alpha, primal = like.new_empty(y.shape), like.new_empty(f.shape[-1], p)
+    constants, lam = like.new_empty(p), like.new_empty(p)
     for i, value in enumerate(values.tolist()):
         columns = (group == i).nonzero()[:, 0]
         fit: KRRFit | PathFit
@@ -89,19 +92,50 @@ def fit_each_target(
     return TargetFit(alpha, primal, constants, lam, solver)
 
 
-def solve_each_target(gram: Tensor, y: Tensor, lam: Tensor) -> Tensor:
+def solve_each_target(
+    op: str, gram: Tensor, y: Tensor, lam: Tensor, least: Tensor, solver: Solver
+) -> tuple[Tensor, Tensor]:
     """Solve (gram + lam[p] I) x[:, p] = y[:, p] in float64; targets of one lam share a factor.
 
-    Of a lam of 0 the solution of minimum norm. gram [M, M], y [M, P], lam [P], all float64.
+    Args:
+        op: The name in errors.
+        gram, y: [M, M], [M, P], float64.
+        lam: What is added to the diagonal [P].
+        least: Where least squares of minimum norm are asked for instead [P].
+        solver: Its retries and checks.
+
+    Returns:
+        x [M, P], and what was added to the diagonal [P].
 
     Raises:
         NotPositiveDefiniteError: A ridge is too small for the Gram.
+        NonFiniteError: The Gram, and so a ridge, is not finite.
     """
-    out, least = torch.empty_like(y), lam == 0
+    out, added = torch.empty_like(y), torch.where(least, 0, lam)
+    if not (gram.isfinite().all() and added.isfinite().all()):
+        raise NonFiniteError(
+            f"{op}: the Gram holds NaN or infinity; bring the features nearer to 1"
+        )
     if least.any():
         inverse = torch.linalg.pinv(gram, hermitian=True, rtol=len(gram) * 2.0**-52)
         out[:, least] = inverse @ y[:, least]
-    for value in lam[~least].unique():
-        columns = lam == value
-        out[:, columns] = ridge_solve(gram, y[:, columns], ridge=value, ridge_of="absolute")
-    return out
+    how = Solver(max_retries=solver.max_retries, check=solver.check)
+    backend = choose("auto", gram, op)
+    for value in added[~least].unique():
+        columns = (added == value) & ~least
+        names = "X", "y"
+        found = solve_gram(op, gram, y[:, columns], value, backend, how, names)
+        out[:, columns], added[columns] = found[0], found[2]
+    return out, added
+
+
+def ridges_added(
+    ridge: float | Tensor, ridge_of: str, trace: Tensor, rows: Tensor | float, targets: int
+) -> tuple[Tensor, Tensor]:
+    """Return what ridges [] or [P] add to the diagonal of a Gram [P], and where they are 0 [P].
+
+    rows: The number of rows, or the sum of their weights.
+    """
+    given = torch.as_tensor(ridge, dtype=torch.float64, device=trace.device).expand(targets)
+    base = {"trace": trace, "mean_diagonal": trace / rows}.get(ridge_of, torch.ones_like(trace))
+    return given * base, given == 0
