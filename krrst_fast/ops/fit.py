@@ -1,13 +1,18 @@
 """Kernel ridge regression as a value: fit once, predict many times."""
 
 import math
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from krrst_fast.backends import Backend, choose
 from krrst_fast.errors import NonFiniteError
+from krrst_fast.ops.arrays import check_array, predict_blocks
 from krrst_fast.ops.autograd import product
 from krrst_fast.ops.centring import Means, centred, check_intercept
 from krrst_fast.ops.closed_forms import fit_dual, fit_primal, primal_readout
@@ -33,6 +38,8 @@ from krrst_fast.planner import cheapest
 from krrst_fast.precision import exact_arithmetic
 from krrst_fast.reference import round_features
 
+_GONE = "the rows of arrays and chunks in primal form (M > D) are not kept"
+
 
 @dataclass(frozen=True, eq=False)
 class KRRFit:
@@ -57,9 +64,12 @@ class KRRFit:
 
         In primal form (M > D) they come from the residual, (Y_s - F_s W) / lam, and are as exact as
         that difference is.
+
+        Raises:
+            AttributeError: The fit is the primal form of arrays or chunks, and keeps no rows.
         """
         if self._alpha is None:
-            raise AttributeError("KRRFit.alpha: the rows were read once, in chunks, and are gone")
+            raise AttributeError(f"KRRFit.alpha: {_GONE}")
         return self._alpha
 
     @property
@@ -69,11 +79,11 @@ class KRRFit:
             raise AttributeError("KRRFit.weights: only the linear kernel has them")
         return self._weights
 
-    def predict(self, f: Tensor) -> Tensor:
+    def predict(self, f: Tensor | np.ndarray) -> Tensor:
         """Predict [..., B, P] at features f [..., B, D].
 
         Differentiable in f, not in what was fitted: for gradients to the fitted features and
-        targets use `krr_predict`.
+        targets use `krr_predict`. An array f [B, D] is read in blocks of rows, and gives a tensor.
 
         Raises:
             ValueError: The shape or the device of f does not match the fit.
@@ -81,6 +91,9 @@ class KRRFit:
             NonFiniteError: F, on the CPU, holds NaN or infinity.
         """
         op, fitted = "KRRFit.predict", self._fitted
+        if isinstance(f, np.ndarray):
+            check_array(op, "f", f)
+            return predict_blocks(op, "f", f, self.predict, self.weights)
         check_matrices(op, ("weights", "f"), (self.weights, f))
         return predict_linear(op, f, *fitted.linear, fitted.solver)
 
@@ -98,8 +111,13 @@ class KRRFit:
         where the ridge follows the trace, a fit without a row would have another one. A weighted
         row is left out with its whole weight. Infinite where, to float64 rounding, no other row
         determines the prediction for a row, and the ridge is below that.
+
+        Raises:
+            AttributeError: The fit is the primal form of arrays or chunks, and keeps no rows.
         """
-        fitted, batch = self._fitted, self._fitted.batch
+        fitted, batch, alpha = self._fitted, self._fitted.batch, self._fitted.alpha
+        if alpha is None:
+            raise AttributeError(f"KRRFit.loo_residuals: {_GONE}")
         factor = fold(self.info.factor, batch, 2)
         with exact_arithmetic(fitted.problem.f_syn):
             diagonal = _inverse_diagonal(fitted.problem, self.info, factor, batch)
@@ -110,7 +128,7 @@ class KRRFit:
             rounding = factor.shape[-1] * torch.finfo(diagonal.dtype).eps
             diagonal = torch.where(free > rounding, free / lam, 0)
         diagonal = diagonal[..., None]
-        left_out = fold(fitted.alpha, batch, 2).to(diagonal.dtype)
+        left_out = fold(alpha, batch, 2).to(diagonal.dtype)
         if fitted.root is not None:
             left_out = left_out / fitted.root
         left_out = (left_out / diagonal).masked_fill(diagonal == 0, math.inf)
@@ -127,8 +145,9 @@ class _Fitted:
     """The private part of a `KRRFit`.
 
     Attributes:
-        rows: F_s [..., M, D] and Y_s [..., M, P] as they were given.
-        alpha: Dual coefficients in the precision of the computation [..., M, P].
+        rows: F_s [..., M, D] and Y_s [..., M, P] as they were given, if there are weights.
+        alpha: Dual coefficients in the precision of the computation [..., M, P]. None, and a
+            problem without rows, for the primal form of arrays or chunks.
         linear: Weights and intercept likewise.
         problem: The problem as it was computed [N?].
         root: Square roots of the row weights [N?, M, 1], if there are weights.
@@ -136,8 +155,8 @@ class _Fitted:
         batch: The leading dimensions of the caller.
     """
 
-    rows: tuple[Tensor, Tensor]
-    alpha: Tensor
+    rows: tuple[Tensor | np.ndarray, Tensor]
+    alpha: Tensor | None
     linear: tuple[Tensor, Tensor]
     problem: Problem
     solver: Solver
@@ -193,23 +212,30 @@ def predict_linear(
 
 @torch.no_grad()
 def krr_fit(
-    f_syn: Tensor,
-    y_syn: Tensor,
+    f_syn: Tensor | Iterable[Any],
+    y_syn: Tensor | np.ndarray | None = None,
     *,
     ridge: float | Tensor = 1e-6,
     ridge_of: RidgeOf = "trace",
     scale: float = 1.0,
     bias: float = 0.0,
     intercept: bool = False,
-    weights: Tensor | None = None,
+    weights: Tensor | np.ndarray | None = None,
     solver: Solver = DEFAULT,
 ) -> KRRFit:
     """Fit kernel ridge regression and keep the factor. No gradients are recorded.
 
+    Rows that do not fit in memory can be NumPy arrays, as `np.memmap` and `np.load(mmap_mode="r")`
+    make them, or come in chunks. Nothing of their size M x D is made: in memory are a Gram and
+    blocks of rows or columns. Where M > D that is the D x D Gram in float64, and the fit has no
+    `alpha` and no `loo_residuals`. Chunks are kept until there are more rows than columns.
+
     Args:
         f_syn: Features [..., M, D], float32, float64, or half precision (computed in float32).
-            Leading dimensions are a batch of problems; they broadcast.
-        y_syn: Targets [..., M, P].
+            Leading dimensions are a batch of problems; they broadcast. Or an array [M, D], which
+            gives tensors on the CPU. Or an iterable of chunks (F, Y) or (F, Y, weights), of tensors
+            or arrays [m, D], [m, P], [m], which is read once; rows without weights have weight 1.
+        y_syn: Targets [..., M, P], for an array an array; None for chunks.
         ridge: Positive number, or a tensor [...].
         ridge_of: What the ridge multiplies to give lam: the "trace" of K_ss, its "mean_diagonal",
             or 1 ("absolute").
@@ -217,13 +243,21 @@ def krr_fit(
         bias: Non-negative constant that is added to every kernel value.
         intercept: Fit a constant for each target, which the ridge does not penalise: features and
             targets are centred, the trace too is that of the centred Gram, and bias must be 0.
-        weights: Weights of the rows of F_s [..., M], as in `krrst_fast.krr_mse`.
-        solver: How the system is solved; the backend "reference" is refused.
+        weights: Weights of the rows of F_s [..., M], as in `krrst_fast.krr_mse`; None for chunks.
+        solver: How the system is solved; the backend "reference" is refused, for arrays and chunks
+            also precision="fast", and for chunks the forms "k" and "w".
 
     Raises:
         The errors of `krrst_fast.krr_mse`.
     """
     op = "krr_fit"
+    if not isinstance(f_syn, Tensor):
+        from krrst_fast.ops.stream import fit_stream  # which needs what is defined above
+
+        kernel: dict[str, Any] = {"ridge": ridge, "ridge_of": ridge_of, "scale": scale}
+        kernel |= {"bias": bias, "intercept": intercept, "weights": weights}
+        return fit_stream(op, f_syn, y_syn, **kernel, solver=solver)
+    y_syn, weights = typing.cast(Tensor, y_syn), typing.cast(Tensor | None, weights)
     check_not_mapped(op, f_syn, y_syn)
     problem, batch, dtype = prepare(
         op, solver, (f_syn, y_syn), ridge, ridge_of, True, scale, bias, weights

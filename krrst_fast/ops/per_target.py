@@ -16,13 +16,13 @@ class TargetFit:
     """Fits of P targets on the same rows, each with its ridge.
 
     Attributes:
-        alpha: Dual coefficients [M, P].
+        alpha: Dual coefficients [M, P]; None where the rows are not kept.
         weights: Primal coefficients [D, P].
         intercept: [P].
         ridge: The numbers added to the diagonal [P].
     """
 
-    alpha: Tensor
+    alpha: Tensor | None
     weights: Tensor
     intercept: Tensor
     ridge: Tensor
