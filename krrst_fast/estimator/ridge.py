@@ -18,10 +18,15 @@ from krrst_fast.estimator.base import (
     as_tensor,
     floats,
     is_sparse,
+    r2,
+    refuse_sparse,
+    row_weights,
     show_parameters,
     validated,
 )
+from krrst_fast.estimator.partial import PartialRows, fit_mapped, targets_of
 from krrst_fast.estimator.sparse import fit_sparse
+from krrst_fast.ops.arrays import is_mapped, predict_blocks
 from krrst_fast.ops.fit import KRRFit, krr_fit
 from krrst_fast.ops.path import least_squares
 from krrst_fast.ops.path_fit import PathFit
@@ -93,7 +98,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Args:
             X: Features [M, D], an array, a tensor or a sparse matrix of SciPy, which is solved in
-                float64 and not made dense.
+                float64 and not made dense. A memory-mapped array is read in blocks, float16 is
+                then computed in float32, and where M > D there is no `dual_coef_`.
             y: Targets [M] or [M, P], of the same kind as X.
             sample_weight: A number, or one for each row [M], zero or more: a whole number is
                 equivalent to that many copies of the row.
@@ -104,39 +110,87 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             NotPositiveDefiniteError: The ridge is too small for these rows.
         """
         op = "KernelRidge.fit"
-        f, targets = self._training_set(op, X, y)
+        f, targets = self._training_set(op, X, y, mapped=True)
         weights = row_weights(op, sample_weight, targets)
-        y_2d = targets if targets.ndim == 2 else targets[:, None]
+        self.__dict__.pop("_partial", None)
+        fit = self._fit(op, f, _matrix(targets), weights)
+        return self._store(fit, targets, isinstance(X, Tensor))
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Fit to the rows of X and to those of all calls before, since the last `fit`.
+
+        The rows are kept until they are more than the features; from then on only sums over them
+        are, in float64, [D, D] and [D, P], and there is no `dual_coef_`. A ridge, or what it is
+        relative to, may change between calls; `intercept` may not. Rows of a `fit` are not kept.
+
+        Args:
+            X: Features [m, D], an array or a tensor, of the same kind and dtype in all calls.
+            y: Targets [m] or [m, P], of the same kind as X.
+            sample_weight: As for `fit`.
+
+        Raises:
+            ValueError: A shape or a value of X, y, sample_weight or a parameter does not fit.
+            TypeError: One of them has another type or dtype, or X is sparse.
+            NotPositiveDefiniteError: The ridge is too small for these rows, which count as added.
+        """
+        op = "KernelRidge.partial_fit"
+        refuse_sparse(op, X)
+        known: PartialRows | None = self.__dict__.get("_partial")
+        f, targets = self._training_set(op, X, y, mapped=True, reset=known is None)
+        rows = f, targets, row_weights(op, sample_weight, targets)
+        ridge, kernel, solver = self._settings(op, _matrix(targets))
+        if known is None:
+            known = PartialRows(op, X, rows, self.intercept, solver)
+        known.add(op, X, rows, ridge, solver, **kernel)
+        self._partial = known
+        kept = known.kept()
+        if kept is None:
+            fit: Fit = known.fit(op, ridge, solver, **kernel)
+        else:
+            fit = self._fit(op, *kept)
+        return self._store(fit, targets, isinstance(X, Tensor))
+
+    def _settings(self, op: str, y: Tensor) -> tuple[Any, dict[str, Any], Solver]:
+        """Return the ridge, a number or a tensor [P] for y [M, P], the kernel and the solver."""
         # A search over a grid of NumPy passes NumPy's numbers.
         ridge, scale, bias = map(_python, (self.ridge, self.scale, self.bias))
-        ridge = _ridges(op, ridge, y_2d)
-        none = not isinstance(ridge, Tensor | bool) and ridge == 0
-        check_kernel(op, 1.0 if none else ridge, self.ridge_of, True, scale, bias)
+        ridge = _ridges(op, ridge, y)
+        check_kernel(op, 1.0 if _is_none(ridge) else ridge, self.ridge_of, True, scale, bias)
         kernel: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
         kernel["intercept"] = self.intercept
-        solver = DEFAULT if self.solver is None else self.solver
-        fit: Fit
+        return ridge, kernel, DEFAULT if self.solver is None else self.solver
+
+    def _fit(self, op: str, f: Any, y: Tensor, weights: Tensor | None) -> Fit:
+        """Fit y [M, P] on f [M, D]: a tensor, a memory-mapped array, or sparse in CSR."""
+        ridge, kernel, solver = self._settings(op, y)
         try:
+            if isinstance(f, np.ndarray):
+                return fit_mapped(op, (f, y, weights), ridge, solver=solver, **kernel)
             if not isinstance(f, Tensor):
-                fit = fit_sparse(op, f, y_2d, ridge, weights=weights, **kernel)
-            elif none:
+                return fit_sparse(op, f, y, ridge, weights=weights, **kernel)
+            if _is_none(ridge):
                 del kernel["ridge_of"]
-                fit = least_squares(op, f, y_2d, weights=weights, **kernel)
-            elif isinstance(ridge, Tensor):
-                fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **kernel)
-            else:
-                fit = krr_fit(f, y_2d, ridge=ridge, weights=weights, solver=solver, **kernel)
+                return least_squares(op, f, y, weights=weights, **kernel)
+            if isinstance(ridge, Tensor):
+                return fit_each_target(f, y, ridge, weights=weights, solver=solver, **kernel)
+            return krr_fit(f, y, ridge=ridge, weights=weights, solver=solver, **kernel)
         except NonFiniteError:
-            raise_non_finite(op, X=f if isinstance(f, Tensor) else None, y=y_2d)
+            if isinstance(f, np.ndarray):
+                raise
+            raise_non_finite(op, X=f if isinstance(f, Tensor) else None, y=y)
+
+    def _store(self, fit: Fit, targets: Tensor, tensors: bool) -> Self:
+        """Keep a fit of targets [M] or [M, P], and its coefficients as they were given."""
         # Where `precision` is not that of X, they are rounded to it.
-        dtype = result_dtype(y_2d)
-        alpha, coef, intercept = (x.to(dtype) for x in (fit.alpha, fit.weights.mT, fit.intercept))
-        if targets.ndim == 1:
-            alpha, coef, intercept = alpha[:, 0], coef[0], intercept[0]
-        as_given = (lambda x: x) if isinstance(X, Tensor) else as_array
-        self.dual_coef_, self.coef_, self.intercept_ = map(as_given, (alpha, coef, intercept))
+        dtype, first = result_dtype(targets), 0 if targets.ndim == 1 else slice(None)
+        alpha = getattr(fit, "alpha", None)  # not where rows are not kept
+        found = {"coef_": fit.weights.mT[first], "intercept_": fit.intercept[first]}
+        found |= {} if alpha is None else {"dual_coef_": alpha[:, first]}
+        self.__dict__.pop("dual_coef_", None)
+        for name, x in found.items():
+            setattr(self, name, x.to(dtype) if tensors else as_array(x.to(dtype)))
         self.fit_: Fit = fit
-        self._dtype, self._working = dtype, fit.alpha.dtype
+        self._dtype, self._working = dtype, fit.intercept.dtype
         return self
 
     def predict(self, X: Any) -> Any:
@@ -158,22 +212,27 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise ValueError(
                     f"{op}: X must be [B, {self.n_features_in_}], got shape {tuple(X.shape)}"
                 )
-            if result_dtype(X) != self._dtype or X.device != fit.alpha.device:
+            device = fit.intercept.device
+            if result_dtype(X) != self._dtype or X.device != device:
                 raise TypeError(
-                    f"{op}: X must be {self._dtype} on {fit.alpha.device} like the fit, "
+                    f"{op}: X must be {self._dtype} on {device} like the fit, "
                     f"got {X.dtype} on {X.device}"
                 )
             f = X.to(self._working)
         else:
-            rows = validated(self, X, None, reset=False)[0]
+            rows = validated(self, X, None, reset=False, mapped=True)[0]
             if is_sparse(rows):
                 return self._predict_sparse(rows)
-            f = as_tensor(rows).to(fit.alpha.device, self._working)
+            if is_mapped(rows):
+                like, working = fit.intercept, self._working
+                found = predict_blocks(op, "X", rows, fit.predict, like, working).to(self._dtype)
+                return (found if self.intercept_.ndim else found[:, 0]).cpu().numpy()
+            f = as_tensor(rows).to(fit.intercept.device, self._working)
         try:
             prediction = fit.predict(f).to(self._dtype)
         except NonFiniteError:
             raise_non_finite(op, X=f)
-        if self.dual_coef_.ndim == 1:
+        if self.intercept_.ndim == 0:
             prediction = prediction[:, 0]
         return prediction if isinstance(X, Tensor) else prediction.cpu().numpy()
 
@@ -201,20 +260,24 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             warnings.warn(f"{op}: R^2 is not defined for fewer than two rows", stacklevel=2)
             return float("nan")
         weights = row_weights(op, sample_weight, exact)
-        return _r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
+        return r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
 
     def _predict_sparse(self, rows: Any) -> np.ndarray:
         """Predict at rows [B, D] in CSR."""
         fit = self.fit_
         weights, constant = (x.cpu().double().numpy() for x in (fit.weights, fit.intercept))
-        found = rows @ (weights[:, 0] if self.dual_coef_.ndim == 1 else weights)
-        found = found + (constant[0] if self.dual_coef_.ndim == 1 else constant)
+        first = slice(None) if self.intercept_.ndim else 0
+        found = rows @ weights[:, first] + constant[first]
         return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
 
-    def _training_set(self, op: str, X: Any, y: Any) -> tuple[Any, Tensor]:
+    def _training_set(
+        self, op: str, X: Any, y: Any, *, mapped: bool = False, reset: bool = True
+    ) -> tuple[Any, Tensor]:
         """Return X [M, D], y [M] or [M, P] as tensors of one dtype, a sparse X in CSR.
 
-        The estimator remembers the features.
+        The estimator remembers the features, or if `reset` is False compares them.
+
+        mapped: A memory-mapped X is returned as it is, and not read.
         """
         if isinstance(X, Tensor):
             _tensors(op, X=X, y=y)
@@ -223,14 +286,21 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                     f"{op}: X and y must have the same number of rows, one or more, "
                     f"got shapes {tuple(X.shape)} and {tuple(y.shape)}"
                 )
-            self.n_features_in_ = X.shape[1]
-            self.__dict__.pop("feature_names_in_", None)
+            if reset:
+                self.n_features_in_ = X.shape[1]
+                self.__dict__.pop("feature_names_in_", None)
+            elif X.shape[1] != self.n_features_in_:
+                need = f"X must be [m, {self.n_features_in_}]"
+                raise ValueError(f"{op}: {need}, got shape {tuple(X.shape)}")
             return X.detach(), y.detach()
         if isinstance(y, Tensor):
             raise TypeError(f"{op}: X and y must both be tensors or both arrays, got y a tensor")
-        X, y = validated(self, X, y, reset=True)
-        targets = as_tensor(y.astype(X.dtype, copy=False))
-        return (X if is_sparse(X) else as_tensor(X)), targets
+        if y is None and not reset:
+            raise ValueError(f"{op}: y must be an array, got None")
+        X, y = validated(self, X, y, reset=reset, mapped=mapped)
+        targets = as_tensor(targets_of(X, y))
+        stays = is_sparse(X) or mapped and is_mapped(X)
+        return (X if stays else as_tensor(X)), targets
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that sparse rows are welcome."""
@@ -258,6 +328,16 @@ def _tensors(op: str, **tensors: Any) -> None:
     check_matrices(op, list(tensors), columns)
 
 
+def _matrix(y: Tensor) -> Tensor:
+    """Return targets [M] or [M, P] as a matrix."""
+    return y if y.ndim == 2 else y[:, None]
+
+
+def _is_none(ridge: Any) -> bool:
+    """Return whether a ridge is the number 0."""
+    return not isinstance(ridge, Tensor | bool) and ridge == 0
+
+
 def _python(value: Any) -> Any:
     """Return a NumPy scalar as a Python one."""
     return value.item() if isinstance(value, np.generic) else value
@@ -276,35 +356,3 @@ def _ridges(op: str, ridge: Any, y: Tensor) -> Any:
             f"got shape {tuple(values.shape)}"
         )
     return values
-
-
-def row_weights(op: str, sample_weight: Any, f: Tensor) -> Tensor | None:
-    """Return one weight for each row of f [M, D], zero or more and not all zero, or None."""
-    if sample_weight is None:
-        return None
-    weights = sample_weight
-    if not isinstance(weights, Tensor):
-        weights = torch.from_numpy(np.array(weights, dtype=np.float64)).to(f.device)
-    if weights.ndim == 0:
-        weights = weights.expand(len(f))
-    if weights.shape != f.shape[:1] or weights.device != f.device:
-        raise ValueError(
-            f"{op}: sample_weight must be a number or [{len(f)}] on {f.device}, "
-            f"got shape {tuple(weights.shape)} on {weights.device}"
-        )
-    weights = weights.detach().to(torch.float64 if f.dtype == torch.float64 else torch.float32)
-    if not weights.isfinite().all():
-        raise NonFiniteError(f"{op}: sample_weight holds NaN or infinity")
-    if (weights < 0).any() or not weights.any():
-        raise ValueError(f"{op}: no sample_weight may be negative, and not all may be zero")
-    return weights
-
-
-def _r2(predicted: Tensor, exact: Tensor, weights: Tensor) -> float:
-    """Compute the weighted R^2 of [B, P] float64 predictions, the mean over P."""
-    w = weights[:, None]
-    residual = (w * (exact - predicted).square()).sum(0)  # [P]
-    mean = (w * exact).sum(0) / w.sum()
-    total = (w * (exact - mean).square()).sum(0)
-    scores = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
-    return scores.mean().item()
