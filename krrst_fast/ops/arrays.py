@@ -53,10 +53,8 @@ def read_rows(x: Tensor | np.ndarray, first: int, last: int) -> Tensor:
     """Return rows first to last - 1 of x [M, D]: of an array a copy, whose pages are dropped."""
     if isinstance(x, Tensor):
         return x[first:last].detach()
-    rows = x[first:last]
-    block = torch.from_numpy(np.array(rows, dtype=rows.dtype.newbyteorder("="), order="C"))
-    drop_pages(rows)
-    return block
+    block = torch.empty((max(0, min(last, len(x)) - first), *x.shape[1:]), dtype=torch_dtype(x))
+    return _copied(x[first:last], block)
 
 
 def row_blocks(
@@ -72,14 +70,18 @@ def row_blocks(
 def read_columns(x: np.ndarray, first: int, out: Tensor) -> Tensor:
     """Copy the columns of x [M, D] from the first on into out [M, columns], on the CPU.
 
-    Row after row: at no time are more pages resident than those of a few rows.
+    At no time are more pages resident than those of a few rows.
     """
-    last, target = first + out.shape[1], out.numpy()
-    many = max(1, _SPAN // max(x.shape[1] * x.itemsize, 1))
+    return _copied(x[:, first : first + out.shape[1]], out)
+
+
+def _copied(x: np.ndarray, out: Tensor) -> Tensor:
+    """Copy x [M, .] into out, and drop its pages every few rows."""
+    target, stride = out.numpy(), abs(x.strides[0]) if len(x) else 0
+    many = max(1, _SPAN // max(stride, 1))
     for row in range(0, len(x), many):
-        part = x[row : row + many, first:last]
-        target[row : row + many] = part
-        drop_pages(part)
+        target[row : row + many] = x[row : row + many]
+        drop_pages(x[row : row + many])
     return out
 
 
@@ -121,6 +123,7 @@ def predict_blocks(
                 return part
             out = part.new_empty((*part.shape[:-2], len(x), part.shape[-1]))
         out[..., first:last, :] = part
+        del rows  # before the next ones are read
     if out is None:
         return predict(torch.empty(x.shape, dtype=dtype or torch_dtype(x), device=like.device))
     return out

@@ -89,7 +89,7 @@ def fit_columns(
     targets = targets if root is None else (targets * root).to(y.dtype)
     lam = kernel.lam(gram.diagonal().sum(dtype=torch.float64), total)
     factor = None
-    if lam.ndim or isinstance(kernel.ridge, float) and kernel.ridge == 0:
+    if not kernel.is_plain:
         solved = solve_targets(op, gram, targets, lam)
     else:
         factor, solved = solve_in_place(backend, solver, gram, lam.to(gram.dtype), targets.clone())
@@ -157,6 +157,7 @@ def _weights(f: np.ndarray, solved: Tensor, root: Tensor | None, mean: Tensor | 
         block = block.to(solved.dtype)
         _as_solved_(block, None if root is None else root[first:last], mean)
         out.addmm_(block.mT, solved[first:last])
+        del block  # before the next one is read
     return out
 
 

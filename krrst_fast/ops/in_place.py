@@ -134,14 +134,20 @@ def _cholesky_(gram: Tensor) -> int:
 
 
 def _solve_(factor: Tensor, y: Tensor) -> Tensor:
-    """Solve (factor factor^T) x = y [N, P], x in the memory of y."""
+    """Solve (factor factor^T) x = y [N, P], x in the memory of y.
+
+    In float64, block by block: sums of so many products lose more in float32 than the factor lost.
+    """
     blocks = list(_blocks(len(factor)))
-    for first, last in blocks:
-        diagonal, below = factor[first:last, first:last], factor[last:, first:last]
-        y[first:last] = torch.linalg.solve_triangular(diagonal, y[first:last], upper=False)
-        y[last:].addmm_(below, y[first:last], alpha=-1)
-    for first, last in reversed(blocks):
-        diagonal, below = factor[first:last, first:last], factor[last:, first:last]
-        y[first:last].addmm_(below.mT, y[last:], alpha=-1)
-        y[first:last] = torch.linalg.solve_triangular(diagonal.mT, y[first:last], upper=True)
+    for start, end in _blocks(y.shape[1]):
+        x = y[:, start:end].double()
+        for first, last in blocks:
+            diagonal = factor[first:last, first:last].double()
+            x[first:last] = torch.linalg.solve_triangular(diagonal, x[first:last], upper=False)
+            x[last:].addmm_(factor[last:, first:last].double(), x[first:last], alpha=-1)
+        for first, last in reversed(blocks):
+            diagonal = factor[first:last, first:last].double()
+            x[first:last].addmm_(factor[last:, first:last].double().mT, x[last:], alpha=-1)
+            x[first:last] = torch.linalg.solve_triangular(diagonal.mT, x[first:last], upper=True)
+        y[:, start:end] = x
     return y

@@ -36,6 +36,11 @@ class Kernel(NamedTuple):
     scale: float
     bias: float
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is one ridge for all targets, and it is not 0."""
+        return self.ridge.ndim == 0 if isinstance(self.ridge, Tensor) else self.ridge != 0
+
     def lam(self, trace: Tensor, total: float) -> Tensor:
         """Return what is added to the diagonal, [] or [P], for rows of this total weight."""
         base = {"trace": trace, "mean_diagonal": trace / total}.get(
@@ -104,6 +109,7 @@ class RowSums:
                 for name, x in zip(names, (block, targets)):
                     check_finite_rows(op, name, x, first)
             self._add(block, targets, None if weights is None else weights[first:last], kernel)
+            del block  # before the next one is read
 
     @property
     def kept(self) -> Rows | None:
@@ -173,14 +179,20 @@ class RowSums:
 
     def _add(self, f: Tensor, y: Tensor, weights: Tensor | None, kernel: Kernel) -> None:
         """Add a block of rows."""
-        f, y = (x.to(self.dtype).double() for x in (f, y))
         of_rows = _of_rows(f, weights)
         total = of_rows.sum().item()
         if total == 0:
             return
-        x, z = (
-            self._centred(f, y, of_rows, total) if self.centred else self._bordered(f, y, of_rows)
-        )
+        # The last row and the last column are for what is known of all rows of the block.
+        x, z = (self._exact(part, 1, more) for part, more in ((f, 1), (y, 0)))
+        if self.centred:
+            self._centre_(x, z, of_rows, total)
+        else:
+            x, z, root = x[:-1], z[:-1], of_rows.sqrt()[:, None]
+            x[:, -1] = 1
+            if weights is not None:
+                x.mul_(root)
+                z.mul_(root)
         self.total += total
         self._measure(x[:, :-1])
         if self._gram is None or self._right is None:
@@ -195,30 +207,28 @@ class RowSums:
             add_gram_(self._gram, x.mT)
             self._right.addmm_(x.mT, z)
 
-    def _bordered(self, f: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weighted rows [C, D + 1] and targets [C, P], with the feature that is 1."""
-        root = weights.sqrt()[:, None]
-        return torch.cat((f * root, root), 1), y * root
+    def _exact(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Return x [C, .] in float64, with room for more rows and columns."""
+        out = x.new_empty(len(x) + rows, x.shape[1] + columns, dtype=torch.float64)
+        out[: len(x), : x.shape[1]] = x.to(self.dtype)
+        return out
 
-    def _centred(
-        self, f: Tensor, y: Tensor, weights: Tensor, total: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the same less the means of the block, and the distance of the means as a row."""
-        root, parts, means = weights.sqrt()[:, None], [], []
+    def _centre_(self, x: Tensor, z: Tensor, weights: Tensor, total: float) -> None:
+        """Subtract the means of the block and weigh; the last row is the distance of the means."""
+        root, means = weights.sqrt()[:, None], []
         known, both = self.total, self.total + total
-        f = torch.cat((f, f.new_zeros(len(f), 1)), 1)
-        for i, x in enumerate((f, y)):
-            mean = (weights / total) @ x
+        x[:, -1] = 0
+        for i, rows in enumerate((x, z)):
+            mean = (weights / total) @ rows[:-1]
+            rows[:-1].sub_(mean).mul_(root)
             before = mean if self._mean is None else self._mean[i]
-            between = (known / both * total) ** 0.5 * (mean - before)
-            parts.append(torch.cat(((x - mean) * root, between[None])))
+            rows[-1] = (known / both * total) ** 0.5 * (mean - before)
             means.append(before + (mean - before) * (total / both))
         self._mean = means[0], means[1]
-        return parts[0], parts[1]
 
     def _measure(self, x: Tensor) -> None:
         """Count rows [C, D] by the size of their squared norms."""
-        squares = x.square().sum(-1)
+        squares = torch.linalg.vector_norm(x, dim=-1).square()
         self.trace += squares.sum().item()
         squares = squares[(squares > 0) & squares.isfinite()].cpu()
         exponents = torch.frexp(squares).exponent.long() + _EXPONENTS

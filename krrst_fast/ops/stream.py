@@ -169,19 +169,20 @@ def fit_sums(
     d = gram.shape[1] - (kernel.bias > 0)
     trace = gram.square().sum() if rooted else gram.diagonal().sum()
     lam, factor = kernel.lam(trace, sums.total), None
-    if lam.ndim or not isinstance(kernel.ridge, Tensor) and kernel.ridge == 0:
+    if not kernel.is_plain:
         solved = solve_targets(op, gram, right, lam, rooted)
     elif rooted:
         factor, solved = _solve_rooted(gram, right, lam)
     else:
         factor, solved = solve_in_place(backend, solver, gram, lam, right)
-    weights, constants = solved[:d], torch.zeros_like(solved[0]) if d else right.sum(0)
+    weights, constants = solved[:d].to(sums.dtype), torch.zeros_like(solved[:1].sum(0))
     if sums.centred:
         mean_f, mean_y = sums.mean()
-        constants = mean_y - mean_f @ weights
+        # Of the rounded weights, so that it makes up for their rounding at the mean.
+        constants = mean_y - mean_f @ weights.double()
     elif kernel.bias:
         constants = (kernel.bias / kernel.scale) ** 0.5 * solved[d]
-    linear = weights.to(sums.dtype), constants.to(sums.dtype)
+    linear = weights, constants.to(sums.dtype)
     primal, constants = (x.to(result) for x in linear)
     if solver.check == "raise":
         finite(op, primal, fit=primal)
