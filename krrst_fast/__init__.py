@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from krrst_fast.estimator.ridge import KernelRidge
     from krrst_fast.estimator.ridge_cv import KernelRidgeCV
     from krrst_fast.head import RidgeHead
-    from krrst_fast.ops.fit import KRRFit, krr_fit
+    from krrst_fast.ops.fit import krr_fit
+    from krrst_fast.ops.fitted import KRRFit
     from krrst_fast.ops.from_gram import krr_predict_from_gram
     from krrst_fast.ops.gram import gram
     from krrst_fast.ops.info import SolveInfo
@@ -64,7 +65,8 @@ _HOMES = {
     "krrst_fast.estimator.ridge": ("KernelRidge",),
     "krrst_fast.estimator.ridge_cv": ("KernelRidgeCV",),
     "krrst_fast.head": ("RidgeHead",),
-    "krrst_fast.ops.fit": ("KRRFit", "krr_fit"),
+    "krrst_fast.ops.fit": ("krr_fit",),
+    "krrst_fast.ops.fitted": ("KRRFit",),
     "krrst_fast.ops.gram": ("gram",),
     "krrst_fast.ops.from_gram": ("krr_predict_from_gram",),
     "krrst_fast.ops.info": ("SolveInfo",),

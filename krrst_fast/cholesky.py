@@ -148,7 +148,7 @@ def _factor_one(k: Tensor, lam: Tensor, retries: int, method: Method) -> Factor:
             factor, pivot, inverse = _cholesky(k, ridge, method)
         value, failed = _read(lam, pivot)
         if attempt == 0 and not 0 < value < math.inf:
-            _require_ridge(lam, value, value, rows)
+            require_ridge(lam, value, value, rows)
         if failed == 0:
             count = torch.full((), attempt, device=k.device)
             if attempt:
@@ -156,7 +156,7 @@ def _factor_one(k: Tensor, lam: Tensor, retries: int, method: Method) -> Factor:
             return Factor(factor, ridge.clone(), count, pivot, inverse)
         if attempt < retries:
             ridge = ridge * RIDGE_FACTOR
-    raise _failure(k, lam, ridge, retries, int(failed), factor_dtype(k))
+    raise failure(k, lam, ridge, retries, int(failed), factor_dtype(k))
 
 
 def _read(*numbers: Tensor) -> list[float]:
@@ -189,7 +189,7 @@ def _factor_many(k: Tensor, lam: Tensor, retries: int, method: Method) -> Factor
     if len(k) == 0:
         return Factor(factor, ridge, count, pivot, inverse)
     least, total, failures = _read(lam.min(), lam.sum(), pivot.count_nonzero())
-    _require_ridge(lam, least, total, k.shape[-1])
+    require_ridge(lam, least, total, k.shape[-1])
     if failures == 0:
         return Factor(factor, ridge, count, pivot, inverse)
     for attempt in range(1, retries + 1):
@@ -204,7 +204,7 @@ def _factor_many(k: Tensor, lam: Tensor, retries: int, method: Method) -> Factor
     failed = pivot.nonzero().squeeze(1)
     if len(failed):
         i = int(failed[0])
-        raise _failure(k[i], lam[i], ridge[i], retries, int(pivot[i]), factor.dtype, i)
+        raise failure(k[i], lam[i], ridge[i], retries, int(pivot[i]), factor.dtype, i)
     log_raised(ridge, count)
     return Factor(factor, ridge, count, pivot, inverse)
 
@@ -264,7 +264,7 @@ def _cholesky(k: Tensor, ridge: Tensor, method: Method) -> tuple[Tensor, Tensor,
     return factor, pivot, triangular.inverses(factor) if method.inverse else None
 
 
-def _failure(
+def failure(
     k: Tensor,
     lam: Tensor,
     ridge: Tensor,
@@ -287,7 +287,7 @@ def _failure(
     )
 
 
-def _require_ridge(lam: Tensor, value: float, total: float, rows: int) -> None:
+def require_ridge(lam: Tensor, value: float, total: float, rows: int) -> None:
     """Raise if a ridge [N?], of which the smallest value and the sum were read, is not positive."""
     if not math.isfinite(total):
         raise NonFiniteError(f"ridge_factor: the ridge is {value}: it, or the trace, is not finite")

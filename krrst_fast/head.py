@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self  # torch brings it
 
 from krrst_fast.ops.centring import check_intercept
-from krrst_fast.ops.fit import krr_fit, predict_linear
+from krrst_fast.ops.fit import krr_fit
+from krrst_fast.ops.fitted import predict_linear
 from krrst_fast.ops.krr import krr_predict
 from krrst_fast.ops.problem import (
     check_kernel,

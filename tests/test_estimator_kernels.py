@@ -1,6 +1,7 @@
 """KernelRidge with every kernel, against scikit-learn where it has the kernel."""
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,3 +225,17 @@ def test_sparse_cosine_of_single_precision() -> None:
         dense = KernelRidge(kernel="cosine").fit(x * np.float32(size), y).predict(new)
         rows = KernelRidge(kernel="cosine").fit(sparse.csr_array(x * np.float32(size)), y)
         np.testing.assert_allclose(rows.predict(sparse.csr_array(new)), dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "polynomial", "rbf", "cosine", "arccos"])
+@pytest.mark.parametrize("ridge", [0.3, 0.0, [0.3, 0.3, 0.3]])
+def test_rows_of_files(kernel: str, ridge: Any, tmp_path: Path) -> None:
+    x, y, new = data()
+    files = []
+    for name, rows in (("x", x), ("new", new)):
+        np.save(tmp_path / f"{name}.npy", rows)
+        files.append(np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    exact = KernelRidge(ridge, kernel=kernel).fit(x, y).predict(new)
+    model = KernelRidge(ridge, kernel=kernel).fit(files[0], y)
+    np.testing.assert_allclose(model.predict(files[1]), exact, rtol=1e-8, atol=1e-8)
+    assert hasattr(model, "partial_fit") == (kernel == "linear")

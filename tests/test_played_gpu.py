@@ -107,6 +107,23 @@ def test_fits_and_paths_mix_no_devices(on: Gpu) -> None:
     assert_equal(found.predict(f_real).cpu(), path.predict(f_real.cpu()), 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(17, 9, 13, 3), (5, 9, 13, 3), (620, 530, 5, 2)])
+def test_chunks_stay_on_their_device(on: Gpu, shape: tuple[int, int, int, int]) -> None:
+    f_syn, y_syn, f_real, _ = placed(shape)
+    kernel = {"ridge": torch.tensor(1.0, device="cuda"), "ridge_of": "absolute"}
+    for options in ({"intercept": True}, {"bias": 1.0}):
+        if "bias" in options and shape[0] > shape[1]:  # the root of a Gram is kept
+            f_syn[0] *= 1e6
+        fit = krr_fit(zip(f_syn.split(4), y_syn.split(4)), **kernel, **options)
+        assert isinstance(fit.weights, Played) and isinstance(fit.info.factor, Played)
+        pairs = zip(f_syn.cpu().split(4), y_syn.cpu().split(4))
+        cpu = krr_fit(pairs, ridge=1.0, ridge_of="absolute", **options)
+        assert_equal(fit.predict(f_real).cpu(), cpu.predict(f_real.cpu()), 1e-4)
+        assert_equal(fit.predict(f_real.cpu().numpy()).cpu(), fit.predict(f_real).cpu(), 1e-6)
+    with pytest.raises(ValueError, match="chunk 1: F must be on cuda:0 like the first chunk, got"):
+        krr_fit([(f_syn, y_syn), (f_syn.cpu(), y_syn.cpu())])
+
+
 def test_views_have_the_bits_of_the_cpu_and_wait_for_nothing(on: Gpu) -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
     index, offset = torch.tensor([1, 0]), torch.tensor([[0, 3], [2, 1]])

@@ -1,5 +1,6 @@
 """What the estimators share with scikit-learn, where it is installed, and with NumPy."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import NonFiniteError
+from krrst_fast.ops.arrays import is_mapped
+
+# What is computed in float32 where it is not copied.
+_STREAMED = (np.float32, np.float16)
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
@@ -70,6 +75,22 @@ def show_parameters(cls: type) -> None:
     )
 
 
+class of_linear_kernels:
+    """A method that an estimator with another kernel does not have, as scikit-learn expects."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+        functools.update_wrapper(self, method)  # type: ignore[arg-type]
+
+    def __get__(self, estimator: Any, owner: type) -> Any:
+        if estimator is None:
+            return self.method
+        if estimator.kernel != "linear":
+            name = f"{owner.__name__}.{self.method.__name__}"
+            raise AttributeError(f"{name}: kernel must be 'linear', got {estimator.kernel!r}")
+        return self.method.__get__(estimator, owner)
+
+
 def is_sparse(x: Any) -> bool:
     """Return whether x is a sparse matrix or array of SciPy."""
     return hasattr(x, "nnz") and hasattr(x, "tocsr")
@@ -92,16 +113,23 @@ def as_array(x: Tensor) -> Any:
     return x.numpy()[()]
 
 
-def validated(estimator: Any, x: Any, y: Any, *, reset: bool) -> tuple[np.ndarray, np.ndarray]:
+def validated(
+    estimator: Any, x: Any, y: Any, *, reset: bool, mapped: bool = False
+) -> tuple[np.ndarray, Any]:
     """Return x [N, D] and y [N] or [N, P] as finite float arrays; integers become float64.
 
     With `reset` they are of a fit: the estimator remembers D, and the names of the columns of a
-    data frame. Otherwise both must agree with that, and y is not looked at.
+    data frame. Otherwise both must agree with that, and y is looked at if it is not None.
+
+    With `mapped` a memory-mapped x is not read: it may hold NaN, and may be float16.
     """
+    mapped = mapped and is_mapped(x)
     if HAS_SKLEARN:
         settings: dict[str, Any] = {"dtype": (np.float64, np.float32), "reset": reset}
         settings["accept_sparse"] = "csr"
-        if reset:
+        if mapped:
+            settings |= {"dtype": (np.float64, *_STREAMED), "ensure_all_finite": False}
+        if reset or y is not None:
             return validate_data(estimator, x, y, multi_output=True, y_numeric=True, **settings)
         return validate_data(estimator, x, **settings), y
     name = type(estimator).__name__
@@ -110,16 +138,17 @@ def validated(estimator: Any, x: Any, y: Any, *, reset: bool) -> tuple[np.ndarra
         x = x.tocsr()
         x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
         floats(name, "X", x.data)
-    else:
+    elif not mapped or x.dtype not in (np.float64, *_STREAMED):
         x = floats(name, "X", x)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name}: X must be a matrix of some rows and columns, got {x.shape}")
-    if reset:
+    if reset or y is not None:
         y = floats(name, "y", y)
         if y.ndim not in (1, 2) or 0 in y.shape or len(y) != x.shape[0]:
             raise ValueError(
                 f"{name}: y must be [{x.shape[0]}] or [{x.shape[0]}, P], got {y.shape}"
             )
+    if reset:
         estimator.n_features_in_ = x.shape[1]
         estimator.__dict__.pop("feature_names_in_", None)
         if columns is not None:
@@ -159,3 +188,35 @@ def floats(owner: str, name: str, x: Any) -> np.ndarray:
     if not np.isfinite(array).all():
         raise NonFiniteError(f"{owner}: {name} holds NaN or infinity")
     return array
+
+
+def row_weights(op: str, sample_weight: Any, f: Tensor) -> Tensor | None:
+    """Return one weight for each row of f [M, D], zero or more and not all zero, or None."""
+    if sample_weight is None:
+        return None
+    weights = sample_weight
+    if not isinstance(weights, Tensor):
+        weights = torch.from_numpy(np.array(weights, dtype=np.float64)).to(f.device)
+    if weights.ndim == 0:
+        weights = weights.expand(len(f))
+    if weights.shape != f.shape[:1] or weights.device != f.device:
+        raise ValueError(
+            f"{op}: sample_weight must be a number or [{len(f)}] on {f.device}, "
+            f"got shape {tuple(weights.shape)} on {weights.device}"
+        )
+    weights = weights.detach().to(torch.float64 if f.dtype == torch.float64 else torch.float32)
+    if not weights.isfinite().all():
+        raise NonFiniteError(f"{op}: sample_weight holds NaN or infinity")
+    if (weights < 0).any() or not weights.any():
+        raise ValueError(f"{op}: no sample_weight may be negative, and not all may be zero")
+    return weights
+
+
+def r2(predicted: Tensor, exact: Tensor, weights: Tensor) -> float:
+    """Compute the weighted R^2 of [B, P] float64 predictions, the mean over P."""
+    w = weights[:, None]
+    residual = (w * (exact - predicted).square()).sum(0)  # [P]
+    mean = (w * exact).sum(0) / w.sum()
+    total = (w * (exact - mean).square()).sum(0)
+    scores = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
+    return scores.mean().item()

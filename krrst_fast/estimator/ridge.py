@@ -1,8 +1,7 @@
 """Kernel ridge regression as an estimator; it works with scikit-learn and without it."""
 
-import math
 import warnings
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +18,31 @@ from krrst_fast.estimator.base import (
     as_tensor,
     floats,
     is_sparse,
+    of_linear_kernels,
+    r2,
+    refuse_sparse,
+    row_weights,
     show_parameters,
     validated,
 )
 from krrst_fast.estimator.gram_fit import GramFit, fit_gram, in_dense_blocks
+from krrst_fast.estimator.partial import PartialRows, fit_mapped, targets_of
+from krrst_fast.estimator.settings import Settings, settings_of
 from krrst_fast.estimator.sparse import fit_sparse, unit_sparse_rows
-from krrst_fast.ops.fit import KRRFit, krr_fit
-from krrst_fast.ops.kernel import Kernel, KernelName, unit_rows
+from krrst_fast.ops.arrays import is_mapped, predict_blocks
+from krrst_fast.ops.fit import krr_fit
+from krrst_fast.ops.fitted import KRRFit
+from krrst_fast.ops.kernel import unit_rows
 from krrst_fast.ops.path import least_squares
 from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.per_target import TargetFit, fit_each_target
 from krrst_fast.ops.problem import (
     check_dense,
-    check_kernel,
     check_matrices,
     raise_non_finite,
     result_dtype,
 )
-from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
+from krrst_fast.ops.solver import RidgeOf, Solver
 
 Fit = KRRFit | TargetFit | PathFit | GramFit
 
@@ -114,7 +120,8 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Args:
             X: Features [M, D], an array, a tensor or a sparse matrix of SciPy, which is solved in
-                float64 and not made dense.
+                float64 and not made dense. A memory-mapped array is read in blocks, float16 is
+                then computed in float32, and where M > D there is no `dual_coef_`.
             y: Targets [M] or [M, P], of the same kind as X.
             sample_weight: A number, or one for each row [M], zero or more: a whole number is
                 equivalent to that many copies of the row.
@@ -125,55 +132,92 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             NotPositiveDefiniteError: The ridge is too small for these rows.
         """
         op = "KernelRidge.fit"
-        f, targets = self._training_set(op, X, y)
+        f, targets = self._training_set(op, X, y, mapped=self.kernel == "linear")
         weights = row_weights(op, sample_weight, targets)
-        y_2d = targets if targets.ndim == 2 else targets[:, None]
-        # A search over a grid of NumPy passes NumPy's numbers.
-        ridge, scale, bias = map(_python, (self.ridge, self.scale, self.bias))
-        ridge = _ridges(op, ridge, y_2d)
-        none = not isinstance(ridge, Tensor | bool) and ridge == 0
-        positive = ridge.masked_fill(ridge == 0, 1) if isinstance(ridge, Tensor) else ridge
-        check_kernel(op, 1.0 if none else positive, self.ridge_of, True, scale, bias)
-        of: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": scale, "bias": bias}
-        solver = DEFAULT if self.solver is None else self.solver
-        kernel = self._kernel(op, not isinstance(f, Tensor))
-        linear = kernel is not None and not kernel.of_products
-        if not linear and self.intercept:
-            raise ValueError(f"{op}: intercept must be False with kernel {self.kernel!r}")
-        of |= {"intercept": self.intercept} if linear else {}
-        if kernel is not None and kernel.name == "cosine":
+        self.__dict__.pop("_partial", None)
+        of = settings_of(op, self, _matrix(targets), is_sparse(f))
+        fit = self._fit(op, f, _matrix(targets), weights, of)
+        return self._store(fit, targets, isinstance(X, Tensor), of)
+
+    @of_linear_kernels
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Fit to the rows of X and to those of all calls before, since the last `fit`.
+
+        Only with the linear kernel. The rows are kept until they are more than the features; from
+        then on only sums over them are, in float64, [D, D] and [D, P], and there is no
+        `dual_coef_`. A ridge, or what it is relative to, may change between calls; `intercept` may
+        not. Rows of a `fit` are not kept.
+
+        Args:
+            X: Features [m, D], an array or a tensor, of the same kind and dtype in all calls.
+            y: Targets [m] or [m, P], of the same kind as X.
+            sample_weight: As for `fit`.
+
+        Raises:
+            ValueError: A shape or a value of X, y, sample_weight or a parameter does not fit.
+            TypeError: One of them has another type or dtype, or X is sparse.
+            NotPositiveDefiniteError: The ridge is too small for these rows, which count as added.
+        """
+        op = "KernelRidge.partial_fit"
+        refuse_sparse(op, X)
+        known: PartialRows | None = self.__dict__.get("_partial")
+        f, targets = self._training_set(op, X, y, mapped=True, reset=known is None)
+        rows = f, targets, row_weights(op, sample_weight, targets)
+        of = settings_of(op, self, _matrix(targets), False)
+        if known is None:
+            known = PartialRows(op, X, rows, self.intercept, of.solver)
+        known.add(op, X, rows, of.ridge, of.solver, **of.numbers)
+        self._partial = known
+        kept = known.kept()
+        if kept is None:
+            fit: Fit = known.fit(op, of.ridge, of.solver, **of.numbers)
+        else:
+            fit = self._fit(op, *kept, of)
+        return self._store(fit, targets, isinstance(X, Tensor), of)
+
+    def _fit(self, op: str, f: Any, y: Tensor, weights: Tensor | None, of: Settings) -> Fit:
+        """Fit y [M, P] on f [M, D]: a tensor, a memory-mapped array, or sparse in CSR."""
+        ridge, kernel, numbers, solver = of
+        many = of.without_ridge or isinstance(ridge, Tensor)
+        if of.of_unit_length:
             f = unit_rows(f) if isinstance(f, Tensor) else unit_sparse_rows(f)
-        many = none or isinstance(ridge, Tensor)
-        fit: Fit
         try:
-            if kernel is None or not (linear or isinstance(f, Tensor) and not many):
-                fit = fit_gram(op, f, y_2d, kernel, ridge, weights=weights, solver=solver, **of)
-            elif not isinstance(f, Tensor):
-                fit = fit_sparse(op, f, y_2d, ridge, weights=weights, **of)
-            elif none:
-                del of["ridge_of"]
-                fit = least_squares(op, f, y_2d, weights=weights, **of)
-            elif isinstance(ridge, Tensor):
-                fit = fit_each_target(f, y_2d, ridge, weights=weights, solver=solver, **of)
-            else:
-                of |= {} if linear else {"kernel": kernel}
-                fit = krr_fit(f, y_2d, ridge=ridge, weights=weights, solver=solver, **of)
+            if not of.linear and (kernel is None or many or not isinstance(f, Tensor)):
+                how: dict[str, Any] = {**numbers, "weights": weights, "solver": solver}
+                return fit_gram(op, f, y, kernel, ridge, **how)
+            if isinstance(f, np.ndarray):
+                return fit_mapped(op, (f, y, weights), ridge, solver=solver, **numbers)
+            if not isinstance(f, Tensor):
+                return fit_sparse(op, f, y, ridge, weights=weights, **numbers)
+            if of.without_ridge:
+                del numbers["ridge_of"]
+                return least_squares(op, f, y, weights=weights, **numbers)
+            how = {**numbers, "weights": weights, "solver": solver}
+            if isinstance(ridge, Tensor):
+                return fit_each_target(f, y, ridge, **how)
+            how |= {} if of.linear else {"kernel": kernel}
+            return krr_fit(f, y, ridge=ridge, **how)
         except NonFiniteError:
-            raise_non_finite(op, X=f if isinstance(f, Tensor) else None, y=y_2d)
+            if isinstance(f, np.ndarray):
+                raise
+            raise_non_finite(op, X=f if isinstance(f, Tensor) else None, y=y)
+
+    def _store(self, fit: Fit, targets: Tensor, tensors: bool, of: Settings) -> Self:
+        """Keep a fit of targets [M] or [M, P], and its coefficients as they were given."""
         # Where `precision` is not that of X, they are rounded to it.
-        dtype = result_dtype(y_2d)
-        found = [fit.alpha.to(dtype), fit.intercept.to(dtype)]
-        found += [fit.weights.mT.to(dtype)] if not isinstance(fit, GramFit) and linear else []
-        if targets.ndim == 1:
-            found = [x[:, 0] if i == 0 else x[0] for i, x in enumerate(found)]
-        as_given = (lambda x: x) if isinstance(X, Tensor) else as_array
-        self.dual_coef_, self.intercept_, *coef = map(as_given, found)
-        self.__dict__.pop("coef_", None)
-        if coef:
-            self.coef_ = coef[0]
-        self._of_unit_length = kernel is not None and kernel.name == "cosine"
+        dtype, first = result_dtype(targets), 0 if targets.ndim == 1 else slice(None)
+        alpha = getattr(fit, "alpha", None)  # not where rows are not kept
+        found = {"intercept_": fit.intercept[first]}
+        if of.linear and not isinstance(fit, GramFit):
+            found["coef_"] = fit.weights.mT[first]
+        found |= {} if alpha is None else {"dual_coef_": alpha[:, first]}
+        for name in ("coef_", "dual_coef_"):
+            self.__dict__.pop(name, None)
+        for name, x in found.items():
+            setattr(self, name, x.to(dtype) if tensors else as_array(x.to(dtype)))
         self.fit_: Fit = fit
-        self._dtype, self._working = dtype, fit.alpha.dtype
+        self._dtype, self._working = dtype, fit.intercept.dtype
+        self._of_unit_length = of.of_unit_length
         return self
 
     def predict(self, X: Any) -> Any:
@@ -195,26 +239,34 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise ValueError(
                     f"{op}: X must be [B, {self.n_features_in_}], got shape {tuple(X.shape)}"
                 )
-            if result_dtype(X) != self._dtype or X.device != fit.alpha.device:
+            device = fit.intercept.device
+            if result_dtype(X) != self._dtype or X.device != device:
                 raise TypeError(
-                    f"{op}: X must be {self._dtype} on {fit.alpha.device} like the fit, "
+                    f"{op}: X must be {self._dtype} on {device} like the fit, "
                     f"got {X.dtype} on {X.device}"
                 )
             f = X.to(self._working)
         else:
-            rows = validated(self, X, None, reset=False)[0]
+            mapped = hasattr(self, "coef_") and not self._of_unit_length
+            rows = validated(self, X, None, reset=False, mapped=mapped)[0]
             if is_sparse(rows):
                 return self._predict_sparse(rows)
-            f = as_tensor(rows).to(fit.alpha.device, self._working)
-        if self._of_unit_length:
-            f = unit_rows(f)
+            if is_mapped(rows):
+                like, working = fit.intercept, self._working
+                found = predict_blocks(op, "X", rows, self._of_rows, like, working).to(self._dtype)
+                return (found if self.intercept_.ndim else found[:, 0]).cpu().numpy()
+            f = as_tensor(rows).to(fit.intercept.device, self._working)
         try:
-            prediction = fit.predict(f).to(self._dtype)
+            prediction = self._of_rows(f).to(self._dtype)
         except NonFiniteError:
             raise_non_finite(op, X=f)
-        if self.dual_coef_.ndim == 1:
+        if self.intercept_.ndim == 0:
             prediction = prediction[:, 0]
         return prediction if isinstance(X, Tensor) else prediction.cpu().numpy()
+
+    def _of_rows(self, f: Tensor) -> Tensor:
+        """Predict [B, P] at rows [B, D] on the device of the fit."""
+        return self.fit_.predict(unit_rows(f) if self._of_unit_length else f)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Compute R^2 of the predictions at X [B, D], the mean over the targets y [B] or [B, P].
@@ -240,26 +292,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             warnings.warn(f"{op}: R^2 is not defined for fewer than two rows", stacklevel=2)
             return float("nan")
         weights = row_weights(op, sample_weight, exact)
-        return _r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
-
-    def _kernel(self, op: str, sparse: bool) -> Kernel | None:
-        """Return the kernel, or None for "precomputed"."""
-        names = (*get_args(KernelName), "poly", "precomputed")
-        if not isinstance(self.kernel, str) or self.kernel not in names:
-            raise ValueError(f"{op}: kernel must be one of {list(names)}, got {self.kernel!r}")
-        if self.kernel == "precomputed":
-            if sparse:
-                raise TypeError(f"{op}: a precomputed kernel must be dense, got a sparse X")
-            return None
-        name: Any = "polynomial" if self.kernel == "poly" else self.kernel
-        gamma, degree, coef0 = map(_python, (self.gamma, self.degree, self.coef0))
-        if isinstance(gamma, Tensor | np.ndarray):
-            if math.prod(gamma.shape) != 1:
-                raise ValueError(f"{op}: gamma must be one number, got {gamma!r}")
-            gamma = gamma.item()
-        if isinstance(degree, float) and degree.is_integer():
-            degree = int(degree)  # what scikit-learn allows
-        return Kernel(name, gamma if name in ("polynomial", "rbf") else None, degree, coef0)
+        return r2(predicted, exact, exact.new_ones(len(exact)) if weights is None else weights)
 
     def _predict_sparse(self, rows: Any) -> np.ndarray:
         """Predict at rows [B, D] in CSR."""
@@ -272,22 +305,25 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             )
         if isinstance(fit, GramFit) or not hasattr(self, "coef_"):
             found = fit.predict(rows) if isinstance(fit, GramFit) else self._of_dense(rows)
-            found = found[:, 0] if self.dual_coef_.ndim == 1 else found
+            found = found if self.intercept_.ndim else found[:, 0]
             return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
         weights, constant = (x.cpu().double().numpy() for x in (fit.weights, fit.intercept))
-        found = rows @ (weights[:, 0] if self.dual_coef_.ndim == 1 else weights)
-        found = found + (constant[0] if self.dual_coef_.ndim == 1 else constant)
+        first = slice(None) if self.intercept_.ndim else 0
+        found = rows @ weights[:, first] + constant[first]
         return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)
 
     def _of_dense(self, rows: Any) -> np.ndarray:
         """Predict at rows in CSR by a fit of dense ones."""
-        fit = self.fit_
-        return in_dense_blocks(rows, lambda block: fit.predict(block.to(self._working)).cpu())
+        return in_dense_blocks(rows, lambda block: self._of_rows(block.to(self._working)).cpu())
 
-    def _training_set(self, op: str, X: Any, y: Any) -> tuple[Any, Tensor]:
+    def _training_set(
+        self, op: str, X: Any, y: Any, *, mapped: bool = False, reset: bool = True
+    ) -> tuple[Any, Tensor]:
         """Return X [M, D], y [M] or [M, P] as tensors of one dtype, a sparse X in CSR.
 
-        The estimator remembers the features.
+        The estimator remembers the features, or if `reset` is False compares them.
+
+        mapped: A memory-mapped X is returned as it is, and not read.
         """
         if isinstance(X, Tensor):
             _tensors(op, X=X, y=y)
@@ -296,14 +332,21 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                     f"{op}: X and y must have the same number of rows, one or more, "
                     f"got shapes {tuple(X.shape)} and {tuple(y.shape)}"
                 )
-            self.n_features_in_ = X.shape[1]
-            self.__dict__.pop("feature_names_in_", None)
+            if reset:
+                self.n_features_in_ = X.shape[1]
+                self.__dict__.pop("feature_names_in_", None)
+            elif X.shape[1] != self.n_features_in_:
+                need = f"X must be [m, {self.n_features_in_}]"
+                raise ValueError(f"{op}: {need}, got shape {tuple(X.shape)}")
             return X.detach(), y.detach()
         if isinstance(y, Tensor):
             raise TypeError(f"{op}: X and y must both be tensors or both arrays, got y a tensor")
-        X, y = validated(self, X, y, reset=True)
-        targets = as_tensor(y.astype(X.dtype, copy=False))
-        return (X if is_sparse(X) else as_tensor(X)), targets
+        if y is None and not reset:
+            raise ValueError(f"{op}: y must be an array, got None")
+        X, y = validated(self, X, y, reset=reset, mapped=mapped)
+        targets = as_tensor(targets_of(X, y))
+        stays = is_sparse(X) or mapped and is_mapped(X)
+        return (X if stays else as_tensor(X)), targets
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that sparse rows are welcome."""
@@ -332,53 +375,6 @@ def _tensors(op: str, **tensors: Any) -> None:
     check_matrices(op, list(tensors), columns)
 
 
-def _python(value: Any) -> Any:
-    """Return a NumPy scalar as a Python one."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _ridges(op: str, ridge: Any, y: Tensor) -> Any:
-    """Return a ridge as a number, or as a tensor [P] for y [M, P]."""
-    if not isinstance(ridge, Tensor | np.ndarray | list | tuple):
-        return ridge
-    values = torch.as_tensor(ridge, dtype=torch.float64, device=y.device).detach()
-    if values.numel() == 1:
-        return values.item()
-    if values.shape != y.shape[1:]:
-        raise ValueError(
-            f"{op}: ridge must be a number, or one for each of the {y.shape[1]} targets, "
-            f"got shape {tuple(values.shape)}"
-        )
-    return values
-
-
-def row_weights(op: str, sample_weight: Any, f: Tensor) -> Tensor | None:
-    """Return one weight for each row of f [M, D], zero or more and not all zero, or None."""
-    if sample_weight is None:
-        return None
-    weights = sample_weight
-    if not isinstance(weights, Tensor):
-        weights = torch.from_numpy(np.array(weights, dtype=np.float64)).to(f.device)
-    if weights.ndim == 0:
-        weights = weights.expand(len(f))
-    if weights.shape != f.shape[:1] or weights.device != f.device:
-        raise ValueError(
-            f"{op}: sample_weight must be a number or [{len(f)}] on {f.device}, "
-            f"got shape {tuple(weights.shape)} on {weights.device}"
-        )
-    weights = weights.detach().to(torch.float64 if f.dtype == torch.float64 else torch.float32)
-    if not weights.isfinite().all():
-        raise NonFiniteError(f"{op}: sample_weight holds NaN or infinity")
-    if (weights < 0).any() or not weights.any():
-        raise ValueError(f"{op}: no sample_weight may be negative, and not all may be zero")
-    return weights
-
-
-def _r2(predicted: Tensor, exact: Tensor, weights: Tensor) -> float:
-    """Compute the weighted R^2 of [B, P] float64 predictions, the mean over P."""
-    w = weights[:, None]
-    residual = (w * (exact - predicted).square()).sum(0)  # [P]
-    mean = (w * exact).sum(0) / w.sum()
-    total = (w * (exact - mean).square()).sum(0)
-    scores = torch.where(total > 0, 1 - residual / total, (residual == 0).double())
-    return scores.mean().item()
+def _matrix(y: Tensor) -> Tensor:
+    """Return targets [M] or [M, P] as a matrix."""
+    return y if y.ndim == 2 else y[:, None]

@@ -7,8 +7,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.estimator.base import as_array, refuse_sparse, show_parameters
-from krrst_fast.estimator.ridge import KernelRidge, row_weights
+from krrst_fast.estimator.base import as_array, refuse_sparse, row_weights, show_parameters
+from krrst_fast.estimator.ridge import KernelRidge
 from krrst_fast.ops.path import krr_path
 from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import raise_non_finite, result_dtype
@@ -83,6 +83,11 @@ class KernelRidgeCV(KernelRidge):
         self.fit_, self._dtype = fit, result_dtype(f)
         self._working = self._dtype
         return self
+
+    @property
+    def partial_fit(self) -> Any:
+        """Raise AttributeError: leave-one-out errors need all rows."""
+        raise AttributeError("KernelRidgeCV: has no partial_fit: the choice needs all rows")
 
     @property
     def coef_(self) -> Any:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from krrst_fast.backends import choose
 from krrst_fast.errors import NonFiniteError
-from krrst_fast.ops.fit import KRRFit, krr_fit, predict_linear
+from krrst_fast.ops.fit_tensors import fit_tensors
+from krrst_fast.ops.fitted import KRRFit, predict_linear
 from krrst_fast.ops.path import least_squares
 from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import check_matrices, result_dtype
@@ -21,13 +22,13 @@ class TargetFit:
     """Fits of P targets on the same rows, each with its ridge.
 
     Attributes:
-        alpha: Dual coefficients [M, P].
+        alpha: Dual coefficients [M, P]; None where the rows are not kept.
         weights: Primal coefficients [D, P].
         intercept: [P].
         ridge: The numbers added to the diagonal [P].
     """
 
-    alpha: Tensor
+    alpha: Tensor | None
     weights: Tensor
     intercept: Tensor
     ridge: Tensor
@@ -85,7 +86,8 @@ def fit_each_target(
             }
             fit, added = least_squares("KernelRidge.fit", f, y[:, columns], **plain), 0.0
         else:
-            fit = krr_fit(f, y[:, columns], ridge=value, **kernel, **how)
+            op = "KernelRidge.fit"
+            fit = fit_tensors(op, f, y[:, columns], ridge=value, **kernel, **how)
             added = fit.info.ridge.item()
         alpha[:, columns], primal[:, columns] = fit.alpha, fit.weights
         constants[columns], lam[columns] = fit.intercept, added
