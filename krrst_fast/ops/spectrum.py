@@ -19,6 +19,8 @@ from krrst_fast.ops.weights import constant_feature
 _EPSILON = 2.0**-52
 # Of the largest eigenvalue: what the smallest ones are wrong by.
 _DECOMPOSED = 16 * _EPSILON
+# In units of the rounding of results: what an eigenvalue may be beside a ridge to be nothing.
+_SMALL = 8
 # Numbers of a block of residuals. Larger ones leave the cache; smaller ones make thin products.
 _BLOCK = 2**20
 
@@ -179,7 +181,7 @@ def _some(values: Tensor, lam: Tensor, rounding: float) -> int | None:
     if not readable(values) or not lam.numel():
         return None
     # Below the second of these an eigenvalue is the rounding of the decomposition.
-    least = torch.maximum(rounding * lam.amin(0), _DECOMPOSED * values.amax(-1))
+    least = torch.maximum(_SMALL * rounding * lam.amin(0), _DECOMPOSED * values.amax(-1))
     matter = int((values > least[..., None]).sum(-1).amax())
     return matter if 2 * matter < values.shape[-1] else None
 
