@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import NotPositiveDefiniteError
+from krrst_fast.ops.in_place import add_gram_, mirror_
 from krrst_fast.ops.problem import Problem, readable
 from krrst_fast.ops.weights import constant_feature
 
@@ -192,8 +193,11 @@ def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
     wide = max(1, _BLOCK // max(math.prod(x.shape[:-1]), 1))
     for first in range(0, x.shape[-1], wide):
         block = x[..., first : first + wide].double()
-        total = (total.addmm_ if x.ndim == 2 else total.baddbmm_)(block, block.mT)
-    return total.mul_(scale)
+        if x.ndim == 2 and readable(x):
+            add_gram_(total, block)
+        else:
+            total = (total.addmm_ if x.ndim == 2 else total.baddbmm_)(block, block.mT)
+    return (mirror_(total) if x.ndim == 2 and readable(x) else total).mul_(scale)
 
 
 def _floor(values: Tensor) -> Tensor:
