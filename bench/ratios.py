@@ -87,7 +87,7 @@ PEERS = (
             bench_peers.SHAPE,
             1.0,
             3,
-            peer is not bench_peers.LinearOperator,
+            peer in (bench_peers.ScikitLearn, bench_peers.Himalaya),
         )
         for peer in bench_peers.PEERS
     ),
