@@ -212,3 +212,14 @@ def test_operators_refuse_what_does_not_fit() -> None:
     ):
         with pytest.raises(RuntimeError, match="kernel_"):
             call()
+
+
+@pytest.mark.parametrize("many", [(), (2,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype: torch.dtype, many: tuple[int, ...]) -> None:
+    x, y = rows(*many, 4, 3).to(dtype), rows(*many, 5, 3, seed=1).to(dtype)
+    for kernel in OF_PRODUCTS:
+        of, weight = operands(x, y), rows(*many, 4, 5, seed=2).to(dtype)
+        torch.library.opcheck(OPS.kernel_values.default, (*of, kernel, 2, COEF0))
+        for needs in (False, True):
+            torch.library.opcheck(OPS.kernel_slopes.default, (*of, weight, kernel, 2, COEF0, needs))
