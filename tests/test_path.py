@@ -132,9 +132,15 @@ def test_eigenvalues_that_are_nothing_beside_the_ridge(
         assert_equal(left_out, fit.loo_residuals, tolerance)
         mean_square = fit.loo_residuals.square().mean(-2)
         assert_equal(path.loo_mse_per_target[i].double(), mean_square, tolerance)
+        assert_equal(path.weights[i].double(), fit.weights, 10 * tolerance)
     best = path.fit_best(per_target=True)
     for p in range(3):
         target = y.to(dtype).double()[..., p : p + 1]
         ridge = best.ridge[..., p].double()
         fit = krr_fit(f, target, ridge=ridge, **settings)
         assert_equal(best.alpha[..., p : p + 1].double(), fit.alpha, tolerance / ridge.min().item())
+
+
+def test_no_targets() -> None:
+    path = krr_path(torch.ones(2, 3), torch.empty(2, 0), [0.1, 1.0])
+    assert torch.equal(path.loo_mse, torch.zeros(2)) and path.weights.shape == (2, 3, 0)

@@ -129,8 +129,9 @@ class KRRPath:
 
     @property
     def loo_mse(self) -> Tensor:
-        """Mean of `loo_mse_per_target` over the targets [R, ...]."""
-        return self.loo_mse_per_target.mean(-1)
+        """Mean of `loo_mse_per_target` over the targets [R, ...]; 0 without targets."""
+        scores = self.loo_mse_per_target
+        return scores.sum(-1) / max(scores.shape[-1], 1)
 
     @property
     def best(self) -> Tensor:

@@ -78,7 +78,7 @@ class Spectrum:
             shrunk = torch.where(total > floor, 1 / total, 0)
             rotated = basis.mT @ y
             if self.some is not None:
-                y -= vectors @ rotated
+                y = y - vectors @ rotated  # not in place: in float64 it is what was given
             shrunk *= rotated
             solved = vectors @ (shrunk.mul_(self.scale) if self.primal else shrunk)
             out[..., block] = solved if self.some is None else solved.add_(y.div_(added))
