@@ -100,7 +100,8 @@ class RowSums:
             if raises:
                 for name, x in zip(names, kept):
                     check_finite_rows(op, name, x, 0)
-            self._waiting.append((*kept, weights))
+            # Copies: the caller may use its memory again.
+            self._waiting.append((*kept, None if weights is None else weights.clone()))
             return
         self._add_waiting(kernel)
         for first, last, block in row_blocks(f, _LEAST_ROWS):
