@@ -15,7 +15,8 @@ from torch import Tensor
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.ops.problem import finite
 
-# Numbers of a block of rows. Fewer rows make thin products, which are slow.
+# Numbers of a block of rows, and the rows that a product with weights [D, P] has at least, if it
+# has as many columns: with fewer rows the weights are read too often.
 _BLOCK = 2**22
 _LEAST_ROWS = 256
 # Bytes of a file from which a block of columns is gathered before pages are dropped.
@@ -57,14 +58,23 @@ def read_rows(x: Tensor | np.ndarray, first: int, last: int) -> Tensor:
     return _copied(x[first:last], block)
 
 
-def row_blocks(
-    x: Tensor | np.ndarray, least: int = _LEAST_ROWS
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield x [M, D] in blocks of rows: the numbers of the first and of the next row, and rows."""
+def row_blocks(x: Tensor | np.ndarray, least: int = 1) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield x [M, D] in blocks of rows: the numbers of the first and of the next row, and rows.
+
+    least: Rows of a block, if there are so many.
+    """
     many = max(least, _BLOCK // max(x.shape[1], 1))
     for first in range(0, len(x), many):
         last = min(first + many, len(x))
         yield first, last, read_rows(x, first, last)
+
+
+def rows_for(targets: int) -> int:
+    """Return how many rows a block has at least for products with weights [D, targets].
+
+    It is then no larger than the weights.
+    """
+    return max(1, min(_LEAST_ROWS, targets))
 
 
 def read_columns(x: np.ndarray, first: int, out: Tensor) -> Tensor:
@@ -108,11 +118,11 @@ def predict_blocks(
         op, name: The names in errors.
         x: Features, checked.
         predict: Predicts for rows, as a tensor.
-        like: A tensor on the device of the fit.
+        like: A tensor [..., P] on the device of the fit.
         dtype: The dtype that the rows are converted to; None: they keep theirs.
     """
     out = None
-    for first, last, rows in row_blocks(x):
+    for first, last, rows in row_blocks(x, rows_for(like.shape[-1])):
         try:
             part = predict(rows.to(like.device, dtype))
         except NonFiniteError:

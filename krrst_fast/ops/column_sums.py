@@ -12,7 +12,7 @@ from torch import Tensor
 
 from krrst_fast.backends import Backend
 from krrst_fast.cholesky import FLOAT64_UP_TO, Factor
-from krrst_fast.ops.arrays import check_finite_rows, read_columns, row_blocks
+from krrst_fast.ops.arrays import check_finite_rows, read_columns, row_blocks, rows_for
 from krrst_fast.ops.in_place import add_gram_, solve_in_place
 from krrst_fast.ops.row_sums import Kernel
 from krrst_fast.ops.solver import Solver
@@ -153,7 +153,7 @@ def _as_solved_(block: Tensor, root: Tensor | None, mean: Tensor | None) -> None
 def _weights(f: np.ndarray, solved: Tensor, root: Tensor | None, mean: Tensor | None) -> Tensor:
     """Return (weighted and centred rows)^T solved [D, P]."""
     out = solved.new_zeros(f.shape[1], solved.shape[1])
-    for first, last, block in row_blocks(f):
+    for first, last, block in row_blocks(f, rows_for(solved.shape[1])):
         block = block.to(solved.dtype)
         _as_solved_(block, None if root is None else root[first:last], mean)
         out.addmm_(block.mT, solved[first:last])

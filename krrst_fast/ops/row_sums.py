@@ -96,11 +96,12 @@ class RowSums:
         keeps = self._keeps and self._gram is None and _are_few(self.rows, f.shape[1])
         few = len(f) + sum(len(x) for x, _, _ in self._waiting) < _LEAST_ROWS
         if keeps or few:
-            kept = tuple(read_rows(x, 0, len(x)).clone() for x in (f, y))
+            # Copies: the caller may use its memory again.
+            kept, targets = (read_rows(x, 0, len(x)).clone() for x in (f, y))
             if raises:
-                for name, x in zip(names, kept):
+                for name, x in zip(names, (kept, targets)):
                     check_finite_rows(op, name, x, 0)
-            self._waiting.append((*kept, weights))
+            self._waiting.append((kept, targets, None if weights is None else weights.clone()))
             return
         self._add_waiting(kernel)
         for first, last, block in row_blocks(f, _LEAST_ROWS):
