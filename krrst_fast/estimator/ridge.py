@@ -247,8 +247,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 )
             f = X.to(self._working)
         else:
-            mapped = hasattr(self, "coef_") and not self._of_unit_length
-            rows = validated(self, X, None, reset=False, mapped=mapped)[0]
+            rows = validated(self, X, None, reset=False, mapped=True)[0]
             if is_sparse(rows):
                 return self._predict_sparse(rows)
             if is_mapped(rows):
@@ -303,7 +302,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise TypeError(
                 f"KernelRidge.predict: a precomputed kernel must be dense, got {rows!r}"
             )
-        if isinstance(fit, GramFit) or not hasattr(self, "coef_"):
+        if isinstance(fit, GramFit) or "coef_" not in self.__dict__:
             found = fit.predict(rows) if isinstance(fit, GramFit) else self._of_dense(rows)
             found = found if self.intercept_.ndim else found[:, 0]
             return found.astype(np.float64 if self._dtype == torch.float64 else np.float32)

@@ -179,7 +179,7 @@ def spectrum_of(
 
 def _some(values: Tensor, lam: Tensor, rounding: float) -> int | None:
     """Return how many eigenvalues [N?, K] matter beside lam [R, N?], if it is less than half."""
-    if not readable(values) or not lam.numel():
+    if not readable(values) or not values.numel() or not lam.numel():
         return None
     # Below the second of these an eigenvalue is the rounding of the decomposition.
     least = torch.maximum(_SMALL * rounding * lam.amin(0), _DECOMPOSED * values.amax(-1))
