@@ -19,7 +19,7 @@ from krrst_fast import (
     krr_predict,
     reference,
 )
-from krrst_fast.ops import kernel_blocks
+from krrst_fast.ops import kernel_blocks, kernel_gram
 from krrst_fast.ops.kernel import KernelName
 from krrst_fast.reference.kernels import OF_PRODUCTS, kernel_matrix
 from tests.helpers import BACKEND_NAMES, assert_equal, more_than_twice
@@ -188,6 +188,7 @@ def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     tensors = [*problem(40, 5, 70, 3), torch.tensor(GAMMA).double()]
     whole = evaluate(loss(name), tensors, torch.float64)
     monkeypatch.setattr(kernel_blocks, "_BLOCK", 150)
+    monkeypatch.setattr(kernel_gram, "_AT_ONCE", 8)
     for a, b in zip(evaluate(loss(name), tensors, torch.float64), whole, strict=True):
         assert_equal(a, b, 1e-12, name)
 

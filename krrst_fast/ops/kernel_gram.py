@@ -33,6 +33,9 @@ from krrst_fast.ops.problem import cast, keepable
 from krrst_fast.precision import exact_arithmetic
 from krrst_fast.reference.kernels import of_products
 
+# A Gram of so few rows is smaller than what its factorisation needs: it is computed in one block.
+_AT_ONCE = 2048
+
 
 def kernel_gram(rows: Rows, gamma: Tensor, kernel: Kernel, backend: Backend) -> Tensor:
     """Compute k(x_i, x_j) [N?, I, I] for x [N?, I, D] and gamma [N?], differentiably."""
@@ -113,11 +116,11 @@ def _gram(
     rows, count = Rows(x, given), x.shape[-2]
     pair = Pair.made(rows, rows, function, backend)
     with exact_arithmetic(x):
-        if keeps(x, count):
+        if keeps(x, count) or count <= _AT_ONCE:
             mine = backend.refuses(pair.x) is None
             products = backend.gram(pair.x, 1.0, 0.0) if mine else pair.x @ pair.x.mT
             values = backend.kernel_values(*pair.operands(products, gamma, 0), *function)
-            return values.to(x.dtype), products
+            return values.to(x.dtype), products if keeps(x, count) else None
         k = x.new_empty((*x.shape[:-1], count))
         for block in blocks(x, count):
             first, end, _ = block.indices(count)
