@@ -82,6 +82,9 @@ Every row of blocks splits the operand again, which for a wider one would stall 
 RESIDUAL = Tile(16, 64, 1, 4, 1)
 """Block of a residual."""
 
+FUNCTION = Tile(16, 64, 1, 4, 1)
+"""Block of a kernel as a function of inner products, in float64."""
+
 # Number on the largest GPU of a generation.
 _MULTIPROCESSORS = {"hopper": 132, "ampere": 108}
 _SPLIT_DEPTH = 256

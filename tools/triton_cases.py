@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.kernels import closing_matmul, gram, residual_mse, thin_matmul, tiles, views
+from krrst_fast.kernels import (
+    closing_matmul,
+    gram,
+    kernel_functions,
+    residual_mse,
+    thin_matmul,
+    tiles,
+    views,
+)
 from krrst_fast.kernels.common import Launch
 
 KINDS = {"half": torch.float16, "tf32x3": torch.float32, "ieee": torch.float32}
@@ -90,9 +98,23 @@ def _views(arch: int) -> Iterator[tuple[str, list[Launch]]]:
         yield f"views {channels} {size}", views.views_launches(*call)[1]
 
 
+def _kernel_functions(arch: int) -> Iterator[tuple[str, list[Launch]]]:
+    products = _matrix(1000, 1024, torch.float64)
+    squares = products[:, 0], products[0]
+    gamma = torch.empty((), dtype=torch.float64, device="meta")
+    for name, degree in (("rbf", 1), ("polynomial", 2), ("polynomial", 7), ("arccos", 1)):
+        call = products, squares, gamma, 0
+        for weight, values in ((None, True), (products, True), (products, False)):
+            of = weight, (name, degree, 1.0), values
+            launches = kernel_functions.functions_launches(*call, *of)[1]
+            what = "values" if weight is None else f"slopes{' and values' * values}"
+            yield f"{what} of {name} {degree}", launches
+
+
 def cases(arch: int) -> Iterator[tuple[str, Launch]]:
     """Yield each launch with the name of the call that makes it."""
-    for part in (_gram, _thin_matmul, _residual_mse, _closing_matmul, _views):
+    parts = _gram, _thin_matmul, _residual_mse, _closing_matmul, _views, _kernel_functions
+    for part in parts:
         for label, launches in part(arch):
             yield from ((label, launch) for launch in launches)
 

@@ -98,9 +98,14 @@ def closing_matmul(
     return kernel("closing_matmul")(alpha, v, beta, w, scale)
 
 
-# Until the kernels for them were written.
-kernel_values = torch_backend.kernel_values
-kernel_slopes = torch_backend.kernel_slopes
+def kernel_values(products: Tensor, *rest: Any) -> Tensor:
+    """Compute `reference.kernels.kernel_values` of float64 operands."""
+    return kernel("kernel_functions", "kernel_values")(products, *rest)
+
+
+def kernel_slopes(products: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Compute `reference.kernels.kernel_slopes` of float64 operands."""
+    return kernel("kernel_functions", "kernel_slopes")(products, *rest)
 
 
 def cholesky_method(k: Tensor, columns: int) -> Method:

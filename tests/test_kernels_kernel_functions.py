@@ -1,0 +1,55 @@
+"""The Triton kernels of kernels as functions of inner products."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from krrst_fast.reference import kernels as reference
+from krrst_fast.reference.kernels import OF_PRODUCTS
+from tests.helpers import assert_equal
+from tests.test_kernel_functions import COEF0, operands, rows
+
+SHAPES = [(1, 1, 1), (0, 3, 2), (3, 0, 2), (7, 5, 3), (17, 65, 4), (33, 130, 3)]
+
+
+def check(kernels: Callable, x: Tensor, y: Tensor, kernel: str, degree: int, same: int) -> None:
+    of = operands(x, y, same=same)
+    numbers, weight = (kernel, degree, COEF0), rows(*of[0].shape, seed=5)
+    values = kernels("kernel_functions.kernel_values", *of, *numbers)
+    assert_equal(values, reference.kernel_values(*of, *numbers), 1e-14, kernel)
+    for needs in (True, False):
+        got = kernels("kernel_functions.kernel_slopes", *of, weight, *numbers, needs)
+        exact = reference.kernel_slopes(*of, weight, *numbers, needs)
+        for a, b in zip(got, exact, strict=True):
+            assert_equal(a, b, 1e-13, kernel)
+
+
+@pytest.mark.parametrize("kernel", OF_PRODUCTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference(kernels: Callable, shape: tuple[int, int, int], kernel: str) -> None:
+    i, j, d = shape
+    check(kernels, rows(i, d), rows(j, d, seed=1), kernel, 3, -1)
+    check(kernels, rows(2, i, d), rows(2, j, d, seed=1), kernel, 3, -1)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 7, 100])
+def test_degrees(kernels: Callable, degree: int) -> None:
+    check(kernels, rows(5, 3) / 3, rows(4, 3, seed=1) / 3, "polynomial", degree, -1)
+
+
+@pytest.mark.parametrize("kernel", OF_PRODUCTS)
+def test_equal_opposite_and_zero_rows(kernels: Callable, kernel: str) -> None:
+    y = rows(20, 4)
+    y[2], y[4], y[5] = 0, y[3], -y[3]
+    check(kernels, y[3:9], y, kernel, 3, 3)
+    check(kernels, y, y, kernel, 3, 0)
+
+
+@pytest.mark.parametrize("kernel", OF_PRODUCTS)
+def test_nan_stays(kernels: Callable, kernel: str) -> None:
+    x = rows(4, 3)
+    x[1, 2] = torch.nan
+    values = kernels("kernel_functions.kernel_values", *operands(x, x, same=0), kernel, 3, COEF0)
+    assert values[1].isnan().all() and values[2:, 2:].isfinite().all()
