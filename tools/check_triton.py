@@ -49,6 +49,7 @@ BOUNDS = {
     "_sum_kernel": Bound(64, False),
     "_residual_kernel": Bound(96, False),
     "_mean_kernel": Bound(64, False),
+    "_functions_kernel": Bound(160, False),
 }
 SHARED = {80: 163 << 10, 90: 227 << 10}
 # The fastest instruction of an architecture; "ieee" products of float32 run on none.
