@@ -27,6 +27,7 @@ from krrst_fast.ops.ridge_solve import ridge_solve
 from krrst_fast.ops.solver import Solver
 from krrst_fast.ops.views import views
 from krrst_fast.planner import FORMS
+from krrst_fast.reference.kernels import OF_PRODUCTS, kernel_matrix, of_products
 
 Values = Tensor | Sequence[Tensor]
 Problem = dict[str, Tensor]
@@ -49,6 +50,8 @@ RIDGES = (0.05, 0.5, 5.0)
 SCALE, BIAS = 2.0, 0.5
 ABSOLUTE: dict[str, Any] = {"scale": SCALE, "bias": BIAS, "ridge_of": "absolute"}
 OF_TRACE: dict[str, Any] = {**ABSOLUTE, "ridge_of": "mean_diagonal", "detach_ridge": False}
+# The trace, so that condition numbers of these Grams are below 100 too.
+OF_KERNEL: dict[str, Any] = {**OF_TRACE, "ridge_of": "trace"}
 
 BACKENDS = ("cpp", "triton", "torch")
 
@@ -240,6 +243,21 @@ def _mse(*, y_real: Tensor, **others: Any) -> Tensor:
     return (_predicted(**others) - y_real).square().mean((-2, -1))
 
 
+def _mse_of_kernel(
+    f_syn: Tensor, y_syn: Tensor, f_real: Tensor, y_real: Tensor, ridge: Tensor, *, kernel: str
+) -> Tensor:
+    """Compute the loss with a non-linear kernel, which has derivatives at equal rows too."""
+    rows, gamma = torch.cat((f_syn, f_real), -2), 1 / f_syn.shape[-1]
+    if kernel == "arccos":
+        of = rows.square().sum(-1), f_syn.square().sum(-1), gamma, kernel, 3, 1.0
+        k = SCALE * of_products(rows @ f_syn.mT, *of) + BIAS
+    else:
+        k = SCALE * kernel_matrix(rows, f_syn, kernel, gamma, 3, 1.0) + BIAS
+    m = f_syn.shape[-2]
+    alpha = reference.ridge_solve(k[..., :m, :], y_syn, ridge, OF_KERNEL["ridge_of"])
+    return (k[..., m:, :] @ alpha - y_real).square().mean((-2, -1))
+
+
 def _of_backend(precision: Precision, solver: Solver) -> Iterator[Compared]:
     """Yield gram, krr_mse and krr_fit in each form, and krr_predict."""
     plain = precision in (FLOAT32, FLOAT64)
@@ -255,6 +273,11 @@ def _of_backend(precision: Precision, solver: Solver) -> Iterator[Compared]:
         yield f"krr_mse, form {form}", loss, _mse, f"{learnt} y_real", shapes
     predict = partial(krr_predict, **ABSOLUTE, solver=solver)
     yield "krr_predict", predict, _predicted, learnt, SHAPES
+    for kernel in OF_PRODUCTS if plain else ():
+        loss = partial(krr_mse, kernel=kernel, **OF_KERNEL, solver=solver)
+        of_kernel = partial(_mse_of_kernel, kernel=kernel)
+        shapes = (*SHAPES[1:3], SHAPES[-1])
+        yield f"kernel {kernel}", loss, of_kernel, f"{names} y_real ridge", shapes
     if precision is FLOAT64:
         loss, exact = partial(krr_mse, solver=solver, **OF_TRACE), reference.krr_mse
         every = f"{names} y_real ridge"
