@@ -1,6 +1,7 @@
 """The choice of a ridge for each target, as encoding models of the brain need it.
 
-    python -m bench.choice [--rows 2000] [--features 20000] [--targets 10000] [--page FILE]
+    python -m bench.choice [--rows 2000] [--features 20000] [--targets 10000] [--rank 200]
+                           [--page FILE]
 
 Ten ridges, float32, by exact leave-one-out errors; himalaya by five folds, its default, which costs
 it about as much. Each library runs in a process of its own, in turn, and fits, chooses and predicts
@@ -29,16 +30,19 @@ BEGIN = "<!-- bench.choice: from here to the end mark is written by a program --
 END = "<!-- bench.choice: end -->"
 RIDGES = np.logspace(0, 9, 10)
 QUERIES = 256
+NAMES = ("rows", "features", "targets", "rank")
 
 
-def inputs(rows: int, features: int, targets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw X, Y and queries; each target has noise of its own size."""
+def inputs(
+    rows: int, features: int, targets: int, rank: int = 200
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw X of a rank, Y and queries; each target has noise of its own size."""
     draw = np.random.default_rng(0)
 
     def features_of(count: int, latent: np.ndarray) -> np.ndarray:
         return draw.standard_normal((count, len(latent)), dtype=np.float32) @ latent
 
-    latent = draw.standard_normal((200, features), dtype=np.float32)
+    latent = draw.standard_normal((rank, features), dtype=np.float32)
     x, queries = features_of(rows, latent), features_of(QUERIES, latent)
     some = x[:, :: max(1, features // 200)]
     y = some @ draw.standard_normal((some.shape[1], targets), dtype=np.float32)
@@ -120,13 +124,13 @@ def child(name: str, sizes: list[int]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Print a line for each library."""
     parser = argparse.ArgumentParser(prog="python -m bench.choice")
-    for name, value in (("rows", 2000), ("features", 20_000), ("targets", 10_000)):
+    for name, value in (("rows", 2000), ("features", 20_000), ("targets", 10_000), ("rank", 200)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there, too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", choices=LIBRARIES, help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
-    sizes = [asked.rows, asked.features, asked.targets]
+    sizes = [asked.rows, asked.features, asked.targets, asked.rank]
     if asked.child:
         print(json.dumps(child(asked.child, sizes)))
         return 0
@@ -137,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in LIBRARIES}
-    options = [f"--{name}={size}" for name, size in zip(("rows", "features", "targets"), sizes)]
+    options = [f"--{name}={size}" for name, size in zip(NAMES, sizes)]
     for _ in range(asked.repeats):
         for name, rows in found.items():
             command = [sys.executable, "-m", "bench.choice", "--child", name, *options]
@@ -162,11 +166,11 @@ def table(found: dict[str, list[dict[str, Any]]], sizes: list[int], command: str
             numbers = [np.median([row[key] for row in rows]) for key in ("seconds", "peak_mb")]
             chosen = digits(float(rows[-1]["ridges"]))
             yield cells(f"`{name}`", *map(digits, map(float, numbers)), chosen)
-    rows, features, targets = sizes
+    rows, features, targets, rank = sizes
     yield ""
     yield (
-        f"{rows:,} rows, {features:,} features, {targets:,} targets, float32, {THREADS} threads, "
-        f"medians: `{command}`."
+        f"{rows:,} rows of rank {rank}, {features:,} features, {targets:,} targets, float32, "
+        f"{THREADS} threads, medians: `{command}`."
     )
 
 

@@ -14,7 +14,7 @@ def test_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     sizes = ["--rows", "60", "--features", "90", "--targets", "8"]
     assert choice.main([*sizes, "--repeats", "1", "--page", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "60 rows, 90 features, 8 targets" in out
+    assert "60 rows of rank 200, 90 features, 8 targets" in out
     rows = {line.split("`")[1]: line for line in out.splitlines() if line.startswith("| `")}
     ours, theirs = rows["krrst_fast.KernelRidgeCV"], rows["sklearn.linear_model.RidgeCV"]
     assert ours.split("|")[-2] == theirs.split("|")[-2], "the same ridges"
