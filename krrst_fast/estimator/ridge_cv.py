@@ -9,7 +9,7 @@ from typing_extensions import Self
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.estimator.base import as_array, refuse_sparse, row_weights, show_parameters
 from krrst_fast.estimator.ridge import KernelRidge
-from krrst_fast.ops.path import krr_path
+from krrst_fast.ops.path import path_of_unchanging
 from krrst_fast.ops.path_fit import PathFit
 from krrst_fast.ops.problem import raise_non_finite, result_dtype
 from krrst_fast.ops.solver import RidgeOf
@@ -64,7 +64,7 @@ class KernelRidgeCV(KernelRidge):
         y_2d = targets if targets.ndim == 2 else targets[:, None]
         kernel: dict[str, Any] = {"ridge_of": self.ridge_of, "scale": self.scale, "bias": self.bias}
         try:
-            path = krr_path(
+            path = path_of_unchanging(
                 f, y_2d, self.ridges, weights=weights, intercept=self.intercept, **kernel
             )
         except NonFiniteError:

@@ -268,6 +268,15 @@ def krr_path(
 
 
 @torch.no_grad()
+def path_of_unchanging(
+    f_syn: Tensor, y_syn: Tensor, ridges: Sequence[float] | Tensor, **kernel: Any
+) -> KRRPath:
+    """Compute `krr_path` without a copy of the targets, which may not change while it lives."""
+    values = _ridges("krr_path", ridges, f_syn)
+    return _path("krr_path", f_syn, y_syn, values, copied=False, **kernel)
+
+
+@torch.no_grad()
 def least_squares(
     op: str,
     f_syn: Tensor,
@@ -308,6 +317,7 @@ def _path(
     intercept: bool,
     weights: Tensor | None,
     ridged: bool = True,
+    copied: bool = True,
 ) -> KRRPath:
     """Decompose a problem for ridges [R] that were checked."""
     check_not_mapped(op, f_syn, y_syn)
@@ -330,9 +340,8 @@ def _path(
         f, y = (fold(x.double(), batch, 2) for x in (f_syn, y_syn))
         given = _owned(f, f_syn), _owned(y, y_syn)
     # What is read later must not change with what was given.
-    problem = problem._replace(
-        f_syn=_owned(problem.f_syn, f_syn), y_syn=_owned(problem.y_syn, y_syn)
-    )
+    y = _owned(problem.y_syn, y_syn) if copied else problem.y_syn
+    problem = problem._replace(f_syn=_owned(problem.f_syn, f_syn), y_syn=y)
     with exact_arithmetic(problem.f_syn):
         found = spectrum_of(problem, values, None if means is None else means.share, ridged)
     lam = found.lam.unflatten(1, batch) if len(batch) > 1 else found.lam
