@@ -8,6 +8,7 @@ from krrst_fast import (
     NonFiniteError,
     NotPositiveDefiniteError,
     Solver,
+    gram,
     krr_fit,
     krr_mse,
     krr_path,
@@ -103,3 +104,8 @@ def test_a_constant_that_rounds_to_zero_is_one_nonetheless(form: str, bias: floa
     assert all(x.isfinite().all() for x in torch.autograd.grad(loss, leaves))
     fit = krr_fit(f, y, bias=bias, **options)
     assert_equal(fit.predict(q), krr_predict(f, y, q, **options), 1e-4)
+
+
+def test_a_gram_that_float32_cannot_hold_is_named() -> None:
+    with pytest.raises(NonFiniteError, match="gram: finite inputs gave a result that is not"):
+        gram(torch.full((2, 2), 1e30), solver=Solver(precision="float64"))

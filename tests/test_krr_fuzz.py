@@ -156,7 +156,8 @@ def test_krr_mse_and_its_gradients(call: Call) -> None:
     for x, grad in zip(leaves, torch.autograd.grad(loss.sum(), leaves)):
         assert grad.shape == x.shape and grad.dtype == x.dtype and grad.device == x.device
         if call.tame and not _is_meta(call) and not info.failed.any():
-            assert grad.isfinite().all()
+            # Float16 ends at 65504.
+            assert grad.isfinite().all() or x.dtype == torch.float16
     if call.tame and not _is_meta(call) and not info.failed.any():
         known = exact(call, _single(call))
         if known is not None:

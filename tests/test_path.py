@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from krrst_fast import NonFiniteError, krr_fit, krr_path
+from krrst_fast import NonFiniteError, NotPositiveDefiniteError, krr_fit, krr_path
 from tests.helpers import assert_equal, problem
 
 RIDGES = [1e-4, 1e-2, 1.0]
@@ -144,3 +144,11 @@ def test_eigenvalues_that_are_nothing_beside_the_ridge(
 def test_no_targets() -> None:
     path = krr_path(torch.ones(2, 3), torch.empty(2, 0), [0.1, 1.0])
     assert torch.equal(path.loo_mse, torch.zeros(2)) and path.weights.shape == (2, 3, 0)
+
+
+def test_no_features() -> None:
+    path = krr_path(torch.empty(3, 0), torch.ones(3, 2), [0.1], ridge_of="absolute")
+    assert torch.equal(path.predict(torch.empty(4, 0)), torch.zeros(1, 4, 2))
+    assert_equal(path.loo_mse, torch.ones(1), 1e-6)
+    with pytest.raises(NotPositiveDefiniteError, match="below the rounding"):
+        krr_path(torch.empty(3, 0), torch.ones(3, 2), [0.1])

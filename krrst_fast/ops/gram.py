@@ -64,7 +64,10 @@ def gram(x: Tensor, *, scale: float = 1.0, bias: float = 0.0, solver: Solver = D
         k = symbol(scale, x) * plain + symbol(bias, x)
     else:
         k = _Gram.apply(x, float(scale), float(bias), choose(solver.backend, x, op))
-    return unfold(k, batch).to(dtype)
+    narrowed, k = k.dtype != dtype, unfold(k, batch).to(dtype)
+    if narrowed:
+        finite(op, k, x=x)
+    return k
 
 
 class _Gram(Batched):

@@ -72,7 +72,8 @@ class KRRPath:
         found, d = self._spectrum, self._features
         if not found.primal:
             solved = found.scale * (found.phi.double().mT @ solved)
-        linear, constants = solved[..., :d, :], torch.zeros_like(solved[..., 0, :])
+        linear = solved[..., :d, :]
+        constants = solved.new_zeros((*solved.shape[:-2], solved.shape[-1]))
         if self._means is not None:
             constants = self._means.intercept(linear)
         if self._constant is not None:

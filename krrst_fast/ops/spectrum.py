@@ -201,7 +201,9 @@ def _gram(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def _floor(values: Tensor) -> Tensor:
-    """Return the rounding of eigenvalues [N?, K]."""
+    """Return the rounding of eigenvalues [N?, K]; 0 where there are none."""
+    if values.shape[-1] == 0:
+        return values.sum(-1)
     return values.shape[-1] * _EPSILON * values[..., -1:].clamp(min=0).amax(-1)
 
 
