@@ -276,3 +276,23 @@ def test_damaged_log_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl: line 2 is not a JSON object"):
         files.read_jsonl(path)
+
+
+def test_an_interrupt_while_saving_is_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.pt"
+    files.save_state(path, {"x": torch.ones(1000)})
+    before, written = path.read_bytes(), []
+
+    def write(self: object, data: bytes) -> int:
+        written.append(data)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return len(data)
+
+    monkeypatch.setattr(files._Sink, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_state(path, {"x": torch.zeros(1000)})
+    assert len(written) >= 3 and path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

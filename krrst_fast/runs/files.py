@@ -187,7 +187,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         sink = _Sink(file)
         try:
             torch.save(dict(state), sink)  # type: ignore[arg-type]
-        except RuntimeError:
+        except RuntimeError as error:
+            # Torch closes its archive after Ctrl-C too, and finds it incomplete.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             if sink.error is None:
                 raise
             raise OSError(sink.error.errno, sink.error.strerror, str(path)) from None
