@@ -29,7 +29,9 @@ def _wide(value: tl.constexpr):
 @triton.jit
 def _power(base, EXPONENT: tl.constexpr):
     """Return base^EXPONENT by squares."""
-    result = base * 0.0 + 1.0
+    tl.static_assert(EXPONENT < 128, "a power of more than seven bits")
+    # Not 0 times something, which would be NaN where that is not finite.
+    result = tl.zeros_like(base) + 1.0
     square = base
     for bit in tl.static_range(_BITS):
         if (EXPONENT >> bit) % 2 == 1:
@@ -114,10 +116,10 @@ def _functions_kernel(
     itself = i[:, None] + same == j[None, :]
     if same < 0:
         itself = itself & False
-    weight = product * 0.0
+    weight = tl.zeros_like(product)
     if SLOPES:
         weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    turn = weight * 0.0
+    turn = tl.zeros_like(product)
     change = turn
     slope = turn
     if KIND == "rbf":
@@ -179,7 +181,8 @@ def functions_launches(
         sums["slope"] = torch.empty_like(products)
         sums["own"] = products.new_empty((*many, column_blocks, rows))
         sums["column"] = products.new_empty((*many, row_blocks, columns))
-        sums["change"] = products.new_empty((*many, row_blocks * column_blocks))
+        shape = *many, row_blocks * column_blocks
+        sums["change"] = products.new_empty(shape, dtype=torch.float64)
     out |= sums
     if programs == 0:
         return out, []

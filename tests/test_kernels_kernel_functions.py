@@ -54,3 +54,39 @@ def test_nan_stays(kernels: Callable, kernel: str) -> None:
     x[1, 2] = torch.nan
     values = kernels("kernel_functions.kernel_values", *operands(x, x, same=0), kernel, 3, COEF0)
     assert values[1].isnan().all() and values[2:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial"])
+@pytest.mark.parametrize("degree", [1, 3])
+def test_what_is_not_finite_stays_where_the_reference_has_it(
+    kernels: Callable, kernel: str, degree: int
+) -> None:
+    of, weight = operands(rows(4, 3), rows(5, 3, seed=1)), rows(4, 5, seed=5)
+    numbers = kernel, degree, COEF0
+    for bad in (torch.nan, torch.inf):
+        for tensor in (weight, of[0]):
+            kept, tensor[1, 2] = tensor[1, 2].clone(), bad
+            got = kernels("kernel_functions.kernel_slopes", *of, weight, *numbers, True)
+            exact = reference.kernel_slopes(*of, weight, *numbers, True)
+            tensor[1, 2] = kept
+            for a, b in zip(got, exact, strict=True):
+                torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_arccos_has_no_gamma_at_any_weight(kernels: Callable) -> None:
+    of, weight = operands(rows(4, 3), rows(5, 3, seed=1)), rows(4, 5, seed=5)
+    weight[1, 2] = torch.inf
+    numbers = "arccos", 1, COEF0, False
+    assert kernels("kernel_functions.kernel_slopes", *of, weight, *numbers)[4] == 0
+
+
+@pytest.mark.parametrize("kernel", OF_PRODUCTS)
+def test_float32_sums_gamma_in_float64(kernels: Callable, kernel: str) -> None:
+    of = operands(rows(4, 3), rows(5, 3, seed=1), same=-1)
+    single = *(x.float() for x in of[:5]), *of[5:]
+    weight, numbers = rows(4, 5, seed=5).float(), (kernel, 3, COEF0, True)
+    got = kernels("kernel_functions.kernel_slopes", *single, weight, *numbers)
+    exact = reference.kernel_slopes(*single, weight, *numbers)
+    assert [x.dtype for x in got] == [x.dtype for x in exact]
+    for a, b in zip(got, exact, strict=True):
+        assert_equal(a, b, 1e-5, kernel)
