@@ -6,7 +6,11 @@ add up to (`rounding_of_sums`), and what is solved to quantiles over draws (`mor
 """
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +150,17 @@ def neighbour(tensors: list[Tensor], seed: int) -> list[Tensor]:
         return (x * (1 + 1e-3 * steps)).float().to(x.dtype)
 
     return [moved(x) for x in tensors]
+
+
+def run_with(isa: str, module: str, function: str) -> None:
+    """Call a function of a test module with an instruction set, which is chosen once a process."""
+    code = f"from tests.{module} import {function}; {function}()"
+    env = {**os.environ, "KRRST_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parent.parent
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 class Calls(TorchDispatchMode):

@@ -1,10 +1,6 @@
 """The operators for many small problems: values, layouts, instruction sets, threads, wild calls."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +8,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast import operators
-from tests.helpers import assert_within, rounding_of_sums
+from tests.helpers import assert_within, rounding_of_sums, run_with
 
 EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
 DTYPES = [torch.float32, torch.float64]
@@ -193,14 +189,7 @@ def test_expanded_operands() -> None:
 @EXTENSION
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
-    # The set is chosen once a process, so each gets a process of its own.
-    code = "from tests.test_batched_ops import check_everything; check_everything()"
-    env = {**os.environ, "KRRST_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    run_with(isa, "test_batched_ops", "check_everything")
 
 
 @EXTENSION

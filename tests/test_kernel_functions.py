@@ -1,10 +1,6 @@
 """Kernels as functions of inner products, and their derivatives, against their definition."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +10,7 @@ from torch import Tensor
 from krrst_fast import operators
 from krrst_fast.reference import kernels
 from krrst_fast.reference.kernels import OF_PRODUCTS, kernel_matrix
-from tests.helpers import assert_equal
+from tests.helpers import assert_equal, run_with
 
 EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
 OPS = torch.ops.krrst_fast
@@ -127,14 +123,7 @@ def test_the_operators_are_the_definition() -> None:
 @EXTENSION
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
-    # The set is chosen once a process, so each gets a process of its own.
-    code = "from tests.test_kernel_functions import check_everything; check_everything()"
-    env = {**os.environ, "KRRST_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    run_with(isa, "test_kernel_functions", "check_everything")
 
 
 @EXTENSION

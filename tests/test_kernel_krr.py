@@ -184,8 +184,9 @@ def test_a_gamma_for_each_problem() -> None:
 
 
 @pytest.mark.parametrize("name", OF_PRODUCTS)
-def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = [*problem(40, 5, 70, 3), torch.tensor(GAMMA).double()]
+@pytest.mark.parametrize("d", [5, 80])  # products are kept where they are no more than features
+def test_blocks_change_nothing(d: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [*problem(40, d, 70, 3), torch.tensor(GAMMA).double()]
     whole = evaluate(loss(name), tensors, torch.float64)
     monkeypatch.setattr(kernel_blocks, "_BLOCK", 150)
     monkeypatch.setattr(kernel_gram, "_AT_ONCE", 8)

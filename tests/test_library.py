@@ -1,15 +1,13 @@
 """The compiled operators: torch's own checks, every instruction set, what a wild call gets."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from krrst_fast import operators
 from krrst_fast.cholesky import CUDA_METHODS, FLOAT64_UP_TO, ridge_factor
-from tests.helpers import assert_equal, features
+from tests.helpers import assert_equal, features, run_with
 
 EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
 # Round the widths of a panel (12, 24 and 48) and of a packed chunk (128, 256 and 512).
@@ -48,14 +46,7 @@ def test_kernels_against_float64(n: int, d: int, dtype: torch.dtype) -> None:
 @EXTENSION
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
-    # The set is chosen once a process, so each gets a process of its own.
-    code = "from tests.test_library import compare_all; compare_all()"
-    env = {**os.environ, "KRRST_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    run_with(isa, "test_library", "compare_all")
 
 
 def compare_all() -> None:

@@ -1,12 +1,8 @@
 """The operators that compute a small problem, or a batch, in one call each way."""
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +21,7 @@ from krrst_fast import (
 from krrst_fast.backends import cpp
 from krrst_fast.planner import FORMS
 from krrst_fast.reference import RIDGE_OF
-from tests.helpers import Calls, more_than_twice
+from tests.helpers import Calls, more_than_twice, run_with
 from tests.test_batched_ops import draw, layouts
 
 EXTENSION = pytest.mark.skipif(not operators.HAS_EXTENSION, reason=operators.EXTENSION)
@@ -142,13 +138,7 @@ def test_the_fallbacks_are_the_formula(size: tuple[int, int, int, int]) -> None:
 @EXTENSION
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
-    code = "from tests.test_small_krr import check_everything; check_everything()"
-    env = {**os.environ, "KRRST_FAST_ISA": isa, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    run_with(isa, "test_small_krr", "check_everything")
 
 
 @pytest.mark.parametrize("form", FORMS)

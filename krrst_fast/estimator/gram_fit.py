@@ -42,6 +42,11 @@ class GramFit:
     ridge: Tensor
     _rows: "KernelRows | _SparseRows | _GivenGram"
 
+    @property
+    def of_given_gram(self) -> bool:
+        """Whether the Gram was given, and predictions are made from one."""
+        return isinstance(self._rows, _GivenGram)
+
     def predict(self, f: Any) -> Any:
         """Predict [B, P] in float64, at features [B, D] or with a given Gram from [B, M].
 

@@ -9,7 +9,7 @@ from krrst_fast.ops.arrays import check_finite_rows, row_blocks
 from krrst_fast.ops.fitted import KRRFit
 from krrst_fast.ops.per_target import TargetFit
 from krrst_fast.ops.problem import working_dtype
-from krrst_fast.ops.row_sums import Kernel, RowSums
+from krrst_fast.ops.row_sums import LinearKernel, RowSums
 from krrst_fast.ops.solver import Solver
 from krrst_fast.ops.stream import check_settings, fit_arrays, fit_sums, result_of
 
@@ -32,7 +32,7 @@ def fit_mapped(
     f, y, weights = rows
     assert isinstance(f, np.ndarray)
     check_settings(op, solver, kernel["bias"], intercept)
-    of = Kernel(ridge=ridge, **kernel)
+    of = LinearKernel(ridge=ridge, **kernel)
     return fit_arrays(op, _NAMES, f, y.numpy(), weights, of, intercept, solver)
 
 
@@ -96,7 +96,9 @@ class PartialRows:
             check_finite_rows(op, "X", block, first)
         check_finite_rows(op, "y", _matrix(y), 0)
         weights = None if weights is None else weights.double()
-        self._sums.add(op, _NAMES, (f, _matrix(y), weights), Kernel(ridge=ridge, **kernel), False)
+        self._sums.add(
+            op, _NAMES, (f, _matrix(y), weights), LinearKernel(ridge=ridge, **kernel), False
+        )
 
     def kept(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Return all rows, if they are kept."""
@@ -106,7 +108,7 @@ class PartialRows:
         self, op: str, ridge: float | Tensor, solver: Solver, *, intercept: bool, **kernel: Any
     ) -> KRRFit | TargetFit:
         """Fit to the sums over all rows."""
-        of = Kernel(ridge=ridge, **kernel)
+        of = LinearKernel(ridge=ridge, **kernel)
         return fit_sums(op, self._sums, of, solver, self._result, in_place=False)
 
     def _check(self, op: str, solver: Solver, intercept: bool) -> None:

@@ -298,7 +298,7 @@ class KernelRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         fit = self.fit_
         if self._of_unit_length:
             rows = unit_sparse_rows(rows)
-        if self.kernel == "precomputed":
+        if isinstance(fit, GramFit) and fit.of_given_gram:
             raise TypeError(
                 f"KernelRidge.predict: a precomputed kernel must be dense, got {rows!r}"
             )

@@ -111,11 +111,14 @@ def assembled(kernel: Sequence[Any], *tensors: Tensor | None) -> Problem:
     )
 
 
-def ridge_base(problem: Problem, trace: Tensor, rows: int) -> Tensor:
-    """Return the number that the ridge multiplies, from the trace of the Gram of so many rows."""
-    if problem.ridge_of == "absolute":
+def ridge_base(ridge_of: str, trace: Tensor, rows: int | float | Tensor) -> Tensor:
+    """Return the number that the ridge multiplies, from the trace of the Gram of so many rows.
+
+    rows: Not 0: the number of rows, or the sum of their weights.
+    """
+    if ridge_of == "absolute":
         return torch.ones_like(trace)
-    return trace if problem.ridge_of == "trace" else trace / max(rows, 1)
+    return trace if ridge_of == "trace" else trace / rows
 
 
 def scale_(x: Tensor, scale: float | Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def factor_and_solve(
 ) -> Solve:
     """Factor the ridged Gram and solve for y; `product` is still to come."""
     trace = gram.trace() if gram.ndim == 2 else gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    base = ridge_base(problem, trace, problem.f_syn.shape[-2])
+    base = ridge_base(problem.ridge_of, trace, max(problem.f_syn.shape[-2], 1))
     method = backend.cholesky_method(gram, y.shape[-1])
     factor = ridge_factor(
         gram, problem.ridge * base, solver.max_retries, solver.check == "raise", method

@@ -14,7 +14,7 @@ from krrst_fast.backends import Backend
 from krrst_fast.cholesky import FLOAT64_UP_TO, Factor
 from krrst_fast.ops.arrays import check_finite_rows, read_columns, row_blocks, rows_for
 from krrst_fast.ops.in_place import add_gram_, solve_in_place
-from krrst_fast.ops.row_sums import Kernel
+from krrst_fast.ops.row_sums import LinearKernel
 from krrst_fast.ops.solver import Solver
 from krrst_fast.ops.spectral import solve_targets
 
@@ -55,7 +55,7 @@ def fit_columns(
     f: np.ndarray,
     y: Tensor,
     weights: Tensor | None,
-    kernel: Kernel,
+    kernel: LinearKernel,
     centred: bool,
     backend: Backend,
     solver: Solver,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from krrst_fast.backends import Backend
 from krrst_fast.ops.kernel import Rows
+from krrst_fast.ops.problem import readable
 
 # Numbers of a block of products: in the last cache of a CPU, and enough to fill a GPU.
 _BLOCK, _BLOCK_OF_GPU = 2**19, 2**25
@@ -159,7 +160,7 @@ def slopes_of(
     if not (single and is_batched(weight)):  # whose counts cannot be read
         weight = weight.to(pair.x.dtype)
         found = backend.kernel_slopes(*pair.operands(products, gamma, same), weight, *settings)
-        if not (single and pair.x.is_cpu and found[-1].item()):
+        if not (single and readable(pair.x) and found[-1].item()):
             return pair, found[:-1]
     pair = pair.in_float64(function)
     operands = pair.operands(None, gamma, same)

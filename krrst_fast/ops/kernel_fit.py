@@ -23,7 +23,7 @@ from krrst_fast.ops.problem import (
 from krrst_fast.ops.solver import Solver
 from krrst_fast.reference import round_features
 
-# Numbers of the rows that are converted to float64 at once.
+# Numbers of the rows of which copies, less the mean and perhaps in float64, are made at once.
 _AT_ONCE = 2**22
 
 

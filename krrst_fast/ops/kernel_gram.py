@@ -239,8 +239,12 @@ def _product_backward(
     with exact_arithmetic(grad):
         for block in blocks(x, y.shape[-2], grad):
             change = rows_in(grad, block)
-            how = gamma, -1, matmul(change, v.mT), function, backend, needs[4]
             kept = None if products is None else rows_in(products, block)
+            if not (needs[0] or needs[2] or needs[5]):
+                values = backend.kernel_values(*pair.of(block).operands(kept, gamma, -1), *function)
+                d_v = add(d_v, matmul(values.mT.to(v.dtype), change))
+                continue
+            how = gamma, -1, matmul(change, v.mT), function, backend, needs[4]
             part, (values, slope, own, column, numbers) = slopes_of(pair.of(block), kept, *how)
             if needs[0]:
                 gradient = (slope @ part.y + own[..., None] * part.x).to(x.dtype)

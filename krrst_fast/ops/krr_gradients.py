@@ -52,7 +52,8 @@ def krr_gradients(settings: tuple[Any, ...], *saved: Tensor | None) -> Tensors:
             d_ridge = raised * solve.base
         if through_trace:
             # lam = ridge * base, and d trace(K_ss) / dF_s = 2 scale F_s
-            base = ridge_base(problem, torch.ones_like(raised), f_syn.shape[-2])
+            one = torch.ones_like(raised)
+            base = ridge_base(problem.ridge_of, one, max(f_syn.shape[-2], 1))
             slope = raised * problem.ridge * base
             slope = slope[..., None, None] * (2.0 * (problem.scale * factor))
             assert grads.f_syn is not None

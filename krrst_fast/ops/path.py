@@ -239,7 +239,8 @@ def krr_path(
     """Fit kernel ridge regression for each of R ridges.
 
     K_ss = U S U^T is decomposed once, in float64 (F_s^T F_s where M > D); each ridge then costs
-    products with P columns: little more than a single fit.
+    products with P columns: little more than a single fit. Where M <= D, eigenvalues below eight
+    roundings (of the precision of the inputs) of the smallest lam count as 0.
 
     Args:
         f_syn: Features [..., M, D].

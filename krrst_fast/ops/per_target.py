@@ -8,6 +8,7 @@ from torch import Tensor
 
 from krrst_fast.backends import choose
 from krrst_fast.errors import NonFiniteError
+from krrst_fast.ops.closed_forms import ridge_base
 from krrst_fast.ops.fit_tensors import fit_tensors
 from krrst_fast.ops.fitted import KRRFit, predict_linear
 from krrst_fast.ops.path import least_squares
@@ -139,5 +140,4 @@ def ridges_added(
     rows: The number of rows, or the sum of their weights.
     """
     given = torch.as_tensor(ridge, dtype=torch.float64, device=trace.device).expand(targets)
-    base = {"trace": trace, "mean_diagonal": trace / rows}.get(ridge_of, torch.ones_like(trace))
-    return given * base, given == 0
+    return given * ridge_base(ridge_of, trace, rows), given == 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.ops.arrays import check_finite_rows, read_rows, row_blocks
+from krrst_fast.ops.closed_forms import ridge_base
 from krrst_fast.ops.in_place import add_gram_, mirror_
 from krrst_fast.ops.solver import RidgeOf
 
@@ -23,8 +24,8 @@ _LOST_BITS = 27
 _EXPONENTS = 1200  # more than the exponents of float64
 
 
-class Kernel(NamedTuple):
-    """The kernel and its ridge.
+class LinearKernel(NamedTuple):
+    """The linear kernel and its ridge.
 
     Attributes:
         ridge: A number or a tensor [], or where a fit allows it [P] or 0.
@@ -43,9 +44,7 @@ class Kernel(NamedTuple):
 
     def lam(self, trace: Tensor, total: float) -> Tensor:
         """Return what is added to the diagonal, [] or [P], for rows of this total weight."""
-        base = {"trace": trace, "mean_diagonal": trace / total}.get(
-            self.ridge_of, torch.ones_like(trace)
-        )
+        base = ridge_base(self.ridge_of, trace, total)
         ridge = self.ridge
         return base * (ridge.to(base) if isinstance(ridge, Tensor) else ridge)
 
@@ -84,7 +83,7 @@ class RowSums:
         self._right: Tensor | None = None  # [D + 1, P], or what the root has in its place
 
     def add(
-        self, op: str, names: tuple[str, str], rows: tuple, kernel: Kernel, raises: bool
+        self, op: str, names: tuple[str, str], rows: tuple, kernel: LinearKernel, raises: bool
     ) -> None:
         """Add rows that were checked: F and Y, tensors or arrays, and weights or None.
 
@@ -128,7 +127,7 @@ class RowSums:
             return False
         return _are_few(self.rows, self._waiting[0][0].shape[1])
 
-    def finish(self, kernel: Kernel) -> None:
+    def finish(self, kernel: LinearKernel) -> None:
         """Add the rows that wait to the sums."""
         self._add_waiting(kernel)
 
@@ -141,7 +140,7 @@ class RowSums:
         assert self._mean is not None
         return self._mean[0][:-1], self._mean[1]
 
-    def system(self, kernel: Kernel, in_place: bool) -> tuple[Tensor, Tensor, bool]:
+    def system(self, kernel: LinearKernel, in_place: bool) -> tuple[Tensor, Tensor, bool]:
         """Return scale Phi^T Phi [N, N] and scale Phi^T Y [N, P], whose solution are the weights.
 
         Phi has the constant feature last, if there is a bias. Third is whether the first two are
@@ -167,7 +166,7 @@ class RowSums:
         scale = kernel.scale**0.5 if self._rooted else kernel.scale
         return gram.mul_(scale), right.mul_(scale), self._rooted
 
-    def _add_waiting(self, kernel: Kernel) -> None:
+    def _add_waiting(self, kernel: LinearKernel) -> None:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -178,7 +177,7 @@ class RowSums:
         for first, last, block in row_blocks(rows, _LEAST_ROWS):
             self._add(block, targets[first:last], of_rows[first:last], kernel)
 
-    def _add(self, f: Tensor, y: Tensor, weights: Tensor | None, kernel: Kernel) -> None:
+    def _add(self, f: Tensor, y: Tensor, weights: Tensor | None, kernel: LinearKernel) -> None:
         """Add a block of rows."""
         of_rows = _of_rows(f, weights)
         total = of_rows.sum().item()
@@ -235,7 +234,7 @@ class RowSums:
         exponents = torch.frexp(squares).exponent.long() + _EXPONENTS
         self._sizes += torch.bincount(exponents, minlength=len(self._sizes))
 
-    def _is_lost(self, d: int, kernel: Kernel) -> bool:
+    def _is_lost(self, d: int, kernel: LinearKernel) -> bool:
         """Return whether fewer than D rows matter beside the largest, and others may be needed."""
         some = self._sizes.nonzero()
         trace = kernel.scale * self.trace + kernel.bias * self.total

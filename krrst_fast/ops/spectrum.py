@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import NotPositiveDefiniteError
+from krrst_fast.ops.closed_forms import ridge_base
 from krrst_fast.ops.in_place import add_gram_, mirror_
 from krrst_fast.ops.problem import Problem, readable
 from krrst_fast.ops.weights import constant_feature
@@ -163,9 +164,7 @@ def spectrum_of(
     primal = m > d
     gram = _gram(phi.mT if primal else phi, scale)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # [N?]
-    base = {"trace": trace, "mean_diagonal": trace / m}.get(
-        problem.ridge_of, torch.ones_like(trace)
-    )
+    base = ridge_base(problem.ridge_of, trace, m)
     ridge = problem.ridge
     ridge = ridge.double() if isinstance(ridge, Tensor) else ridge
     lam = ridges.reshape(-1, *[1] * trace.ndim) * (ridge * base)  # [R, N?]

@@ -27,7 +27,7 @@ from krrst_fast.ops.problem import (
     finite,
     working_dtype,
 )
-from krrst_fast.ops.row_sums import Kernel, RowSums
+from krrst_fast.ops.row_sums import LinearKernel, RowSums
 from krrst_fast.ops.solver import RidgeOf, Solver
 from krrst_fast.ops.spectral import solve_targets
 from krrst_fast.planner import cheapest
@@ -57,7 +57,7 @@ def fit_stream(
     check_settings(op, solver, bias, intercept)
     if isinstance(ridge, Tensor) and ridge.ndim:
         raise ValueError(f"{op}: ridge must be a number or a tensor [], got {tuple(ridge.shape)}")
-    kernel = Kernel(ridge, ridge_of, float(scale), float(bias))
+    kernel = LinearKernel(ridge, ridge_of, float(scale), float(bias))
     if isinstance(f, np.ndarray):
         fit = fit_arrays(op, ("f_syn", "y_syn"), f, y, weights, kernel, intercept, solver)
     else:
@@ -89,7 +89,7 @@ def fit_arrays(
     f: np.ndarray,
     y: Any,
     weights: Any,
-    kernel: Kernel,
+    kernel: LinearKernel,
     intercept: bool,
     solver: Solver,
 ) -> KRRFit | TargetFit:
@@ -148,7 +148,7 @@ def fit_arrays(
 def fit_sums(
     op: str,
     sums: RowSums,
-    kernel: Kernel,
+    kernel: LinearKernel,
     solver: Solver,
     result: torch.dtype,
     in_place: bool = True,
@@ -200,7 +200,13 @@ def fit_sums(
 
 
 def _fit_chunks(
-    op: str, source: Any, y: Any, weights: Any, kernel: Kernel, intercept: bool, solver: Solver
+    op: str,
+    source: Any,
+    y: Any,
+    weights: Any,
+    kernel: LinearKernel,
+    intercept: bool,
+    solver: Solver,
 ) -> KRRFit | TargetFit:
     """Fit an iterable of chunks, which is read once."""
     if not isinstance(source, Iterable):
@@ -354,7 +360,7 @@ def _info(form: str, backend: Backend, factor: Factor, dtype: torch.dtype) -> So
     return SolveInfo(form, backend.NAME, lam, factor.retries, factor.pivot, factor.factor)
 
 
-def _problem(kernel: Kernel, f: Tensor, y: Tensor) -> Problem:
+def _problem(kernel: LinearKernel, f: Tensor, y: Tensor) -> Problem:
     """Return a problem without its rows."""
     numbers = kernel.scale, kernel.bias
     return Problem(f, y, None, None, kernel.ridge, kernel.ridge_of, True, *numbers)
