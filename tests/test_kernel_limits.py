@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 
 from krrst_fast import Kernel, Solver, krr_fit, krr_mse, krr_predict
@@ -98,3 +99,28 @@ def test_the_matrix_of_all_rows_is_never_made() -> None:
 
     both()
     assert peak_bytes(both) < b * m * 4 / 2
+
+
+@pytest.mark.parametrize("name", OF_PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_without_values(name: str, dtype: torch.dtype) -> None:
+    """Of float32 the backward pass counts near rows: not those of fake tensors."""
+    shapes = (7, 5), (7, 3), (9, 5), (9, 3)
+    with FakeTensorMode():
+        fake = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+        krr_mse(*fake, kernel=name, solver=Solver(check="flag")).backward()
+    meta = [torch.randn(s, dtype=dtype, device="meta", requires_grad=True) for s in shapes]
+    krr_mse(*meta, kernel=name, solver=Solver(check="flag")).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (*fake, *meta))
+
+
+@pytest.mark.parametrize("name", OF_PRODUCTS)
+def test_a_gradient_to_the_targets_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_blocks, "_BLOCK", 150)
+    for d in (3, 60):  # products that are not kept, and kept ones
+        tensors = [*problem(20, d, 30, 2), torch.tensor(0.3).double()]
+        every = evaluate(loss(name), tensors, torch.float64)
+        f_syn, y_syn, *rest = tensors
+        leaf = y_syn.clone().requires_grad_()
+        (alone,) = torch.autograd.grad(loss(name)(f_syn, leaf, *rest), leaf)
+        assert_equal(alone, every[2], 1e-12)

@@ -11,7 +11,7 @@ from krrst_fast.ops.centring import centred, check_intercept
 from krrst_fast.ops.closed_forms import fit_dual, fit_primal, primal_readout
 from krrst_fast.ops.fitted import Fitted, KRRFit
 from krrst_fast.ops.info import SolveInfo
-from krrst_fast.ops.kernel import Kernel, of_unit_length
+from krrst_fast.ops.kernel import LINEAR, Kernel, of_unit_length
 from krrst_fast.ops.kernel_fit import fit_rows
 from krrst_fast.ops.problem import (
     Problem,
@@ -29,8 +29,6 @@ from krrst_fast.ops.weights import apply_weights, constant_feature
 from krrst_fast.planner import cheapest
 from krrst_fast.precision import exact_arithmetic
 from krrst_fast.reference import round_features
-
-LINEAR = Kernel()
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def fit_tensors(
     """Fit as `krrst_fast.krr_fit` does; `op` is the name in errors."""
     check_not_mapped(op, f_syn, y_syn, ridge, weights, kernel.gamma)
     tensors, of = (f_syn, y_syn), (scale, bias, weights)
-    problem, batch, dtype = prepare(op, solver, tensors, ridge, ridge_of, True, *of, kernel)
+    problem, batch, dtype = prepare(op, solver, tensors, ridge, ridge_of, True, *of, kernel.gamma)
     check_intercept(op, intercept, bias)
     (*_, m, d), (*_, p) = problem.f_syn.shape, problem.y_syn.shape
     if m == 0:

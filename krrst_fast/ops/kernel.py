@@ -82,6 +82,9 @@ def check_name(op: str, what: str, name: object) -> None:
         raise ValueError(f"{op}: {what} must be one of {names}, got {name!r}")
 
 
+LINEAR = Kernel()
+
+
 def as_kernel(op: str, kernel: str | Kernel) -> Kernel:
     """Return a kernel that may be given by its name."""
     if isinstance(kernel, Kernel):

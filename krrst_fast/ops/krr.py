@@ -19,7 +19,7 @@ from krrst_fast.ops.autograd import (
 )
 from krrst_fast.ops.closed_forms import SOLVE, separated
 from krrst_fast.ops.info import SolveInfo
-from krrst_fast.ops.kernel import Kernel, KernelName, as_kernel, of_unit_length
+from krrst_fast.ops.kernel import LINEAR, Kernel, KernelName, as_kernel, of_unit_length
 from krrst_fast.ops.krr_gradients import krr_gradients, with_operands
 from krrst_fast.ops.krr_of_kernel import krr_of_kernel
 from krrst_fast.ops.problem import (
@@ -129,10 +129,9 @@ def krr_mse(
     """
     op = "krr_mse"
     tensors = f_syn, y_syn, f_real, y_real
-    if kernel != "linear":
-        kernel = as_kernel(op, kernel)
+    kernel = LINEAR if kernel == "linear" else as_kernel(op, kernel)
     problem, batch, dtype = prepare(
-        op, solver, tensors, ridge, ridge_of, detach_ridge, scale, bias, weights, kernel
+        op, solver, tensors, ridge, ridge_of, detach_ridge, scale, bias, weights, kernel.gamma
     )
     if y_real.numel() == 0 or (batch and problem.f_syn.shape[0] == 0):
         raise ValueError(f"{op}: the mean is over y_real, got shape {tuple(y_real.shape)}")
@@ -219,9 +218,8 @@ def krr_predict(
         The errors of `krr_mse`.
     """
     op = "krr_predict"
-    if kernel != "linear":
-        kernel = as_kernel(op, kernel)
-    tensors, of = (f_syn, y_syn, f_real), (scale, bias, weights, kernel)
+    kernel = LINEAR if kernel == "linear" else as_kernel(op, kernel)
+    tensors, of = (f_syn, y_syn, f_real), (scale, bias, weights, kernel.gamma)
     problem, batch, dtype = prepare(op, solver, tensors, ridge, ridge_of, detach_ridge, *of)
     prediction, info = _compute(op, problem, kernel, weights, solver, batch, dtype, return_info)
     return (prediction, info) if info is not None else prediction
@@ -230,7 +228,7 @@ def krr_predict(
 def _compute(
     op: str,
     problem: Problem,
-    kernel: str | Kernel,
+    kernel: Kernel,
     weights: Tensor | None,
     solver: Solver,
     batch: tuple[int, ...],
@@ -240,7 +238,7 @@ def _compute(
     """Choose form and backend, and compute the loss, or without y_real the prediction."""
     if not isinstance(return_info, bool):
         raise TypeError(f"{op}: return_info must be True or False, got {return_info!r}")
-    if isinstance(kernel, Kernel):
+    if kernel is not LINEAR:
         if kernel.of_products:
             settings = weights, solver, batch, dtype, return_info
             return krr_of_kernel(op, problem, kernel, *settings)

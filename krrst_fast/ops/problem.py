@@ -67,7 +67,7 @@ def prepare(
     scale: float,
     bias: float,
     weights: Tensor | None,
-    kernel: object = None,
+    gamma: float | Tensor | None = None,
 ) -> tuple[Problem, tuple[int, ...], torch.dtype]:
     """Check the arguments of `op` and bring them into the form that is computed.
 
@@ -76,7 +76,7 @@ def prepare(
 
     Args:
         tensors: F_s and Y_s, then F_r for a prediction, then Y_r for a loss.
-        kernel: A `Kernel`, whose gamma may have leading dimensions too.
+        gamma: That of a kernel, which may be a tensor with leading dimensions too.
 
     Returns:
         The problem, the leading dimensions that the caller sees, and the dtype of the result.
@@ -103,13 +103,12 @@ def prepare(
     for given in tensors:
         many |= given.ndim > 2
         converted |= given.dtype != working
-    gamma = getattr(kernel, "gamma", None)
-    gamma = gamma if isinstance(gamma, Tensor) else None
-    if many or isinstance(ridge, Tensor) or weights is not None or gamma is not None:
+    number = gamma if isinstance(gamma, Tensor) else None
+    if many or isinstance(ridge, Tensor) or weights is not None or number is not None:
         cores: dict[str, tuple[Tensor | None, int]]
         cores = {name: (x, 2) for name, x in zip(_NAMES, tensors)}
         scalar = ridge if isinstance(ridge, Tensor) else None
-        batch = batch_of(op, **cores, weights=(weights, 1), ridge=(scalar, 0), gamma=(gamma, 0))
+        batch = batch_of(op, **cores, weights=(weights, 1), ridge=(scalar, 0), gamma=(number, 0))
     if batch or converted:
         f_syn, y_syn, *real = (fold(cast(x, working), batch, 2) for x in tensors)
         f_real, y_real = (*real, None, None)[:2]
