@@ -1,5 +1,8 @@
 """Features whose squares leave the range of their precision: right, or an error that says so."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from krrst_fast import (
     krr_mse,
     krr_path,
     krr_predict,
+    krr_predict_from_gram,
+    ridge_solve,
 )
 from krrst_fast.planner import FORMS
 from tests.helpers import assert_equal, problem
@@ -106,6 +111,27 @@ def test_a_constant_that_rounds_to_zero_is_one_nonetheless(form: str, bias: floa
     assert_equal(fit.predict(q), krr_predict(f, y, q, **options), 1e-4)
 
 
-def test_a_gram_that_float32_cannot_hold_is_named() -> None:
-    with pytest.raises(NonFiniteError, match="gram: finite inputs gave a result that is not"):
-        gram(torch.full((2, 2), 1e30), solver=Solver(precision="float64"))
+_DOUBLE = Solver(precision="float64")
+_LARGE = torch.full((2, 2), 1e30)
+_FIT = krr_fit(torch.eye(2), _LARGE, ridge=1e-6, ridge_of="absolute", solver=_DOUBLE)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: gram(_LARGE, solver=_DOUBLE),
+        lambda: ridge_solve(
+            1e-20 * torch.eye(2), _LARGE, ridge=1e-20, ridge_of="absolute", solver=_DOUBLE
+        ),
+        lambda: krr_predict_from_gram(torch.eye(2), _LARGE, _LARGE, solver=_DOUBLE),
+        lambda: krr_predict(torch.eye(2), _LARGE, _LARGE, solver=_DOUBLE),
+        lambda: krr_fit(1e-20 * torch.eye(2), _LARGE, solver=_DOUBLE),
+        lambda: _FIT.predict(_LARGE),
+        lambda: krr_path(torch.eye(2), _LARGE, [0.1]).predict(_LARGE),
+        lambda: krr_path(torch.eye(2), _LARGE, [0.1]).fit_best().predict(_LARGE),
+    ],
+)
+def test_what_float32_cannot_hold_is_named(call: Callable[[], Any]) -> None:
+    """It is computed in float64, where it is finite, and overflows when it is rounded."""
+    with pytest.raises(NonFiniteError, match="finite inputs gave a result that is not"):
+        call()

@@ -88,9 +88,11 @@ def fit_tensors(
             coefficients = coefficients[..., :-1, :]
     if means is not None:
         constants = means.intercept(coefficients)
-    rounded = restore(alpha, batch, dtype)
+    results = alpha, coefficients, constants
+    rounded, primal, rounded_constants = (restore(x, batch, dtype) for x in results)
     if solver.check == "raise":
-        finite(op, rounded, f_syn=problem.f_syn, y_syn=problem.y_syn)
+        for part in (rounded, primal, rounded_constants):
+            finite(op, part, f_syn=problem.f_syn, y_syn=problem.y_syn)
     lam, retries, pivot = (unfold(x, batch) for x in info)
     linear = unfold(coefficients, batch), unfold(constants, batch)
     # `loo_residuals` reads these later, when the caller may have changed what was given.
@@ -100,10 +102,10 @@ def fit_tensors(
     )
     rows = _kept(f_syn, root is not None), _kept(y_syn, root is not None)
     return KRRFit(
-        intercept=restore(constants, batch, dtype),
+        intercept=rounded_constants,
         info=SolveInfo(form, backend.NAME, lam, retries, pivot, unfold(factor, batch)),
         _alpha=rounded,
-        _weights=restore(coefficients, batch, dtype),
+        _weights=primal,
         _fitted=Fitted(
             *(rows, unfold(alpha, batch), linear, kept, solver, root, means, batch),
             of_unit_length=kernel.name == "cosine",

@@ -209,6 +209,7 @@ def predict_linear(
     if solver.precision == "fast":
         rows, _ = round_features(rows, None)
     prediction = product(rows, fold(weights, batch, 2)) + fold(intercept[..., None, :], batch, 2)
+    prediction = restore(prediction, batch, result_dtype(f))
     if solver.check == "raise":
         finite(op, prediction, f=f, weights=weights)
-    return restore(prediction, batch, result_dtype(f))
+    return prediction

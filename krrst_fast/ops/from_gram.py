@@ -118,10 +118,9 @@ def krr_predict_from_gram(
     lam = absolute_ridge(k_ss, ridge, of, detach_ridge)
     backend = choose_for_gram(op, solver, k_ss)
     alpha, *found = solve_gram(op, k_ss, y, lam, backend, solver, ("k_syn", "y_syn"))
-    prediction = product(k_rs, alpha)
+    prediction = restore(product(k_rs, alpha), batch, dtype)
     if solver.check == "raise":
         finite(op, prediction, k_real_syn=k_rs, alpha=alpha)
-    prediction = restore(prediction, batch, dtype)
     if not return_info:
         return prediction
     factor, lam, retries, pivot = (unfold(x, batch) for x in found)

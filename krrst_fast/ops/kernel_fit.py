@@ -76,9 +76,10 @@ class KernelRows:
         prediction = self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, -2))
         prediction = prediction + self.bias * alpha.sum(-2, keepdim=True)
         prediction = where_finite(prediction, new, self.solver)
+        prediction = restore(prediction, batch, result_dtype(f))
         if self.solver.check == "raise":
             finite(op, prediction, f=f, alpha=alpha)
-        return restore(prediction, batch, result_dtype(f))
+        return prediction
 
     def _folded(self, x: Tensor, batch: tuple[int, ...], core: int) -> Tensor:
         """Return a tensor of the fit, [N?] and core dimensions, for a prediction's batch."""

@@ -220,8 +220,9 @@ class KRRPath:
             intercept = intercept.reshape(*extra, *intercept.shape[1:])
             weights = weights.reshape(*extra, *weights.shape[1:])
             prediction = f.to(weights.dtype) @ weights + intercept[..., None, :]
+        prediction = prediction.to(result_dtype(f))
         finite(op, prediction, f=f)
-        return prediction.to(result_dtype(f))
+        return prediction
 
 
 @torch.no_grad()

@@ -70,5 +70,6 @@ class PathFit:
         if self._solved is not None:
             prediction = self._scale * product(prediction, fold(self._solved[1], batch, 2))
         prediction = prediction + fold(self.intercept[..., None, :], batch, 2)
+        prediction = restore(prediction, batch, result_dtype(f))
         finite(op, prediction, f=f)
-        return restore(prediction, batch, result_dtype(f))
+        return prediction

@@ -26,7 +26,7 @@ from krrst_fast.ops.problem import (
     fold,
     keepable,
     ready_ridge,
-    unfold,
+    restore,
     working_dtype,
 )
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
@@ -76,7 +76,10 @@ def ridge_solve(
     lam = absolute_ridge(k, ridge, ridge_of, detach_ridge=False)
     backend = choose_for_gram(op, solver, k)
     alpha, *_ = solve_gram(op, k, y, lam, backend, solver, ("k", "y"))
-    return unfold(alpha, batch).to(dtype)
+    narrowed, alpha = alpha.dtype != dtype, restore(alpha, batch, dtype)
+    if narrowed and solver.check == "raise":
+        finite(op, alpha, k=k, y=y)
+    return alpha
 
 
 def check_gram(op: str, name: str, k: Tensor, solver: Solver) -> None:
