@@ -10,6 +10,7 @@ import pytest
 
 from krrst_fast.backends import tuned
 from krrst_fast.errors import DataError
+from krrst_fast.reference.kernels import OF_PRODUCTS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -224,6 +225,7 @@ def test_the_table_is_what_the_library_reads(tmp_path: Path, monkeypatch) -> Non
 def test_every_part_has_the_sizes_and_implementations_that_the_library_asks_for() -> None:
     numbers = {name: 3 for name in ("matmul", "matmul_t", "mse", "closing", "solve_many")}
     numbers |= {name: 2 for name in ("gram", "views", "solve")}
+    numbers |= {f"{name}_{what}": 2 for name in OF_PRODUCTS for what in ("values", "slopes")}
     assert set(parts.FULL) == set(parts.TOY) == set(parts.IMPLEMENTATIONS) == set(numbers)
     for name, implementations in parts.IMPLEMENTATIONS.items():
         assert f"| {', '.join(implementations)} |" in tuned.__doc__ and name in tuned.__doc__

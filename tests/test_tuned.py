@@ -1,6 +1,7 @@
 """The measured choices: the nearest measurement decides, and without one torch computes."""
 
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from krrst_fast import backends, gram, krr_mse, operators, reference, selftest
 from krrst_fast.backends import torch as torch_backend
 from krrst_fast.backends import triton, tuned
 from krrst_fast.cholesky import CUDA_METHODS
+from krrst_fast.reference.kernels import kernel_matrix
 from tests.helpers import NAMES, keywords, loss_and_gradients, problem
 
 
@@ -29,6 +31,8 @@ ROWS = [
     row("matmul_t", "float32", [40, 8192, 10], torch=0.2, triton=0.1),
     row("mse", "float32", [1024, 8192, 10], torch=0.2, triton=0.1),
     row("closing", "float32", [1000, 8192, 512], torch=0.2, triton=0.1),
+    row("rbf_values", "float64", [40, 10], torch=0.2, triton=0.1),
+    row("arccos_slopes", "float64", [40, 10], torch=0.2, triton=0.1),
     row("views", "float32", [1024, 1024], torch=0.2, triton=0.1),
     row("solve", "float32", [1000, 512], **{"torch": 3.0, "torch inverse": 2.0, "cuda": 1.0}),
     row("solve", "float64", [100, 10], **{"torch": 1.0, "torch inverse": 2.0}),
@@ -65,7 +69,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(triton, name, call)
 
-    for name in ("gram", "matmul", "predicted_residual_mse", "closing_matmul"):
+    for name in (
+        *("gram", "matmul", "predicted_residual_mse", "closing_matmul"),
+        *("kernel_values", "kernel_slopes"),
+    ):
         note(name)
     return names
 
@@ -144,6 +151,25 @@ def test_each_part_is_computed_by_the_fastest(called: list[str]) -> None:
     out = tuned.closing_matmul(wide[:1000], wide, 2 * wide[:1000], wide, 3.0)
     assert called[3:] == ["closing_matmul"]
     assert torch.allclose(out, -3 * wide[:1000] @ wide.mT, atol=1e-2)
+
+
+@pytest.mark.parametrize("many", [(), (4,)], ids=["one", "four problems"])
+def test_kernels_of_products_are_computed_by_the_fastest(
+    called: list[str], many: tuple[int, ...]
+) -> None:
+    rows = 40 // math.prod(many)
+    x, y = torch.randn(*many, rows, 3).double(), torch.randn(*many, 10, 3).double()
+    squares = x.square().sum(-1), y.square().sum(-1)
+    of = x @ y.mT, x, y, *squares, torch.ones(many).double(), -1
+    for kernel, by_triton in (("rbf", 1), ("arccos", 0), ("polynomial", 0)):
+        called.clear()
+        values = tuned.kernel_values(*of, kernel, 2, 1.0)
+        expected = kernel_matrix(x, y, kernel, 1.0, 2, 1.0)
+        assert called == ["kernel_values"] * by_triton
+        assert torch.allclose(values, expected)
+        called.clear()
+        tuned.kernel_slopes(*of, torch.ones_like(values), kernel, 2, 1.0, True)
+        assert called == ["kernel_slopes"] * (kernel == "arccos")
 
 
 def test_the_product_of_an_mse_is_chosen_too(called: list[str]) -> None:

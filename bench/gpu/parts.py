@@ -27,11 +27,13 @@ from krrst_fast.cholesky import (
     factored_solve,
     ridge_factor,
 )
+from krrst_fast.reference.kernels import OF_PRODUCTS
 
 Size = tuple[int, ...]
 _TWO = ("torch", "triton")
 IMPLEMENTATIONS = {
     **{name: _TWO for name in ("gram", "matmul", "matmul_t", "mse", "closing", "views")},
+    **{f"{name}_{what}": _TWO for name in OF_PRODUCTS for what in ("values", "slopes")},
     **{
         name: ("torch", "torch inverse", "cuda", "cuda inverse") for name in ("solve", "solve_many")
     },
@@ -270,6 +272,21 @@ def views(size: Size, precision: str, device: str) -> Work:
     return Work(found, refused, lambda: (plainly(),))
 
 
+def kernel_function(kernel: str, what: str, size: Size, precision: str, device: str) -> Work:
+    """Return a kernel of I and J rows from their inner products, or its derivatives too."""
+    rows_x, rows_y = size
+    x, y = (features(n, LATENT, "float32", device).double() for n in size)
+    squares = x.square().sum(-1), y.square().sum(-1)
+    gamma = torch.full((), 0.1 / LATENT, dtype=torch.float64, device=device)
+    operands = x @ y.mT, x, y, *squares, gamma, -1
+    if what == "values":
+        torchs = torch_backend.kernel_values
+        return _of(operands[0], f"kernel_{what}", torchs, *operands[1:], kernel, 3, 1.0)
+    weight = torch.randn(rows_x, rows_y, dtype=torch.float64, device=device)
+    rest = *operands[1:], weight, kernel, 3, 1.0, True
+    return _of(operands[0], f"kernel_{what}", torch_backend.kernel_slopes, *rest)
+
+
 def _sizes(text: str) -> tuple[Size, ...]:
     return tuple(tuple(map(int, size.split("x"))) for size in text.split())
 
@@ -280,6 +297,15 @@ def _both(text: str, float32: str = "") -> dict[str, tuple[Size, ...]]:
 
 
 by_columns = partial(matmul, by_columns=True)
+
+
+def _functions(sizes: str) -> dict[str, Part]:
+    return {
+        f"{kernel}_{what}": Part(partial(kernel_function, kernel, what), {"float64": _sizes(sizes)})
+        for kernel in OF_PRODUCTS
+        for what in ("values", "slopes")
+    }
+
 
 FULL = {
     "solve": Part(
@@ -324,6 +350,7 @@ FULL = {
     ),
     "solve_many": Part(solve, {"float64": _sizes("4096x25x5 256x25x5 64x100x64")}),
     "views": Part(views, {"float32": _sizes("1024x1024 1024x4096 256x1024")}),
+    **_functions("1000x1000 1024x5000 200x200"),
 }
 TOY = {
     "gram": Part(gram, _both("10x40")),
@@ -334,4 +361,5 @@ TOY = {
     "solve": Part(solve, {"float32": _sizes("600x4"), "float64": _sizes("20x4")}),
     "solve_many": Part(solve, {"float64": _sizes("3x20x4")}),
     "views": Part(views, {"float32": _sizes("4x64")}),
+    **_functions("6x5"),
 }

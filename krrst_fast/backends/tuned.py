@@ -13,6 +13,8 @@ than a factor of two from every row, nothing was measured, and torch computes.
 | solve | M, P: a factor and two solves | torch, torch inverse, cuda, cuda inverse |
 | solve_many | N, M, P: the same of N problems | the same |
 | views | B, pixels of an image | torch, triton |
+| rbf_values, polynomial_values, arccos_values | rows I of all problems, J | torch, triton |
+| rbf_slopes, polynomial_slopes, arccos_slopes | rows I of all problems, J | torch, triton |
 """
 
 import functools
@@ -28,7 +30,6 @@ from torch import Tensor
 from krrst_fast import operators
 from krrst_fast.backends import torch as torch_backend
 from krrst_fast.backends import triton
-from krrst_fast.backends.torch import kernel_slopes, kernel_values
 from krrst_fast.backends.triton import as_operands
 from krrst_fast.cholesky import CUDA_METHODS, FLOAT64_UP_TO, Method
 
@@ -148,6 +149,22 @@ def closing_matmul(
     by_triton = _by_triton("closing", alpha, alpha.shape[0], *v.shape)
     backend = triton if by_triton else torch_backend
     return backend.closing_matmul(alpha, v, beta, w, scale)
+
+
+def kernel_values(products: Tensor, *rest: Any) -> Tensor:
+    """Compute `reference.kernels.kernel_values`."""
+    return _functions("values", products, rest[6]).kernel_values(products, *rest)
+
+
+def kernel_slopes(products: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Compute `reference.kernels.kernel_slopes`."""
+    return _functions("slopes", products, rest[7]).kernel_slopes(products, *rest)
+
+
+def _functions(what: str, products: Tensor, kernel: str) -> Any:
+    size = math.prod(products.shape[:-1]), products.shape[-1]
+    name = choice(f"{kernel}_{what}", products, *size).name
+    return triton if name == "triton" else torch_backend
 
 
 def cholesky_method(k: Tensor, columns: int) -> Method:
