@@ -153,7 +153,7 @@ class Clock:
             self.require_device(error)
             return {"failed": reason(error)}
         for x in result:
-            x.fill_(float("nan"))
+            x.fill_(float("nan") if x.is_floating_point() else -1)
         captured.replay()
         self.wait()
         # Libraries may choose another algorithm on another stream; what is stale is NaN.

@@ -188,10 +188,13 @@ def _of(x: Tensor, op: str, torchs: Callable[..., Any], *rest: Any) -> Work:
     def wide(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) else value
 
-    def triton() -> Sequence[Tensor]:
-        return listed(getattr(choose("triton", x, "bench"), op), x, *rest)
+    # The functions of products have kernels for float64, and nothing else that the backend has.
+    on = x.new_empty(0, dtype=torch.float32) if x.dtype == torch.float64 else x
 
-    calls, refused = _backends(x, {"torch": partial(listed, torchs, x, *rest), "triton": triton})
+    def triton() -> Sequence[Tensor]:
+        return listed(getattr(choose("triton", on, "bench"), op), x, *rest)
+
+    calls, refused = _backends(on, {"torch": partial(listed, torchs, x, *rest), "triton": triton})
     return Work(calls, refused, lambda: listed(torchs, x.double(), *map(wide, rest)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import CheckpointError, ConfigError, NonFiniteError
-from krrst_fast.models import ModelConfig, Network, build, place
+from krrst_fast.models import ModelConfig, Network, build
 from krrst_fast.runs.config import from_dict, to_dict
 from krrst_fast.runs.files import save_tensors
 from krrst_fast.targets.weights import check_finite, read_safetensors
@@ -78,7 +78,8 @@ class FrozenTarget:
 
     def to(self, device: torch.device | str) -> "FrozenTarget":
         """Move the network to `device`, in place as torch modules do; returns itself."""
-        place(self.model, device)
+        # No gradient passes through it: channels innermost is faster on GPUs too.
+        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def save(self, path: Path) -> None:
