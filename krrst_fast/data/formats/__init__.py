@@ -2,13 +2,22 @@
 
 from pathlib import Path
 
-from krrst_fast.data.formats import cifar, digits, folder, npz, released, tars, tinyimagenet
+from krrst_fast.data.formats import (
+    cifar,
+    digits,
+    folder,
+    npz,
+    parquet,
+    released,
+    tars,
+    tinyimagenet,
+)
 from krrst_fast.data.source import DIGITS, Source, held_out_as_test
 from krrst_fast.errors import DataError
 
 KNOWN = (
     "CIFAR pickles, TinyImageNet, an image folder, WebDataset tars, npz archives, "
-    "X_tr_SIZE.pth tensors"
+    "Parquet and Arrow files, X_tr_SIZE.pth tensors"
 )
 
 
@@ -31,6 +40,8 @@ def _of_file(path: Path, size: int) -> Source:
         return npz.read([path])
     if path.suffix == ".tar":
         return tars.read([path], path.parent)
+    if path.suffix in parquet.SUFFIXES:
+        return parquet.read([path], path.parent)
     if tensors := released.find(path, size):
         return released.read(tensors)
     raise DataError(f"prepare: {path}: not a format that is known ({KNOWN}); unpack archives first")
@@ -45,6 +56,8 @@ def _of_folder(path: Path, size: int) -> Source:
         return tars.read(archives, path)
     if archives := _files(path, "*.npz"):
         return npz.read(archives)
+    if tables := parquet.find(path):
+        return parquet.read(tables, path)
     if tinyimagenet.matches(path):
         return tinyimagenet.read(path)
     return folder.read(path)
