@@ -74,14 +74,26 @@ def embed(
     Raises:
         NonFiniteError: A feature is NaN or infinite.
     """
-    parts = []
-    with torch.no_grad():
-        for rows in index.split(_EMBED_BATCH):
-            parts.append(net.embed(plain_views(images, rows.to(images.device), mean, std)))
-    features = torch.cat(parts)
+    features = in_chunks(net.embed, images, index, mean=mean, std=std)
     if not bool(torch.isfinite(features).all()):
         raise NonFiniteError("the features hold NaN or infinity, so there is nothing to fit")
     return features
+
+
+def in_chunks(
+    function: Callable[[Tensor], Tensor],
+    images: Tensor,
+    index: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    """Compute `function` of the un-augmented images as in `embed`: [len(index), ...]."""
+    parts = []
+    with torch.no_grad():
+        for rows in index.split(_EMBED_BATCH):
+            parts.append(function(plain_views(images, rows.to(images.device), mean, std)))
+    return torch.cat(parts)
 
 
 def probe_accuracy(

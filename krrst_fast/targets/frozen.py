@@ -58,7 +58,9 @@ class FrozenTarget:
 
     def identity(self) -> str:
         """Return what tells this target from another, wherever its file lies."""
-        settings = [self.image_size, list(self.mean), list(self.std), to_dict(self.config)]
+        # Without what is unset: a setting that came later leaves older targets their identity.
+        network = {name: value for name, value in to_dict(self.config).items() if value is not None}
+        settings = [self.image_size, list(self.mean), list(self.std), network]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             values = tensor.detach().cpu().contiguous()
@@ -114,6 +116,11 @@ def load_target(path: Path) -> FrozenTarget:
     info = _info(path, metadata)
     try:
         config = from_dict(ModelConfig, info["model"])
+        if config.is_own:
+            raise CheckpointError(
+                f"{path}: names {config.kind}, code that loading the target would run; only "
+                "networks that are built in are loaded"
+            )
         model = build(
             config,
             image_size=info["image_size"],
