@@ -118,6 +118,9 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
         value = text if words or not text else _load_yaml(text)
     except ConfigError:
         value = text
+    # A name may be a number, as those of layers are.
+    if str in typing.get_args(hint) and value is not None:
+        value = text
     nested: dict[str, Any] = {}
     section = nested
     *sections, key = name.split(".")

@@ -72,6 +72,8 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
         require_same_inputs(config.out / FILE_NAME, finished.meta, inputs)
         return finished
     device = environment.pick_device(config.device)
+    if device.type == "mps" and config.dtype == "float64":
+        raise ConfigError("distill: dtype float64 needs another device: MPS has no float64")
     _check_inputs(config, store, target, device)
     target.to(device)
 

@@ -13,6 +13,7 @@ from krrst_fast.evaluate.config import ProbeConfig
 from krrst_fast.evaluate.sgd import batches, descend
 from krrst_fast.ops.fit import krr_fit
 from krrst_fast.ops.solver import DEFAULT, Solver
+from krrst_fast.runs.environment import solving_device
 from krrst_fast.runs.seeding import generator
 
 _EMBED_BATCH = 512
@@ -122,7 +123,15 @@ def probe_accuracy(
         tick: Function to call after every SGD step, or once.
     """
     if config.solver == "ridge":
-        scores = ridge_scores(train, train_labels, test, classes, config.ridge, solver)
+        solving = solving_device(train.device)
+        scores = ridge_scores(
+            train.to(solving),
+            train_labels.to(solving),
+            test.to(solving),
+            classes,
+            config.ridge,
+            solver,
+        ).to(train.device)
         if tick is not None:
             tick()
     else:

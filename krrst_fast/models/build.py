@@ -33,7 +33,7 @@ class ModelConfig:
     """convnet, resnet10, resnet18, resnet50, vgg11, alexnet or mobilenet; or a network of your own,
     module:Class or file.py:Class, with embed(x) and forward(x) (see docs/networks.md)."""
     features: str | None = None
-    """Layer of a network of your own whose input is the feature, such as fc; null takes embed(x)."""
+    """Layer of your own network whose input is the feature, such as fc; null takes embed(x)."""
     widths: tuple[int, ...] = (128, 256, 512)
     """Channels of each block of a convnet; the others have theirs fixed."""
     norm: Norm = "batch"

@@ -1,4 +1,4 @@
-"""The user's own code that makes networks: found, loaded once in a process, told from other code."""
+"""The user's own code that makes networks: found, and loaded once in a process."""
 
 import hashlib
 import importlib

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -33,4 +33,15 @@ def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
         for gpu in gpus:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
+        with _seeded_mps(seed) if device.type == "mps" else nullcontext():
+            yield
+
+
+@contextmanager
+def _seeded_mps(seed: int) -> Iterator[None]:
+    before = torch.mps.get_rng_state()
+    torch.mps.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.mps.set_rng_state(before)

@@ -55,7 +55,7 @@ class TargetConfig:
     """Likewise the standard deviation."""
     seed: int = 0
     device: str = "auto"
-    """auto, cpu or cuda[:index]."""
+    """auto, cpu, cuda[:index] or mps."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 50

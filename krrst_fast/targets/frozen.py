@@ -81,7 +81,9 @@ class FrozenTarget:
     def to(self, device: torch.device | str) -> "FrozenTarget":
         """Move the network to `device`, in place as torch modules do; returns itself."""
         # No gradient passes through it: channels innermost is faster on GPUs too.
-        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on_mps = torch.device(device).type == "mps"  # whose convolutions want rows innermost
+        layout = torch.contiguous_format if on_mps else torch.channels_last
+        self.model.to(device, memory_format=layout)  # type: ignore[call-overload]
         return self
 
     def save(self, path: Path) -> None:
