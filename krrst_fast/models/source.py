@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from krrst_fast.errors import ConfigError
+from krrst_fast.runs.seeding import seeded
 
 _SPEC = re.compile(r"(?P<place>[^:]+(?::[^:]+)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
@@ -106,7 +107,10 @@ def find(spec: str) -> NetworkSource:
     Raises:
         ConfigError: There is no such module, file or name, or its code fails.
     """
-    return _find(spec, Path.cwd())
+    # Code that draws random numbers when it is loaded draws the same ones in every process, and
+    # none from the stream of the network that is built first.
+    with seeded(0):
+        return _find(spec, Path.cwd())
 
 
 @cache
