@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from krrst_fast import Solver, backends, krr_mse, operators, reference
+from krrst_fast import (
+    Solver,
+    backends,
+    krr_fit,
+    krr_mse,
+    operators,
+    reference,
+    ridge_solve,
+)
 from krrst_fast.backends import cpp, traced, triton, tuned
 from krrst_fast.backends import torch as torch_backend
 from krrst_fast.cholesky import CPP, CUDA_METHODS, FLOAT64_UP_TO, LAPACK
@@ -99,3 +107,18 @@ def test_the_cholesky_methods_on_the_cpu() -> None:
     k = torch.empty(5, 5)
     assert torch_backend.cholesky_method(k, 3) == LAPACK
     assert cpp.cholesky_method(k, 3) == traced.cholesky_method(k, 3) == CPP
+
+
+def test_tensors_on_mps_are_refused_by_name() -> None:
+    """Without a GPU of Apple's: fake tensors are on it, and reach the same choice."""
+    with FakeTensorMode():
+        f, y, k = (torch.empty(4, n, device="mps") for n in (3, 2, 4))
+        calls = (
+            lambda: krr_mse(f, y, f, y),
+            lambda: krr_mse(f, y, f, y, solver=Solver(backend="torch")),
+            lambda: krr_fit(f, y),
+            lambda: ridge_solve(k, y, ridge=1.0),
+        )
+        for call in calls:
+            with pytest.raises(ValueError, match="MPS has no float64; move the tensors to the CPU"):
+                call()

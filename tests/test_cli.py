@@ -225,7 +225,10 @@ MISTAKES = {
         ["distill", *DISTILL_PATHS, *DISTILL, "--num_images", "91"],
         ["num_images is 91", "has 90"],
     ),
-    "device": (["distill", *DISTILL_PATHS, *DISTILL, "--device", "gpu"], ["must be auto, cpu or"]),
+    "device": (
+        ["distill", *DISTILL_PATHS, *DISTILL, "--device", "gpu"],
+        ["must be auto, cpu, cuda"],
+    ),
     "run in use": (
         ["distill", "--store", "{store}", "--target", "{target}", "--out", "{run}", *DISTILL],
         ["run: the output folder exists"],

@@ -20,11 +20,22 @@ def test_describe_is_json_and_true() -> None:
 def test_pick_device() -> None:
     assert environment.pick_device("cpu") == torch.device("cpu")
     assert environment.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for wrong in ("gpu", "meta", "cuda:x", "", "mps"):
-        with pytest.raises(ConfigError, match=r"must be auto, cpu or cuda\[:index\], got"):
+    for wrong in ("gpu", "meta", "cuda:x", ""):
+        with pytest.raises(ConfigError, match=r"must be auto, cpu, cuda\[:index\] or mps, got"):
             environment.pick_device(wrong)
     with pytest.raises(ConfigError, match="cuda:99.*torch sees"):
         environment.pick_device("cuda:99")
+
+
+def test_mps_is_taken_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_there, name in ((False, "mps"), (False, "mps:0"), (True, "mps:1")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=is_there: there)
+        with pytest.raises(ConfigError, match=f"device: '{name}' was asked for and torch sees no"):
+            environment.pick_device(name)
+    assert environment.pick_device("mps") == torch.device("mps")
+    assert environment.solving_device(torch.device("mps")) == torch.device("cpu")
+    for other in ("cpu", "cuda:1"):
+        assert environment.solving_device(torch.device(other)) == torch.device(other)
 
 
 def test_peak_memory_grows_with_what_is_used() -> None:

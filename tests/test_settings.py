@@ -213,3 +213,44 @@ def test_wrong_files_are_named(text: str, words: list[str], tmp_path: Path) -> N
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Fields that depend on each other."""
+
+    kind: str = "none"
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.kind == "none":
+            raise ConfigError("Section: layer must be null without a kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sectioned:
+    """Settings with such a section."""
+
+    section: Section = Section()
+
+
+def sectioned(*argv: str) -> Section:
+    made = parse(Sectioned, argv, prog="krrst work", about="", runs={}, switches={})
+    return made.config().section
+
+
+def test_fields_of_a_section_are_compared_when_all_are_known(tmp_path: Path) -> None:
+    flags = ("--section.layer", "3", "--section.kind", "net")
+    assert sectioned(*flags) == sectioned(*flags[2:], *flags[:2]) == Section(kind="net", layer="3")
+    file = tmp_path / "layer.yaml"
+    file.write_text("section: {layer: fc}")
+    assert sectioned("--config", str(file), *flags[2:]).layer == "fc"
+    for wrong in (flags[:2], ("--config", str(file))):
+        with pytest.raises(ConfigError, match="^Section: layer must be null without a kind$"):
+            sectioned(*wrong)
+
+
+def test_text_that_may_be_null_may_look_like_a_number() -> None:
+    for text in ("4", "1e3", "true", "layer4.0"):
+        assert sectioned("--section.kind", "net", "--section.layer", text).layer == text
+    assert sectioned("--section.kind", "net", "--section.layer", "null").layer is None

@@ -33,8 +33,8 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
 def refuses(x: Tensor) -> str | None:
-    """Return None: torch computes on every tensor."""
-    return None
+    """Return why tensors like x are not computed with: those on MPS, which has no float64."""
+    return "MPS has no float64; move the tensors to the CPU" if x.is_mps else None
 
 
 def gram(x: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:

@@ -118,6 +118,9 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
         value = text if words or not text else _load_yaml(text)
     except ConfigError:
         value = text
+    # A name may be a number, as those of layers are.
+    if str in typing.get_args(hint) and value is not None:
+        value = text
     nested: dict[str, Any] = {}
     section = nested
     *sections, key = name.split(".")
@@ -125,7 +128,7 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
         section = section.setdefault(word, {})
     section[key] = value
     try:
-        typed(config_class, nested)
+        typed(config_class, nested, partial=True)
     except ConfigError as error:
         raise ConfigError(f"--{str(error).removeprefix('config: ')}") from None
     return nested
@@ -178,7 +181,7 @@ def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of settings, got {values!r}")
     try:
-        typed(config_class, values)
+        typed(config_class, values, partial=True)
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('config: ')}") from None
     return values

@@ -29,6 +29,7 @@ from krrst_fast.distill.step import (
     require_finite,
 )
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
+from krrst_fast.models import check as check_network
 from krrst_fast.runs import environment
 from krrst_fast.runs.checkpoint import (
     check_folder,
@@ -65,13 +66,15 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     """
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store, target = open_store(config.store), load_target(config.target)
-    inputs = identity(store, target)
+    inputs = identity(config, store, target)
     if (config.out / FILE_NAME).exists():
         finished = load_distilled(config.out / FILE_NAME)
         require_same_inputs(config.out / FILE_NAME, finished.meta, inputs)
         return finished
-    _check_inputs(config, store, target)
     device = environment.pick_device(config.device)
+    if device.type == "mps" and config.dtype == "float64":
+        raise ConfigError("distill: dtype float64 needs another device: MPS has no float64")
+    _check_inputs(config, store, target, device)
     target.to(device)
 
     first, initial = config.out / "initial.safetensors", initial_set(config, store, target)
@@ -97,7 +100,9 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     return result
 
 
-def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> None:
+def _check_inputs(
+    config: DistillConfig, store: ImageStore, target: FrozenTarget, device: torch.device
+) -> None:
     size = target.image_size
     takes, holds = (target.channels, size, size), (store.channels, store.size, store.size)
     if takes != holds:
@@ -111,6 +116,14 @@ def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget
             f"distill: fewer images than asked for: num_images is {config.num_images}, "
             f"the store {config.store} has {count}"
         )
+    check_network(
+        config.pool.model,
+        image_size=size,
+        num_outputs=target.dim,
+        channels=target.channels,
+        device=device,
+        dtype=getattr(torch, config.dtype),
+    )
 
 
 def _located(config: DistillConfig) -> DistillConfig:

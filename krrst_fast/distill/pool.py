@@ -6,7 +6,7 @@ are, and a backward pass through it reaches its input and nothing else. Only `Sl
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
-from krrst_fast.runs.seeding import derive
+from krrst_fast.runs.seeding import derive, seeded
 
 
 class Slot:
@@ -30,6 +30,7 @@ class Slot:
 
     def __init__(self, number: int, pool: "Pool") -> None:
         self.number = number
+        self._seed, self._device = pool.seed, pool.device
         self.network, self.optimizer = pool.fresh(number, 0)
         self.age = 0
         self.generation = 0
@@ -44,7 +45,7 @@ class Slot:
         Returns:
             The loss before the step, a scalar.
         """
-        with training(self.network):
+        with training(self.network, self.optimizer), self._drawing():
             loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
             loss.backward()
             self.optimizer.step()
@@ -54,11 +55,21 @@ class Slot:
             raise NonFiniteError(f"the network's own loss is {loss.item()}; lower pool.lr")
         return loss.detach()
 
+    def _drawing(self) -> AbstractContextManager[None]:
+        """Give dropout its own random numbers at each step, the same in a run that was resumed."""
+        if not self.network.draws:
+            return nullcontext()
+        names = ("fit", self.number, self.generation, self.age)
+        return seeded(derive(self._seed, *names), self._device)
+
 
 @contextmanager
-def training(network: nn.Module) -> Iterator[None]:
-    """Put the network into training mode with gradients, and back afterwards."""
-    network.train().requires_grad_(True)
+def training(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put the network into training mode, with gradients of what is trained, and back."""
+    network.train()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
     try:
         yield
     finally:
@@ -91,16 +102,20 @@ class Pool:
     ) -> None:
         self.config = config
         self._shape = {"image_size": image_size, "num_outputs": num_outputs, "channels": channels}
-        self._seed, self._device, self._dtype = seed, device, dtype
+        self.seed, self.device, self._dtype = seed, device, dtype
         self.slots = [Slot(number, self) for number in range(config.size)]
 
     def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
         """Return untrained network number `generation` of a slot, and its optimiser."""
-        seed = derive(self._seed, "network", number, generation)
-        network = build(self.config.model, **self._shape, seed=seed)
-        place(network, self._device, self._dtype).eval().requires_grad_(False)
+        seed = derive(self.seed, "network", number, generation)
+        network = place(
+            build(self.config.model, **self._shape, seed=seed), self.device, self._dtype
+        )
+        # What the network's own code has frozen stays as it is.
+        trained = [p for p in network.parameters() if p.requires_grad]
+        network.eval().requires_grad_(False)
         optimizer = torch.optim.SGD(
-            network.parameters(),
+            trained,
             lr=self.config.lr,
             momentum=self.config.momentum,
             weight_decay=self.config.weight_decay,

@@ -26,9 +26,13 @@ VARIANCE_IMAGES = 1024
 Identity = Mapping[str, str]
 
 
-def identity(store: ImageStore, target: FrozenTarget) -> dict[str, str]:
-    """Return what tells the store and the target of a run from others, wherever they lie."""
-    return {"store": store.identity(), "target": target.identity()}
+def identity(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> dict[str, str]:
+    """Return what tells the inputs of a run from others, wherever they lie.
+
+    These are the store, the target, and the code of a network that is not built in.
+    """
+    inputs = {"store": store.identity(), "target": target.identity()}
+    return inputs | config.pool.model.identity()
 
 
 def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> DistilledSet:
@@ -49,7 +53,7 @@ def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) 
         std, mean = torch.tensor(target.std), torch.tensor(target.mean)
         images = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     mean_of, std_of = display_scale(config, target)
-    meta = {"method": "initial", "seed": str(config.seed), **identity(store, target)}
+    meta = {"method": "initial", "seed": str(config.seed), **identity(config, store, target)}
     return DistilledSet(images=images, targets=targets, mean=mean_of, std=std_of, meta=meta)
 
 

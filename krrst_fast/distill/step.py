@@ -15,6 +15,7 @@ from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.krr import krr_mse
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
+from krrst_fast.runs.environment import solving_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +125,13 @@ def outer_step(
     with torch.no_grad():
         f_real = slot.network.embed(x_real)  # [B, D]
 
+    solving = solving_device(x_syn.device)
     with located(state.step + 1, slot):
         loss, solve = krr_mse(
-            f_syn,
-            y_syn,
-            f_real,
-            y_real,
+            f_syn.to(solving),
+            y_syn.to(solving),
+            f_real.to(solving),
+            y_real.to(solving),
             ridge=ridge,
             ridge_of=ridge_of,
             bias=1.0,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from krrst_fast.data.augment import draw_views, render
 from krrst_fast.evaluate.config import FinetuneConfig
 from krrst_fast.evaluate.sgd import batches, descend
-from krrst_fast.runs.seeding import generator
+from krrst_fast.runs.seeding import derive, generator, seeded
 
 
 def finetune(
@@ -55,17 +55,19 @@ def finetune(
         return F.cross_entropy(net(x), labels[batch].to(device))
 
     net.train()
-    loss = descend(
-        net.parameters(),
-        loss_of,
-        batches(len(index), config.batch_size, config.steps, generator(seed, "finetune")),
-        steps=config.steps,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        cosine=True,
-        what="finetune",
-        tick=tick,
-    )
+    # Dropout draws from the default generators.
+    with seeded(derive(seed, "finetune dropout"), device):
+        loss = descend(
+            net.parameters(),
+            loss_of,
+            batches(len(index), config.batch_size, config.steps, generator(seed, "finetune")),
+            steps=config.steps,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            cosine=True,
+            what="finetune",
+            tick=tick,
+        )
     net.eval()
     return loss

@@ -14,6 +14,7 @@ from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.evaluate.config import METHODS, EvaluateConfig, Method
+from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.environment import pick_device, version
 from krrst_fast.runs.files import read_json
@@ -79,6 +80,8 @@ class Materials:
             del settings[key]
         del settings["first_seed"], settings["overwrite"]
         parts: list[Any] = [settings, version(), method, self.mean_std(method)]
+        if self.config.model.is_own:
+            parts.append(self.config.model.identity())
         parts += [self._digests["store"], self._digests["distilled"]]
         if method in _NEEDS_SOURCE:
             parts.append(self._digests["source"])
@@ -127,6 +130,13 @@ def open_materials(config: EvaluateConfig) -> Materials:
     # Networks are pre-trained on raw images as they are, and still see real ones normalised.
     scale = target if target is not None and _is_raw(distilled) else distilled
     device = pick_device(config.device)
+    check_network(
+        config.model,
+        image_size=store.size,
+        num_outputs=distilled.targets.shape[1],
+        channels=store.channels,
+        device=device,
+    )
     if target is not None:
         target = target.to(device)
     # The device the figures were made on, not the word "auto", belongs to their fingerprint.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from krrst_fast.evaluate.config import PretrainConfig
 from krrst_fast.evaluate.sgd import batches, descend
-from krrst_fast.runs.seeding import generator
+from krrst_fast.runs.seeding import derive, generator, seeded
 
 
 def pretrain(
@@ -73,12 +73,12 @@ def settle_norms(net: nn.Module, images: Tensor) -> None:
     the missing normalisation (digits: 3 points of accuracy) along with the missing training.
     """
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             # None averages over all batches, here the one.
             module.momentum = None
     net.train()
-    with torch.no_grad():
+    with torch.no_grad(), seeded(0, images.device):
         net(images)
     net.eval()
 
@@ -94,16 +94,18 @@ def _fit(
     tick: Callable[[], object] | None,
 ) -> float:
     net.train()
-    loss = descend(
-        net.parameters(),
-        loss_of,
-        batches(count, config.batch_size, config.steps, generator(seed, "pretrain")),
-        steps=config.steps,
-        lr=lr,
-        momentum=config.momentum,
-        weight_decay=weight_decay,
-        what="pretrain",
-        tick=tick,
-    )
+    # Dropout draws from the default generators.
+    with seeded(derive(seed, "pretrain dropout"), next(net.parameters()).device):
+        loss = descend(
+            net.parameters(),
+            loss_of,
+            batches(count, config.batch_size, config.steps, generator(seed, "pretrain")),
+            steps=config.steps,
+            lr=lr,
+            momentum=config.momentum,
+            weight_decay=weight_decay,
+            what="pretrain",
+            tick=tick,
+        )
     net.eval()
     return loss

@@ -13,6 +13,7 @@ from krrst_fast.evaluate.config import ProbeConfig
 from krrst_fast.evaluate.sgd import batches, descend
 from krrst_fast.ops.fit import krr_fit
 from krrst_fast.ops.solver import DEFAULT, Solver
+from krrst_fast.runs.environment import solving_device
 from krrst_fast.runs.seeding import generator
 
 _EMBED_BATCH = 512
@@ -74,14 +75,26 @@ def embed(
     Raises:
         NonFiniteError: A feature is NaN or infinite.
     """
-    parts = []
-    with torch.no_grad():
-        for rows in index.split(_EMBED_BATCH):
-            parts.append(net.embed(plain_views(images, rows.to(images.device), mean, std)))
-    features = torch.cat(parts)
+    features = in_chunks(net.embed, images, index, mean=mean, std=std)
     if not bool(torch.isfinite(features).all()):
         raise NonFiniteError("the features hold NaN or infinity, so there is nothing to fit")
     return features
+
+
+def in_chunks(
+    function: Callable[[Tensor], Tensor],
+    images: Tensor,
+    index: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    """Compute `function` of the un-augmented images as in `embed`: [len(index), ...]."""
+    parts = []
+    with torch.no_grad():
+        for rows in index.split(_EMBED_BATCH):
+            parts.append(function(plain_views(images, rows.to(images.device), mean, std)))
+    return torch.cat(parts)
 
 
 def probe_accuracy(
@@ -110,7 +123,15 @@ def probe_accuracy(
         tick: Function to call after every SGD step, or once.
     """
     if config.solver == "ridge":
-        scores = ridge_scores(train, train_labels, test, classes, config.ridge, solver)
+        solving = solving_device(train.device)
+        scores = ridge_scores(
+            train.to(solving),
+            train_labels.to(solving),
+            test.to(solving),
+            classes,
+            config.ridge,
+            solver,
+        ).to(train.device)
         if tick is not None:
             tick()
     else:

@@ -10,12 +10,18 @@ from torch import Tensor
 from krrst_fast.baselines.random_subset import random_index, random_subset, random_subset_labels
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
-from krrst_fast.errors import KrrstError
+from krrst_fast.errors import KrrstError, NonFiniteError
 from krrst_fast.evaluate.config import Method
 from krrst_fast.evaluate.finetune import finetune
 from krrst_fast.evaluate.materials import Materials, Split
 from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
-from krrst_fast.evaluate.probe import accuracy, draw_labelled, embed, probe_accuracy
+from krrst_fast.evaluate.probe import (
+    accuracy,
+    draw_labelled,
+    embed,
+    in_chunks,
+    probe_accuracy,
+)
 from krrst_fast.evaluate.table import Row
 from krrst_fast.models import Network, build, place
 from krrst_fast.runs.seeding import derive
@@ -98,13 +104,21 @@ class Trials:
 
     def _fresh(self, num_outputs: int, seed: int) -> Network:
         """Return the initial network of a seed; its body is the same for every `num_outputs`."""
-        net = build(
+        config = self.materials.config.model
+        net = self._built(num_outputs, seed)
+        if config.is_own:
+            # Its code may draw the head first, and then other values for the body.
+            net.load_state_dict(net.state_dict() | self._built(1, seed).body_state())
+        return place(net, self.materials.device)
+
+    def _built(self, num_outputs: int, seed: int) -> Network:
+        return build(
             self.materials.config.model,
             image_size=self.materials.store.size,
             num_outputs=num_outputs,
+            channels=self.materials.store.channels,
             seed=derive(seed, "network"),
         )
-        return place(net, self.materials.device)
 
     def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
         """Return the accuracy of the probe, a mean over the draws of labels."""
@@ -145,9 +159,7 @@ class Trials:
         given = self.materials
         config = given.config.finetune
         tuned = self._fresh(given.classes, seed)
-        head = {name: value for name, value in tuned.state_dict().items() if name.startswith("fc.")}
-        body = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
-        tuned.load_state_dict(body | head)
+        tuned.load_state_dict(tuned.state_dict() | net.body_state())
         index = self._labelled(config.labels_per_class, seed)
         mean, std = given.mean_std(method)
         labels = given.train.labels[index]
@@ -162,9 +174,10 @@ class Trials:
             seed=seed,
             tick=tick,
         )
-        features = embed(tuned, given.test.images, self._all_tests, mean=mean, std=std)
-        with torch.no_grad():
-            return accuracy(tuned.fc(features).cpu(), given.test.labels)
+        scores = in_chunks(tuned, given.test.images, self._all_tests, mean=mean, std=std)
+        if not bool(torch.isfinite(scores).all()):
+            raise NonFiniteError("the fine-tuned network gives NaN or infinity")
+        return accuracy(scores.cpu(), given.test.labels)
 
     def _labelled(self, per_class: int | None, seed: int, draw: int = 0) -> Tensor:
         given = self.materials

@@ -1,22 +1,39 @@
 """One network from its settings and a seed."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
 from krrst_fast.errors import ConfigError
 from krrst_fast.models.convnet import ConvNet, Norm
-from krrst_fast.models.network import Network
-from krrst_fast.models.resnet import ResNet, Stem
+from krrst_fast.models.mobilenet import MobileNet
+from krrst_fast.models.network import Network, place
+from krrst_fast.models.own import OwnNetwork, check_own
+from krrst_fast.models.resnet import ResNet, ResNetKind, Stem
+from krrst_fast.models.source import find, is_spec
+from krrst_fast.models.stacked import Stacked, StackedKind, halvings
 from krrst_fast.runs.config import require, require_choices
+from krrst_fast.runs.seeding import seeded
+
+Kind = Literal["convnet", "mobilenet"] | ResNetKind | StackedKind
+KINDS: tuple[str, ...] = (
+    "convnet",
+    *get_args(ResNetKind),
+    *get_args(StackedKind),
+    "mobilenet",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of a network."""
 
-    kind: Literal["convnet", "resnet10", "resnet18", "resnet50"] = "convnet"
+    kind: str = "convnet"
+    """convnet, resnet10, resnet18, resnet50, vgg11, alexnet or mobilenet; or a network of your own,
+    module:Class or file.py:Class, with embed(x) and forward(x) (see docs/networks.md)."""
+    features: str | None = None
+    """Layer of your own network whose input is the feature, such as fc; null takes embed(x)."""
     widths: tuple[int, ...] = (128, 256, 512)
     """Channels of each block of a convnet; the others have theirs fixed."""
     norm: Norm = "batch"
@@ -26,8 +43,26 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        known = self.kind in KINDS or is_spec(self.kind)
+        need = f"one of {', '.join(KINDS)}, or your own as module:Class or file.py:Class"
+        require(known, self, "kind", need)
+        layer = self.features is None or (self.is_own and self.features != "")
+        require(layer, self, "features", "a layer of a network of your own, else null")
         require(len(self.widths) > 0, self, "widths", "at least one number of channels")
         require(min(self.widths) > 0, self, "widths", "positive")
+
+    @property
+    def is_own(self) -> bool:
+        """Return whether the network is of the user's code, which building it runs."""
+        return self.kind not in KINDS
+
+    def identity(self) -> dict[str, str]:
+        """Return what tells the user's code from other versions of it; nothing if built in.
+
+        Raises:
+            ConfigError: The code cannot be loaded, or its file was edited since it was.
+        """
+        return {"network": find(self.kind).identity()} if self.is_own else {}
 
 
 def build(
@@ -43,27 +78,76 @@ def build(
         channels: Channels of the images.
 
     Raises:
-        ConfigError: The images are too small for that many poolings, or a number is negative.
+        ConfigError: The images are too small for that many poolings, a number is negative, or a
+            network of the user's code cannot be made or is none.
     """
     if num_outputs < 0 or channels < 1:
         raise ConfigError(
             f"build: num_outputs must be >= 0 and channels >= 1, got {num_outputs} and {channels}"
         )
-    depth = len(config.widths) if config.kind == "convnet" else 0
+    _require_pixels(config, image_size)
+    with seeded(seed), torch.device("cpu"):
+        return _make(config, image_size, num_outputs, channels)
+
+
+def check(
+    config: ModelConfig,
+    *,
+    image_size: int,
+    num_outputs: int,
+    channels: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raise ConfigError unless such networks can be built and trained; one is, for a step."""
+
+    def fresh() -> Network:
+        return build(
+            config, image_size=image_size, num_outputs=num_outputs, seed=0, channels=channels
+        )
+
+    network = fresh()
+    if isinstance(network, OwnNetwork):
+        twin = fresh()
+        assert isinstance(twin, OwnNetwork)
+        with seeded(0, torch.device(device)):
+            check_own(place(network, device, dtype), twin)
+
+
+def _require_pixels(config: ModelConfig, image_size: int) -> None:
+    if config.kind == "convnet":
+        depth, what = len(config.widths), f"a convnet of {len(config.widths)} widths"
+    elif config.kind in get_args(StackedKind):
+        depth, what = halvings(cast(StackedKind, config.kind)), config.kind
+    else:
+        depth, what = 0, config.kind
     if image_size < 2**depth:
         raise ConfigError(
-            f"build: a convnet of {depth} widths halves the image {depth} times and needs at least "
+            f"build: {what} halves the image {depth} times and needs at least "
             f"{2**depth} pixels, got image_size {image_size}"
         )
-    # The default generator alone: torch.manual_seed would reseed the GPUs as well.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        if config.kind == "convnet":
-            return ConvNet(
-                config.widths,
-                config.norm,
-                image_size=image_size,
-                num_outputs=num_outputs,
-                channels=channels,
-            )
-        return ResNet(config.kind, config.stem, num_outputs=num_outputs, channels=channels)
+
+
+def _make(config: ModelConfig, image_size: int, num_outputs: int, channels: int) -> Network:
+    if config.is_own:
+        return OwnNetwork(
+            find(config.kind),
+            config.features,
+            image_size=image_size,
+            num_outputs=num_outputs,
+            channels=channels,
+        )
+    kind = cast(Kind, config.kind)
+    if kind == "convnet":
+        return ConvNet(
+            config.widths,
+            config.norm,
+            image_size=image_size,
+            num_outputs=num_outputs,
+            channels=channels,
+        )
+    if kind == "mobilenet":
+        return MobileNet(num_outputs=num_outputs, channels=channels)
+    if kind == "vgg11" or kind == "alexnet":
+        return Stacked(kind, image_size=image_size, num_outputs=num_outputs, channels=channels)
+    return ResNet(kind, config.stem, num_outputs=num_outputs, channels=channels)

@@ -1,7 +1,7 @@
 """Base class of the networks: a feature map, its dimension, and a linear head called `fc`."""
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ class Network(nn.Module, ABC):
         feature_dim: D, the number of features `embed` returns.
         channels: The number of input channels.
         image_size: Height and width of the input, or None if any size will do.
+        draws: Whether training may draw random numbers, as dropout does.
     """
+
+    draws: ClassVar[bool] = False
 
     def __init__(self, *, feature_dim: int, channels: int, image_size: int | None) -> None:
         super().__init__()
@@ -28,6 +31,11 @@ class Network(nn.Module, ABC):
     def set_head(self, num_outputs: int) -> None:
         """Make a new linear head of `num_outputs`, or none if that is 0."""
         self.fc = nn.Linear(self.feature_dim, num_outputs) if num_outputs else nn.Identity()
+
+    def body_state(self) -> dict[str, Tensor]:
+        """Return the state of the feature map, which is all but the head."""
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith("fc.")}
 
     def embed(self, x: Tensor) -> Tensor:
         """Compute features [B, D] of images [B, C, H, W].
@@ -58,5 +66,8 @@ def place(network: N, device: torch.device | str, dtype: torch.dtype = torch.flo
     the parameters do not change; results change in their last bits.
     """
     device = torch.device(device)
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    # Torch has no such layout of five dimensions.
+    is_flat = all(x.dim() <= 4 for x in (*network.parameters(), *network.buffers()))
+    on_cpu = device.type == "cpu"
+    layout = torch.channels_last if on_cpu and is_flat else torch.contiguous_format
     return network.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]

@@ -60,8 +60,15 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         raise ConfigError(f"config: {where}{error}") from None
 
 
-def typed(cls: type, values: Any, where: str = "") -> dict[str, Any]:
+def typed(cls: type, values: Any, where: str = "", *, partial: bool = False) -> dict[str, Any]:
     """Check and convert some of the fields of the dataclass `cls`; the others may be missing.
+
+    Args:
+        cls: The dataclass.
+        values: Some of its fields.
+        where: Prefix of the names in errors.
+        partial: Leave sections as mappings, of which fields may be missing too: a section is built,
+            and its fields compared with each other, when all of them are known.
 
     Raises:
         ConfigError: A key is unknown, or a value has another type than the field.
@@ -74,7 +81,12 @@ def typed(cls: type, values: Any, where: str = "") -> dict[str, Any]:
     for key in values:
         if key not in names:
             raise ConfigError(unknown_key(f"{where}{key}", [where + name for name in names]))
-    return {key: _typed(hints[key], value, where + key) for key, value in values.items()}
+    return {
+        key: typed(hints[key], value, f"{where}{key}.", partial=True)
+        if partial and dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
+        else _typed(hints[key], value, where + key)
+        for key, value in values.items()
+    }
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

@@ -71,9 +71,19 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: must be auto, cpu or cuda[:index], got {name!r}")
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device: must be auto, cpu, cuda[:index] or mps, got {name!r}")
+    if device.type == "mps" and not (torch.backends.mps.is_available() and not device.index):
+        raise ConfigError(f"device: {name!r} was asked for and torch sees no such GPU of Apple's")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(f"device: {name!r} was asked for and torch sees {count} GPUs")
     return device
+
+
+def solving_device(device: torch.device) -> torch.device:
+    """Return where ridge systems of tensors on `device` are solved.
+
+    That is the CPU for MPS, which has no float64; the networks stay on MPS.
+    """
+    return torch.device("cpu") if device.type == "mps" else device

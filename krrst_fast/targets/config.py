@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from krrst_fast.errors import ConfigError
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 from krrst_fast.targets.augment import SSLAugmentConfig
@@ -54,7 +55,7 @@ class TargetConfig:
     """Likewise the standard deviation."""
     seed: int = 0
     device: str = "auto"
-    """auto, cpu or cuda[:index]."""
+    """auto, cpu, cuda[:index] or mps."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 50
@@ -64,6 +65,11 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if self.model.is_own:
+            raise ConfigError(
+                "TargetConfig: model.kind must be built in, since the file of a target never names "
+                f"code to run, got {self.model.kind!r}"
+            )
         require_at_least(0, self, "num_outputs", "off_diagonal", "weight_decay", "seed")
         require_at_least(1, self, "steps", "checkpoint_every", "log_every")
         require_at_least(2, self, "batch_size")

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from krrst_fast.runs.environment import solving_device
+
 
 def collapse_metrics(outputs: Tensor) -> dict[str, float]:
     """Measure the spread of a batch of representations [B, P], B >= 2.
@@ -15,7 +17,7 @@ def collapse_metrics(outputs: Tensor) -> dict[str, float]:
         effective_rank: Exp of the entropy of the normalised singular values of the centred batch:
             between 0 (every row the same) and min(B - 1, P).
     """
-    x = outputs.detach().double()
+    x = outputs.detach().to(solving_device(outputs.device)).double()
     centred = x - x.mean(dim=0)
     directions = x * (x.shape[1] ** 0.5 / x.norm(dim=1, keepdim=True).clamp(min=1e-12))
     # The smaller of the two Grams has the squares of the singular values.

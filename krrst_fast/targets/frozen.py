@@ -58,7 +58,9 @@ class FrozenTarget:
 
     def identity(self) -> str:
         """Return what tells this target from another, wherever its file lies."""
-        settings = [self.image_size, list(self.mean), list(self.std), to_dict(self.config)]
+        # Without what is unset: a setting that came later leaves older targets their identity.
+        network = {name: value for name, value in to_dict(self.config).items() if value is not None}
+        settings = [self.image_size, list(self.mean), list(self.std), network]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             values = tensor.detach().cpu().contiguous()
@@ -79,7 +81,9 @@ class FrozenTarget:
     def to(self, device: torch.device | str) -> "FrozenTarget":
         """Move the network to `device`, in place as torch modules do; returns itself."""
         # No gradient passes through it: channels innermost is faster on GPUs too.
-        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on_mps = torch.device(device).type == "mps"  # whose convolutions want rows innermost
+        layout = torch.contiguous_format if on_mps else torch.channels_last
+        self.model.to(device, memory_format=layout)  # type: ignore[call-overload]
         return self
 
     def save(self, path: Path) -> None:
@@ -114,6 +118,11 @@ def load_target(path: Path) -> FrozenTarget:
     info = _info(path, metadata)
     try:
         config = from_dict(ModelConfig, info["model"])
+        if config.is_own:
+            raise CheckpointError(
+                f"{path}: names {config.kind}, code that loading the target would run; only "
+                "networks that are built in are loaded"
+            )
         model = build(
             config,
             image_size=info["image_size"],
