@@ -72,7 +72,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
         CheckpointError: The run to be resumed has other settings or inputs, or is damaged.
         NonFiniteError, NotPositiveDefiniteError: A step failed; the last checkpoint is left.
     """
-    # Before the folder is looked at, so that nobody changes it meanwhile; a new one is locked later.
+    # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
     with locked(config.out) if resume and config.out.is_dir() else nullcontext():
         return _distill(config, resume, progress)
 

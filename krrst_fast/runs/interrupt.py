@@ -55,7 +55,7 @@ def raised_signals() -> Iterator[None]:
 
 
 class Interrupts:
-    """A context in which the first signal is noted, for a loop to save and end; a second one raises.
+    """The first signal is noted, for a loop to save what it has and end; a second one raises.
 
     Attributes:
         signum: The signal that was noted, or None.

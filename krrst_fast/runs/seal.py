@@ -20,6 +20,7 @@ KEY = "krrst_checksum"
 _MARK = b"krrst sha256 "
 BLANK = _MARK.decode() + 64 * "0"
 """Value of `KEY` in bytes that are to be sealed."""
+WRONG = "the checksum is wrong: the file is damaged or was changed by hand"
 _SEAL = re.compile(rf'"{KEY}": ?"krrst sha256 ([0-9a-f]{{64}})"'.encode())
 ROW_KEY = "crc32"
 """Name of the checksum of one row of a log, its last item."""
@@ -32,15 +33,21 @@ def seal(data: bytes) -> bytes:
 
 
 def check_seal(
-    path: Path, data: bytes, head: int | None = None, *, failure: type[KrrstError]
+    path: Path,
+    data: bytes,
+    *,
+    failure: type[KrrstError],
+    head: int | None = None,
+    what: str = WRONG,
 ) -> bool:
     """Compare the checksum in `data`; return False if it has none, as files from elsewhere.
 
     Args:
         path: Named in the error.
         data: The whole file.
-        head: The checksum lies in so many first bytes; None looks for it everywhere.
         failure: The error to raise.
+        head: The checksum lies in so many first bytes; None looks for it everywhere.
+        what: The rest of the message.
 
     Raises:
         KrrstError: Of type `failure`: the checksum is another one, or is itself damaged.
@@ -55,10 +62,7 @@ def check_seal(
         digest = hashlib.sha256(data[:start] + 64 * b"0" + data[stop:]).hexdigest()
         if digest.encode() == found[-1][1]:
             return True
-    raise failure(f"{path}: {WRONG}")
-
-
-WRONG = "the checksum is wrong: the file is damaged or was changed by hand"
+    raise failure(f"{path}: {what}")
 
 
 def warn_unsealed(path: Path, what: str) -> None:
@@ -96,7 +100,8 @@ def check_safetensors(path: Path, *, failure: type[KrrstError]) -> bool:
     # A damaged length must not hide the checksum: it is then looked for in the whole file.
     length = 8 + int.from_bytes(data[:8], "little")
     head = length if length <= len(data) and data[length - 1 : length] in (b"}", b" ") else None
-    return check_seal(path, data, head, failure=failure)
+    what = f"not a readable safetensors file ({WRONG})"
+    return check_seal(path, data, failure=failure, head=head, what=what)
 
 
 class Sink:

@@ -64,7 +64,7 @@ def train_target(
             weights cannot be read or do not fit.
         NonFiniteError: The loss or a weight became NaN; the last checkpoint is kept.
     """
-    # Before the folder is looked at, so that nobody changes it meanwhile; a new one is locked later.
+    # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
     with locked(config.out) if resume and config.out.is_dir() else nullcontext():
         return _train_target(config, resume, progress)
 
