@@ -323,9 +323,12 @@ def test_interrupt_and_resume(krrst: Krrst, chain: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    told = "krrst: error: interrupted; the same command with --resume goes on\n"
-    assert err == told, err
+    told = r"krrst: error: interrupted by SIGINT after step (\d+) of 1000000, which is saved; "
+    told = re.fullmatch(told + "the same command with --resume goes on\n", err)
+    assert told, err
+    assert f"step {told[1]} of 1000000" in krrst("info", out).out
     _fails(krrst("distill", *paths, *long), "the output folder exists")
+    _fails(krrst("distill", *paths, *long), "--resume goes on with the run in it")
     process = _start("distill", *paths, *long, "--resume")
     rows = (out / "metrics.jsonl").read_text().count("\n")
     deadline = time.monotonic() + 60

@@ -1,6 +1,5 @@
 """The packed store: what it maps, and what it refuses to open."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import torch
 
 from krrst_fast.data import ImageStore, PrepareConfig, open_store, prepare
 from krrst_fast.errors import DataError
+from krrst_fast.runs.files import read_json, write_json
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (30, 5, 5, 3), np.uint8)
@@ -45,10 +45,10 @@ def test_each_split_maps_its_own_images_and_labels(store):
 def test_images_are_mapped_and_not_read(tmp_path):
     """A sparse file of 2 GB opens at once and costs no memory."""
     source = packed(tmp_path / "made")
-    index = json.loads((source.path / "index.json").read_text())
+    index = read_json(source.path / "index.json")
     count = 2_000_000_000 // 75
     index |= {"count": count, "splits": {"train": [0, count]}}
-    (source.path / "index.json").write_text(json.dumps(index))
+    write_json(source.path / "index.json", index, sealed=True)
     with (source.path / "images.u8").open("r+b") as file:
         file.truncate(75 * count)
     before = resident()
@@ -112,13 +112,14 @@ def test_verify_finds_a_flipped_bit_and_plain_opening_a_wrong_length(store):
     assert open_store(store.path, verify=True) == store
 
 
+@pytest.mark.filterwarnings("ignore:.*without a checksum")
 def test_what_is_no_store_is_refused(store, tmp_path):
     with pytest.raises(DataError, match="not an image store .it has no index.json."):
         open_store(tmp_path)
     with pytest.raises(DataError, match="not an image store"):
         open_store(tmp_path / "none")
     path = store.path / "index.json"
-    good = json.loads(path.read_text())
+    good = read_json(path)
     for change, message in [
         ({"format_version": 2}, "the store has format 2, this version reads up to 1"),
         ({"splits": {"train": [0, 31]}}, "exceed the number of images"),
@@ -127,7 +128,7 @@ def test_what_is_no_store_is_refused(store, tmp_path):
         ({"size": "wide"}, "not the index of an image store"),
         ({"crc32": {}, "count": 29}, "images.u8: has 2250 bytes, the index says 2175"),
     ]:
-        path.write_text(json.dumps(good | {"splits": {"train": [0, 1]}} | change))
+        write_json(path, good | {"splits": {"train": [0, 1]}} | change, sealed=True)
         with pytest.raises(DataError, match=message):
             open_store(store.path)
     for text, message in [

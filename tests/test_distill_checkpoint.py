@@ -19,7 +19,7 @@ from krrst_fast.distill.step import LinearDecay
 from krrst_fast.errors import CheckpointError
 from krrst_fast.runs.checkpoint import cut_metrics, load_checkpoint, require_same_run
 from krrst_fast.runs.config import from_dict
-from krrst_fast.runs.files import append_jsonl, load_state, read_jsonl
+from krrst_fast.runs.files import append_jsonl, load_state, read_jsonl, save_state
 from krrst_fast.targets import load_target
 
 PROGRAM = """
@@ -202,7 +202,8 @@ def test_rows_after_the_checkpoint_and_half_rows_are_cut(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 8, "lo')
     cut_metrics(path, 4)
-    assert path.read_text() == '{"step": 2, "loss": 2.1}\n{"step": 4, "loss": 4.1}\n'
+    assert path.read_text().count("\n") == 2
+    assert read_jsonl(path) == [{"step": 2, "loss": 2.1}, {"step": 4, "loss": 4.1}]
 
 
 def test_what_is_no_checkpoint_of_this_version_is_refused(tmp_path):
@@ -214,7 +215,7 @@ def test_what_is_no_checkpoint_of_this_version_is_refused(tmp_path):
         ({"weights": torch.zeros(2)}, "format version None"),
         ([1, 2], "holds a list, not a checkpoint"),
     ):
-        torch.save(content, path)
+        save_state(path, content) if isinstance(content, dict) else torch.save(content, path)
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path, config, ())
     path.unlink()

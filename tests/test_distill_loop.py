@@ -174,7 +174,7 @@ def test_the_global_generator_is_neither_read_nor_moved(config, tmp_path):
         ("outer_step", 4),
         ("outer_step", 7),
         ("save_checkpoint", 1),
-        ("write_json", 2),
+        ("write_json", 1),
         ("as_distilled", 0),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
 from krrst_fast.runs import files
+from krrst_fast.runs.seal import KEY
 
 STATE = {"weight": torch.arange(6.0), "step": 7, "names": ["a", "b"], "none": None}
 
@@ -213,7 +214,9 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     files.save_tensors(path, {"x": torch.eye(3).T[:, :2]}, {"format_version": "1"})
     with safetensors.safe_open(path, "pt") as file:
         assert torch.equal(file.get_tensor("x"), torch.eye(3)[:, :2])
-        assert file.metadata() == {"format_version": "1"}
+        metadata = file.metadata()
+        assert metadata.pop(KEY).startswith("krrst sha256 ")
+        assert metadata == {"format_version": "1"}
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -291,7 +294,7 @@ def test_an_interrupt_while_saving_is_an_interrupt(
             raise KeyboardInterrupt
         return len(data)
 
-    monkeypatch.setattr(files._Sink, "write", write)
+    monkeypatch.setattr(files.Sink, "write", write)
     with pytest.raises(KeyboardInterrupt):
         files.save_state(path, {"x": torch.zeros(1000)})
     assert len(written) >= 3 and path.read_bytes() == before

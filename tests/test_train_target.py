@@ -15,7 +15,7 @@ from krrst_fast.data.augment import plain_views
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from krrst_fast.models import ModelConfig, build
 from krrst_fast.runs.config import from_dict, to_dict
-from krrst_fast.runs.files import load_state, read_json, read_jsonl
+from krrst_fast.runs.files import load_state, read_json, read_jsonl, write_json
 from krrst_fast.targets import SSLAugmentConfig, TargetConfig, load_target, train_target
 from krrst_fast.targets import train as train_module
 from krrst_fast.targets.diagnose import collapse_metrics
@@ -302,7 +302,7 @@ def test_images_that_do_not_suit_are_refused_before_anything_is_written(config, 
     index |= {"channels": 1, "count": 3 * index["count"], "mean": [0.3], "std": [0.3]}
     index["splits"] = {name: [3 * a, 3 * b] for name, (a, b) in index["splits"].items()}
     (grey / "labels.i64").write_bytes(3 * (grey / "labels.i64").read_bytes())
-    (grey / "index.json").write_text(json.dumps(index))
+    write_json(grey / "index.json", index, sealed=True)
     assert open_store(grey).channels == 1
     with pytest.raises(ConfigError, match="hue needs images of 3 channels, got 1"):
         augment = dataclasses.replace(config.augment, hue=0.1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from krrst_fast import operators
 from krrst_fast.errors import DataError
 from krrst_fast.planner.limits import free_memory
 from krrst_fast.runs import environment
-from krrst_fast.runs.files import recover_folder
+from krrst_fast.runs.files import load_state, read_json, read_jsonl, recover_folder
 
 
 def about_this_machine() -> dict[str, str]:
@@ -98,15 +99,46 @@ def _run(path: Path) -> dict[str, str]:
     from krrst_fast.report.run_folder import read_run
 
     run = read_run(path)
-    steps = run.config.get("steps", "?")
-    rows = {"kind": "distillation run", "steps": f"{run.steps_done} of {steps}"}
+    rows = {"kind": "distillation run", "saved": _saved(path, run.config)}
+    rows["logged"] = f"up to step {run.steps_done}"
     rows |= {key: str(run.config[key]) for key in ("store", "target") if key in run.config}
     if run.rows:
         rows["loss"] = f"{run.rows[-1]['loss']:.4g}"
     if run.distilled is not None:
         rows |= {k: v for k, v in _distilled(path).items() if k != "kind"}
+    rows |= _environments(path)
     rows["evaluations"] = _some([file.stem for file in sorted(path.glob("evaluation/*.json"))])
     return rows
+
+
+def _training(path: Path) -> dict[str, str]:
+    config, rows = read_json(path / "config.json"), read_jsonl(path / "metrics.jsonl")
+    last = rows[-1].get("step", 0) if rows else 0
+    return {
+        "kind": "target network in training",
+        "saved": _saved(path, config if isinstance(config, dict) else {}),
+        "logged": f"up to step {last}",
+        **_environments(path),
+    }
+
+
+def _saved(path: Path, config: dict[str, Any]) -> str:
+    """Return what a run goes on from: what is saved, not what was logged."""
+    steps = config.get("steps", "?")
+    if (path / "distilled.safetensors").exists():
+        return f"the result, after {steps} steps"
+    if not (path / "checkpoint.pt").exists():
+        return "nothing yet: --resume begins"
+    saved = load_state(path / "checkpoint.pt")
+    state = saved.get("state")
+    state = state.get("trainer", state) if isinstance(state, dict) else {}
+    part = ", in the pool's warm-up" if "warm_up_ages" in saved else ""
+    return f"step {state.get('step', '?')} of {steps}{part}: --resume goes on from there"
+
+
+def _environments(path: Path) -> dict[str, str]:
+    files = environment.recorded(path)
+    return {"environments": _some([file.name for file in files])} if len(files) > 1 else {}
 
 
 def _distilled(path: Path) -> dict[str, str]:
@@ -122,11 +154,20 @@ def _distilled(path: Path) -> dict[str, str]:
     }
 
 
+def _config_has(path: Path, name: str) -> bool:
+    file = path / "config.json"
+    if not file.is_file():
+        return False
+    config = read_json(file)
+    return isinstance(config, dict) and name in config
+
+
 _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[str, str]]], ...] = (
     (lambda path: (path / "index.json").exists(), _store),
     (lambda path: (path / "target.safetensors").exists(), _target),
     (lambda path: path.name == "target.safetensors", _target),
-    (lambda path: (path / "config.json").exists() and (path / "metrics.jsonl").exists(), _run),
+    (lambda path: _config_has(path, "num_images"), _run),
+    (lambda path: _config_has(path, "projector"), _training),
     (lambda path: path.suffix == ".safetensors", _distilled),
     (lambda path: any(path.glob("*.safetensors")) or (path / "x_syn.pt").exists(), _distilled),
 )

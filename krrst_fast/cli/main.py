@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from krrst_fast.errors import ConfigError, KrrstError
+from krrst_fast.runs.interrupt import raised_signals
 
 # Nothing that imports torch or a package of an extra is imported before a command needs it.
 
@@ -30,16 +31,19 @@ class Stage:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for a user's error, 128 + n after signal n."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), raised_signals():
             warnings.showwarning = _show_warning
             code = _dispatch(words)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _fail(f"interrupted{_GOING_ON.get(words[0], '') if words else ''}", 130)
+    except KeyboardInterrupt as error:
+        told = str(error) or "interrupted"
+        # The shell's code for a signal: 130 for Ctrl-C.
+        code = 128 + getattr(error, "signum", 2)
+        return _fail(f"{told}{_GOING_ON.get(words[0], '') if words else ''}", code)
     except BrokenPipeError:
         _discard_unwritten()
         return 141

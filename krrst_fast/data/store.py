@@ -98,10 +98,10 @@ def open_store(path: Path, verify: bool = False) -> ImageStore:
     recover_folder(path)
     if not (path / INDEX).is_file():
         raise DataError(f"{path}: not an image store (it has no {INDEX}); krrst prepare makes one")
-    index = read_json(path / INDEX)
+    index = read_json(path / INDEX, sealed="index")
     try:
         store = _from_index(path, index)
-        checksums = {str(name): int(crc) for name, crc in index["crc32"].items()}
+        sums = _sums(index)
         count = int(index["count"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
@@ -111,7 +111,7 @@ def open_store(path: Path, verify: bool = False) -> ImageStore:
     if store.has_labels:
         _check_length(path / LABELS, 8 * count)
     if verify:
-        for name, crc in checksums.items():
+        for name, crc in sums.items():
             if checksum(path / name) != crc:
                 raise DataError(f"{path / name}: the checksum is wrong, the file is damaged")
     return store
@@ -137,6 +137,15 @@ def _from_index(path: Path, index: dict[str, Any]) -> ImageStore:
         skipped=tuple(index["skipped"]),
         has_labels=LABELS in index["crc32"],
     )
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """Return the CRC-32 of each file of a store, by name, as its index has them."""
+    return _sums(read_json(path / INDEX))
+
+
+def _sums(index: dict[str, Any]) -> dict[str, int]:
+    return {str(name): int(crc) for name, crc in index["crc32"].items()}
 
 
 def _check_length(path: Path, expected: int) -> None:
@@ -209,7 +218,7 @@ class StoreWriter:
             "std": std,
             "crc32": checksums,
         }
-        write_json(self.folder / INDEX, index | about)
+        write_json(self.folder / INDEX, index | about, sealed=True)
 
 
 def _moments(histogram: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:

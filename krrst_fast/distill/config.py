@@ -35,7 +35,15 @@ class PoolConfig:
         require_at_least(0, self, "weight_decay")
 
 
-FREE_SETTINGS = ("store", "target", "out", "device", "checkpoint_every", "log_every")
+FREE_SETTINGS = (
+    "store",
+    "target",
+    "out",
+    "device",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "log_every",
+)
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
 The images and the target themselves may not change: the identities of both are compared.
@@ -86,6 +94,9 @@ class DistillConfig:
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int = 2000
+    """Outer steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is a checkpoint whatever the step, also of the pool's warm-up."""
     log_every: int = 20
 
     def __post_init__(self) -> None:
@@ -93,7 +104,7 @@ class DistillConfig:
         require_at_least(
             *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
         )
-        require_positive(self, "lr", "ridge")
+        require_positive(self, "lr", "ridge", "checkpoint_minutes")
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
         reference = self.solver.backend == "reference"
         require(not reference, self, "solver", "of another backend than reference")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from krrst_fast.errors import DataError
-from krrst_fast.runs.files import load_torch, save_tensors
+from krrst_fast.runs.config import flat
+from krrst_fast.runs.files import load_torch, read_json, save_tensors
+from krrst_fast.runs.seal import check_safetensors, warn_unsealed
 
 FORMAT_VERSION = 1
 FILE_NAME = "distilled.safetensors"
@@ -89,10 +91,34 @@ def load_distilled(path: str | Path) -> DistilledSet:
     if not path.is_dir():
         return _load_file(path)
     if (path / FILE_NAME).exists():
-        return _load_file(path / FILE_NAME)
+        found = _load_file(path / FILE_NAME)
+        _require_its_run(path, found)
+        return found
     if all((path / name).exists() for name in _RELEASED):
         return _load_released(path)
+    for name, what in (("target.safetensors", "target"), ("index.json", "store of images")):
+        if (path / name).exists():
+            raise DataError(f"{path}: is a {what}, not a distilled set")
+    if (path / "checkpoint.pt").exists():
+        raise DataError(f"{path}: the run is unfinished, and has no {FILE_NAME} yet; resume it")
     raise DataError(f"{path}: holds neither {FILE_NAME} nor {' and '.join(_RELEASED)}")
+
+
+def _require_its_run(folder: Path, found: DistilledSet) -> None:
+    """Raise DataError if the set in a run folder was made with other settings than the folder's."""
+    if "config" not in found.meta or not (folder / "config.json").exists():
+        return
+    made, now = json.loads(found.meta["config"]), read_json(folder / "config.json")
+    if not isinstance(made, dict) or not isinstance(now, dict):
+        raise DataError(f"{folder / FILE_NAME}: does not hold the settings of a run")
+    made, now = flat(made), flat(now)
+    changes = [
+        f"{name} is {value!r} there and {now.get(name)!r} in config.json"
+        for name, value in made.items()
+        if now.get(name) != value
+    ]
+    if changes:
+        raise DataError(f"{folder / FILE_NAME}: is the set of another run: {'; '.join(changes)}")
 
 
 def _load_file(path: Path) -> DistilledSet:
@@ -101,16 +127,22 @@ def _load_file(path: Path) -> DistilledSet:
     if not path.exists():
         raise DataError(f"{path}: there is no such file")
     try:
+        sealed = check_safetensors(path, failure=DataError)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "krrst_fast.target" in metadata:
+            raise DataError(f"{path}: is a target, not a distilled set")
         header = json.loads(metadata[_METADATA_KEY])
         if header["format_version"] != FORMAT_VERSION:
             raise DataError(
                 f"{path}: format version {header['format_version']!r}, "
                 f"this version of krrst_fast reads {FORMAT_VERSION}"
             )
-        return _build(path, tensors["images"], tensors["targets"], header)
+        found = _build(path, tensors["images"], tensors["targets"], header)
+        if not sealed:
+            warn_unsealed(path, "distilled set")
+        return found
     except SafetensorError as error:
         raise DataError(f"{path}: not a readable safetensors file ({error})") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:

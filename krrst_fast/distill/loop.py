@@ -1,6 +1,8 @@
 """From a store and a target to a distilled set: the steps, the log, the checkpoints, the files."""
 
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 
 from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.data.verify import Verification
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.distill.source import Source
@@ -32,6 +35,7 @@ from krrst_fast.errors import CheckpointError, ConfigError, DataError
 from krrst_fast.models import check as check_network
 from krrst_fast.runs import environment
 from krrst_fast.runs.checkpoint import (
+    Saves,
     check_folder,
     cut_metrics,
     load_checkpoint,
@@ -40,6 +44,8 @@ from krrst_fast.runs.checkpoint import (
 )
 from krrst_fast.runs.config import config_hash, to_dict
 from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.interrupt import Interrupts
+from krrst_fast.runs.lock import locked
 from krrst_fast.runs.log import RunLog, due, summary
 from krrst_fast.runs.progress import progress_bar
 from krrst_fast.targets import FrozenTarget, load_target
@@ -59,45 +65,59 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
         progress: Show a bar, where there is a terminal.
 
     Raises:
-        ConfigError: The output folder holds something else, or the target does not fit the store.
-        DataError: The store or the target cannot be read, or the store holds too few images.
+        ConfigError: The output folder holds something else, or another process writes it, or the
+            target does not fit the store.
+        DataError: The store or the target cannot be read or is damaged, or the store holds too few
+            images.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; its step is saved. A second one ends at once.
         CheckpointError: The run to be resumed has other settings or inputs, or is damaged.
         NonFiniteError, NotPositiveDefiniteError: A step failed; the last checkpoint is left.
     """
+    # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
+    with locked(config.out) if resume and config.out.is_dir() else nullcontext():
+        return _distill(config, resume, progress)
+
+
+def _distill(config: DistillConfig, resume: bool, progress: bool) -> DistilledSet:
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store, target = open_store(config.store), load_target(config.target)
     inputs = identity(config, store, target)
     if (config.out / FILE_NAME).exists():
-        finished = load_distilled(config.out / FILE_NAME)
+        finished = load_distilled(config.out)
         require_same_inputs(config.out / FILE_NAME, finished.meta, inputs)
         return finished
     device = environment.pick_device(config.device)
     if device.type == "mps" and config.dtype == "float64":
         raise ConfigError("distill: dtype float64 needs another device: MPS has no float64")
     _check_inputs(config, store, target, device)
+    verification = Verification(store)
     target.to(device)
 
     first, initial = config.out / "initial.safetensors", initial_set(config, store, target)
     if first.exists():
         _require_alike(first, initial)
+    begun = config.out.is_dir()
     new_folder(config.out, overwrite=resume)
-    config = _located(config)
-    write_json(config.out / "config.json", to_dict(config))
-    write_json(config.out / "environment.json", environment.describe())
-    if not first.exists():
-        initial.save(first)
+    with nullcontext() if resume and begun else locked(config.out):
+        config = _located(config)
+        write_json(config.out / "config.json", to_dict(config))
+        environment.record(config.out, device)
+        if not first.exists():
+            initial.save(first)
 
-    source = make_source(config, store, target, device, progress=progress)
-    state = make_state(config, initial, device)
-    totals = _take_up(config, inputs, state, progress)
-    _run(config, inputs, state, source, totals, progress)
+        source = make_source(config, store, target, device, progress=progress)
+        state = make_state(config, initial, device)
+        run = _Run(config, inputs, state, verification)
+        with run.interrupts.noted():
+            run.take_up(progress)
+            run.go_on(source, progress)
 
-    written = summary(totals, config.steps, config.batch_size)
-    written["target_variance"] = target_variance(config, store, target)
-    write_json(config.out / "summary.json", written)
-    result = as_distilled(config, inputs, state, target)
-    result.save(config.out / FILE_NAME)
-    return result
+        written = summary(run.totals, config.steps, config.batch_size)
+        written["target_variance"] = target_variance(config, store, target)
+        write_json(config.out / "summary.json", written, sealed=True)
+        result = as_distilled(config, inputs, state, target)
+        result.save(config.out / FILE_NAME)
+        return result
 
 
 def _check_inputs(
@@ -148,97 +168,137 @@ def _require_alike(path: Path, initial: DistilledSet) -> None:
             )
 
 
-def _take_up(
-    config: DistillConfig, inputs: Identity, state: State, progress: bool
-) -> dict[str, float]:
-    """Bring the state to the checkpoint, or make the first one. Returns the totals so far."""
-    path, metrics = config.out / "checkpoint.pt", config.out / "metrics.jsonl"
-    if path.exists():
-        saved = load_checkpoint(path, config, FREE_SETTINGS)
-        require_same_inputs(path, saved.get("inputs", {}), inputs)
-        state.load_state_dict(saved["state"])
-        cut_metrics(metrics, state.step)
-        return saved["totals"]
-    began = time.perf_counter()
-    warm_up(state, progress=progress)
-    totals = {
-        "seconds": 0.0,
-        "warm_up_seconds": time.perf_counter() - began,
-        "peak_memory_mb": environment.peak_memory_mb(state.x_syn.device),
-    }
-    save_checkpoint(path, config, _contents(config, inputs, state, totals))
-    cut_metrics(metrics, 0)
-    return totals
+class _Run:
+    """A run that is under way: its state, its totals, and when and how both are saved."""
+
+    def __init__(
+        self, config: DistillConfig, inputs: Identity, state: State, verification: Verification
+    ) -> None:
+        self.config, self.inputs, self.state = config, inputs, state
+        self.totals = {"seconds": 0.0, "warm_up_seconds": 0.0, "peak_memory_mb": 0.0}
+        self.interrupts = Interrupts()
+        self._verification = verification
+        self._saves = Saves(
+            every=config.checkpoint_every,
+            minutes=config.checkpoint_minutes,
+            last=config.steps,
+            interrupts=self.interrupts,
+        )
+
+    @property
+    def _path(self) -> Path:
+        return self.config.out / "checkpoint.pt"
+
+    def take_up(self, progress: bool) -> None:
+        """Bring the state to the checkpoint, and finish the pool's warm-up."""
+        state, ages = self.state, None
+        if self._path.exists():
+            saved = load_checkpoint(self._path, self.config, FREE_SETTINGS)
+            require_same_inputs(self._path, saved.get("inputs", {}), self.inputs)
+            state.load_state_dict(saved["state"])
+            self.totals, ages = saved["totals"], saved.get("warm_up_ages")
+            if ages is None:
+                cut_metrics(self.config.out / "metrics.jsonl", state.step)
+                return
+        if ages is None:
+            ages = state.pool.starting_ages(state.generator)
+        began = time.perf_counter()
+
+        def count_time() -> None:
+            nonlocal began
+            now = time.perf_counter()
+            self.totals["warm_up_seconds"] += now - began
+            began = now
+
+        def save_in_time() -> None:
+            if self._saves.hurry():
+                count_time()
+                self._save("a part of the pool's warm-up", warm_up_ages=ages)
+
+        warm_up(state, ages, after_step=save_in_time, progress=progress)
+        count_time()
+        self.totals["peak_memory_mb"] = environment.peak_memory_mb(state.x_syn.device)
+        self._save("the pool's warm-up")
+        cut_metrics(self.config.out / "metrics.jsonl", 0)
+
+    def _save(self, what: str, **more: Any) -> None:
+        # What a damaged store led to is not saved.
+        self._verification.finish()
+        contents = {
+            "config_hash": config_hash(self.config, ignore=FREE_SETTINGS),
+            "inputs": dict(self.inputs),
+            "state": self.state.state_dict(),
+            "totals": self.totals,
+        }
+        save_checkpoint(self._path, self.config, {**contents, **more})
+        self._saves.done(what)
+
+    def go_on(self, source: Source, progress: bool) -> None:
+        """Take the outer steps that are left, with log and checkpoints."""
+        config, state = self.config, self.state
+        rate = LinearDecay(
+            start=config.lr, final=config.lr * config.final_lr_fraction, steps=config.steps
+        )
+        log = RunLog(
+            config.out / "metrics.jsonl",
+            step=state.step,
+            batch_size=config.batch_size,
+            device=state.x_syn.device,
+            totals=self.totals,
+        )
+        with progress_bar(
+            progress, total=config.steps, initial=state.step, desc="distill", unit="step"
+        ) as bar:
+            while state.step < config.steps:
+                report = outer_step(
+                    state,
+                    source,
+                    rate,
+                    ridge=config.ridge,
+                    ridge_of=config.ridge_of,
+                    solver=config.solver,
+                )
+                logs = due(state.step, config.log_every, config.steps)
+                saves = self._saves.due(state.step)
+                if (logs or saves) and config.solver.check == "flag":
+                    with located(state.step, state.pool.slots[report.slot]):
+                        require_finite(report.loss)
+                # The row before the checkpoint: a kill between them leaves a row too many, which
+                # is cut, and never one too few.
+                if logs:
+                    bar.set_postfix(_shown(log.write(state.step, _values(report))), refresh=False)
+                if saves:
+                    log.count_time()
+                    self._save(f"step {state.step} of {config.steps}")
+                bar.update()
 
 
-def warm_up(state: State, *, progress: bool = False) -> None:
-    """Train each network of the pool a random number of steps in [1, T)."""
-    ages = state.pool.starting_ages(state.generator)
-    with progress_bar(progress, total=sum(ages), desc="pool warm-up", unit="step") as bar:
+def warm_up(
+    state: State,
+    ages: Sequence[int] | None = None,
+    *,
+    after_step: Callable[[], None] = lambda: None,
+    progress: bool = False,
+) -> None:
+    """Train each network of the pool a random number of steps in [1, T).
+
+    Args:
+        state: Of a run at step 0; its pool may have had some of the steps.
+        ages: The numbers of steps; drawn if left out.
+        after_step: Called after each.
+        progress: Show a bar, where there is a terminal.
+    """
+    ages = state.pool.starting_ages(state.generator) if ages is None else ages
+    done = sum(slot.age for slot in state.pool.slots)
+    with progress_bar(
+        progress, total=sum(ages), initial=done, desc="pool warm-up", unit="step"
+    ) as bar:
         for slot, age in zip(state.pool.slots, ages):
             while slot.age < age:
                 with located(0, slot):
                     slot.fit(state.x_syn.detach(), state.y_syn.detach())
                 bar.update()
-
-
-def _run(
-    config: DistillConfig,
-    inputs: Identity,
-    state: State,
-    source: Source,
-    totals: dict[str, float],
-    progress: bool,
-) -> None:
-    """Take the outer steps that are left, with log and checkpoints; add to `totals`."""
-    rate = LinearDecay(
-        start=config.lr, final=config.lr * config.final_lr_fraction, steps=config.steps
-    )
-    log = RunLog(
-        config.out / "metrics.jsonl",
-        step=state.step,
-        batch_size=config.batch_size,
-        device=state.x_syn.device,
-        totals=totals,
-    )
-    with progress_bar(
-        progress, total=config.steps, initial=state.step, desc="distill", unit="step"
-    ) as bar:
-        while state.step < config.steps:
-            report = outer_step(
-                state,
-                source,
-                rate,
-                ridge=config.ridge,
-                ridge_of=config.ridge_of,
-                solver=config.solver,
-            )
-            logs = due(state.step, config.log_every, config.steps)
-            saves = due(state.step, config.checkpoint_every, config.steps)
-            if (logs or saves) and config.solver.check == "flag":
-                with located(state.step, state.pool.slots[report.slot]):
-                    require_finite(report.loss)
-            # The row before the checkpoint: a kill between them leaves a row too many, which is
-            # cut, and never one too few.
-            if logs:
-                bar.set_postfix(_shown(log.write(state.step, _values(report))), refresh=False)
-            if saves:
-                log.count_time()
-                contents = _contents(config, inputs, state, totals)
-                save_checkpoint(config.out / "checkpoint.pt", config, contents)
-            bar.update()
-
-
-def _contents(
-    config: DistillConfig, inputs: Identity, state: State, totals: dict[str, float]
-) -> dict[str, Any]:
-    """Return what a checkpoint holds beside its format and the settings."""
-    return {
-        "config_hash": config_hash(config, ignore=FREE_SETTINGS),
-        "inputs": dict(inputs),
-        "state": state.state_dict(),
-        "totals": totals,
-    }
+                after_step()
 
 
 def _values(report: StepReport) -> dict[str, float]:

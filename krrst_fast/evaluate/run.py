@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError
 from krrst_fast.evaluate.config import EvaluateConfig, Method
 from krrst_fast.evaluate.materials import open_materials
@@ -11,6 +12,7 @@ from krrst_fast.evaluate.trial import Trials
 from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.environment import describe
 from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, write_json
+from krrst_fast.runs.lock import locked
 from krrst_fast.runs.progress import progress_bar
 
 
@@ -30,11 +32,14 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         The figures, which are also in `evaluation/NAME.json` of the run.
 
     Raises:
-        DataError: Images or labels are not what the methods need.
-        ConfigError: A setting is missing, or a result with other settings would be lost.
+        DataError: Images or labels are not what the methods need, or a file is damaged.
+        ConfigError: A setting is missing, or a result with other settings would be lost, or another
+            process writes this one.
         NonFiniteError: A training diverged.
     """
     materials = open_materials(config)
+    stores = (materials.store, materials.source)
+    verifications = [Verification(store) for store in stores if store is not None]
     trials = Trials(materials)
     name = config.name or config.store.resolve().name
     folder = (config.run if config.run.is_dir() else config.run.parent) / "evaluation"
@@ -43,30 +48,42 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     jobs = [(method, seed) for seed in seeds for method in config.methods]
     partial = folder / f"{name}.partial.jsonl"
-    rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
-    missing = [job for job in jobs if job not in rows]
+    # Refused before anything is written.
+    _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
 
     folder.mkdir(parents=True, exist_ok=True)
-    total = sum(_ticks(config, method) for method, _ in missing)
-    with progress_bar(progress, total=total, unit="step") as bar:
-        for method, seed in missing:
-            bar.set_description(f"{method} seed {seed}")
-            row = trials.run(method, seed, keys[method], bar.update)
-            append_jsonl(partial, asdict(row))
-            rows[method, seed] = row
+    partial.touch()
+    try:
+        with locked(partial):
+            rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
+            missing = [job for job in jobs if job not in rows]
+            total = sum(_ticks(config, method) for method, _ in missing)
+            with progress_bar(progress, total=total, unit="step") as bar:
+                for method, seed in missing:
+                    bar.set_description(f"{method} seed {seed}")
+                    row = trials.run(method, seed, keys[method], bar.update)
+                    # What a damaged store led to is not saved.
+                    for verification in verifications:
+                        verification.finish()
+                    append_jsonl(partial, asdict(row))
+                    rows[method, seed] = row
 
-    ordered = tuple(rows[job] for job in jobs)
-    evaluation = Evaluation(
-        name=name,
-        config=config,
-        rows=ordered,
-        num_images=len(materials.distilled),
-        environment=describe(),
-        seconds=sum(row.seconds for row in ordered),
-    )
-    write_json(folder / f"{name}.json", evaluation.to_json())
-    partial.unlink(missing_ok=True)
-    return evaluation
+            ordered = tuple(rows[job] for job in jobs)
+            evaluation = Evaluation(
+                name=name,
+                config=config,
+                rows=ordered,
+                num_images=len(materials.distilled),
+                environment=describe(),
+                seconds=sum(row.seconds for row in ordered),
+            )
+            write_json(folder / f"{name}.json", evaluation.to_json(), sealed=True)
+            partial.unlink(missing_ok=True)
+            return evaluation
+    finally:
+        # Held no row yet; another process's would be refused before it could begin one.
+        if partial.exists() and partial.stat().st_size == 0:
+            partial.unlink()
 
 
 def _rows_at_hand(
@@ -79,7 +96,7 @@ def _rows_at_hand(
     """Return the rows of this evaluation that an earlier call has computed."""
     finished: list[Row] = []
     if output.exists() and not config.overwrite:
-        finished = list(Evaluation.from_json(read_json(output), output).rows)
+        finished = list(Evaluation.from_json(read_json(output, sealed="result"), output).rows)
         for row in finished:
             if (row.method, row.seed) not in jobs:
                 raise ConfigError(

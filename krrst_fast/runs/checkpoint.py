@@ -1,11 +1,11 @@
 """The folder of a run, taken up with the same bits after a kill, and only by the same run."""
 
-import json
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from krrst_fast.errors import CheckpointError, ConfigError
+from krrst_fast.errors import CheckpointError, ConfigError, DataError
 from krrst_fast.runs.config import flat, to_dict
 from krrst_fast.runs.files import (
     load_state,
@@ -15,6 +15,9 @@ from krrst_fast.runs.files import (
     save_state,
     write_text,
 )
+from krrst_fast.runs.interrupt import Interrupts
+from krrst_fast.runs.log import due
+from krrst_fast.runs.seal import row_line
 
 FORMAT_VERSION = 1
 
@@ -34,7 +37,11 @@ def check_folder(out: Path, config: Any, *, resume: bool, free: Collection[str])
     """
     path = out / "config.json"
     if not resume or (out.exists() and not out.is_dir()):
-        refuse_existing(out)
+        try:
+            refuse_existing(out)
+        except ConfigError as error:
+            way = "; --resume goes on with the run in it" if path.exists() else ""
+            raise ConfigError(f"{error}{way}") from None
     elif path.exists():
         require_same_run(path, read_json(path), config, free)
     # Temporary files of a run that was killed at once start with a dot.
@@ -58,7 +65,7 @@ def load_checkpoint(path: Path, config: Any, free: Collection[str]) -> dict[str,
     Raises:
         CheckpointError: It cannot be read, or is of a run with other settings.
     """
-    saved = load_state(path)
+    saved = load_state(path, sealed=True)
     version = saved.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -100,6 +107,42 @@ def require_same_inputs(path: Path, saved: Mapping[str, str], now: Mapping[str, 
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the rows that a killed run wrote after the step at which it is taken up."""
-    rows = [row for row in read_jsonl(path) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Drop the rows that a killed run wrote after the step at which it is taken up.
+
+    Raises:
+        DataError: The log is damaged.
+    """
+    rows = read_jsonl(path)
+    if any(not isinstance(row.get("step"), int) for row in rows):
+        raise DataError(f"{path}: a row has no step")
+    write_text(path, b"".join(row_line(row) for row in rows if row["step"] <= step).decode())
+
+
+class Saves:
+    """When a run saves: every so many steps, every so many minutes, at the end, and on a signal.
+
+    Args:
+        every: Steps.
+        minutes: Minutes since the last save.
+        last: The step that is the last.
+        interrupts: The signals that came.
+    """
+
+    def __init__(self, *, every: int, minutes: float, last: int, interrupts: Interrupts) -> None:
+        self._every, self._seconds, self._last = every, 60 * minutes, last
+        self._interrupts = interrupts
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Return whether the state after this step is to be saved."""
+        return due(step, self._every, self._last) or self.hurry()
+
+    def hurry(self) -> bool:
+        """Return whether the state is to be saved at any step: by the clock, or on a signal."""
+        late = time.monotonic() - self._saved >= self._seconds
+        return late or self._interrupts.signum is not None
+
+    def done(self, what: str) -> None:
+        """Note that `what` was saved; raise Interrupted if a signal asked for it."""
+        self._saved = time.monotonic()
+        self._interrupts.end(f"after {what}, which is saved")

@@ -3,6 +3,7 @@
 import platform
 import resource
 import sys
+import warnings
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from krrst_fast.errors import ConfigError
+from krrst_fast.runs.files import read_json, write_json
 
 
 def describe() -> dict[str, Any]:
@@ -25,6 +27,40 @@ def describe() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "extension": extension(),
     }
+
+
+def record(out: Path, device: torch.device) -> None:
+    """Write environment.json into a run folder; a run that goes on elsewhere gets another one.
+
+    The second environment is environment.2.json, and so on. A warning says what makes the bits
+    differ from those of a run that was not interrupted.
+    """
+    now = {**describe(), "device": str(device)}
+    paths = recorded(out)
+    if not paths:
+        write_json(out / "environment.json", now, sealed=True)
+        return
+    then = read_json(paths[-1])
+    changes = [
+        f"{name} was {then[name]} and is {now[name]}"
+        for name in now
+        if name in then and now[name] != then[name]
+    ]
+    if changes:
+        warnings.warn(
+            f"{out}: goes on in another environment, so the bits may differ from those of an "
+            f"uninterrupted run: {'; '.join(changes)}",
+            stacklevel=3,
+        )
+        write_json(out / f"environment.{len(paths) + 1}.json", now, sealed=True)
+
+
+def recorded(out: Path) -> list[Path]:
+    """Return the files of the environments that a run has had, the first one first."""
+    found = [out / "environment.json"]
+    while found[-1].exists():
+        found.append(out / f"environment.{len(found) + 1}.json")
+    return found[:-1]
 
 
 def extension() -> str | None:

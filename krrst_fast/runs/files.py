@@ -1,5 +1,7 @@
 """Files that are either whole or not there: write to a temporary name, flush, rename."""
 
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -9,16 +11,31 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, KrrstError
+from krrst_fast.runs.seal import (
+    BLANK,
+    KEY,
+    WRONG,
+    Sink,
+    check_row,
+    check_seal,
+    row_line,
+    seal,
+    sealed_safetensors,
+    warn_unsealed,
+)
 
 _NUMBERS = itertools.count()
 _LIVE: set[str] = set()
 """What this process is writing now: absolute paths, without the ending `.tmp` or `.old`."""
+_MAGIC = b"krrst_fast state, sha256 "
+_HEAD = len(_MAGIC) + 64 + 1
+"""Bytes of the first line of a saved state: the words above, and the digest of all that follows."""
 
 
 def _sync(path: Path) -> None:
@@ -146,7 +163,8 @@ def refuse_existing(path: Path, *, overwrite: bool = False, marker: str = "") ->
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(f"{path}: the output folder exists and is not empty")
+        way = f"; --overwrite replaces one that holds {marker}" if marker else ""
+        raise ConfigError(f"{path}: the output folder exists and is not empty{way}")
     if marker and not (path / marker).exists():
         raise ConfigError(f"{path}: not replaced, because it holds no {marker} of an earlier run")
 
@@ -158,46 +176,33 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-class _Sink:
-    """A file for torch.save that remembers the OSError torch hides behind a RuntimeError."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Save a dict of tensors and plain values; a reader sees the old file or the new one, whole.
+
+    The first line holds a digest of the rest, which `load_state` compares.
 
     Raises:
         OSError: It could not be written, as on a full disk.
     """
     # Unbuffered: the file is closed without a last write that could fail a second time.
     with atomic_path(path) as temporary, temporary.open("wb", buffering=0) as file:
-        sink = _Sink(file)
+        sink = Sink(file)
+        file.write(_MAGIC + 64 * b"0" + b"\n")
         try:
             torch.save(dict(state), sink)  # type: ignore[arg-type]
         except RuntimeError as error:
             # Torch closes its archive after Ctrl-C too, and finds it incomplete.
             if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
+                raise error.__context__ from None
             if sink.error is None:
                 raise
             raise OSError(sink.error.errno, sink.error.strerror, str(path)) from None
+        file.seek(len(_MAGIC))
+        file.write(sink.digest.hexdigest().encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Save a safetensors file atomically.
+    """Save a safetensors file atomically, with its checksum in the metadata.
 
     Raises:
         OSError: It could not be written, as on a full disk.
@@ -207,7 +212,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     # Through memory: the library's own writer turns a full disk into an error of its own.
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(plain, dict(metadata)))
+        temporary.write_bytes(sealed_safetensors(save(plain, dict(metadata))))
 
 
 def load_torch(
@@ -239,17 +244,52 @@ def load_torch(
         # Also an OSError, from a seek past the start; one that names the file is about opening it.
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise failure(f"{path}: not a readable {what} ({reason})") from error
+        raise failure(f"{path}: not a readable {what} ({_reason(error)})") from error
 
 
-def load_state(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Load what `save_state` wrote.
+def _reason(error: Exception) -> str:
+    """Return one line on why torch could not load a file, without its advice to run the code."""
+    text = str(error).strip()
+    if "weights_only" in text or "Weights only" in text:
+        named = re.search(r"GLOBAL (\S+)", text)
+        what = f" ({named[1]})" if named else ""
+        return f"it is damaged, or holds more than tensors and plain values{what}"
+    return text.partition("\n")[0] or type(error).__name__
+
+
+def load_state(
+    path: Path, *, map_location: str | torch.device = "cpu", sealed: bool = False
+) -> dict[str, Any]:
+    """Load what `save_state` wrote, or a dict that torch saved, which has no checksum.
+
+    Args:
+        path: The file.
+        map_location: The device that its tensors come to.
+        sealed: Warn if the file has no checksum, as those of earlier versions.
 
     Raises:
         CheckpointError: The file is missing, damaged, or holds something else.
     """
-    state = load_torch(path, what="checkpoint", failure=CheckpointError, map_location=map_location)
+    what = "checkpoint"
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            data = file.read() if head.startswith(_MAGIC) else b""
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such {what}") from None
+    if head.startswith(_MAGIC):
+        digest = hashlib.sha256(data).hexdigest()
+        if head != _MAGIC + digest.encode() + b"\n":
+            raise CheckpointError(f"{path}: not a readable {what} ({WRONG})")
+        try:
+            state = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+        except Exception as error:
+            reason = _reason(error)
+            raise CheckpointError(f"{path}: not a readable {what} ({reason})") from error
+    else:
+        state = load_torch(path, what=what, failure=CheckpointError, map_location=map_location)
+        if sealed:
+            warn_unsealed(path, what)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state
@@ -261,19 +301,46 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN and infinity are refused, being no JSON."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused, being no JSON.
+
+    Args:
+        path: The file.
+        value: JSON values.
+        sealed: Add a checksum to an object, which `read_json` compares: for what people read and
+            do not edit.
+    """
+    if not sealed:
+        write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        return
+    text = json.dumps({**value, KEY: BLANK}, indent=2, allow_nan=False) + "\n"
+    write_text(path, seal(text.encode()).decode())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; DataError if it is missing or not JSON."""
+def read_json(path: Path, *, sealed: str = "") -> Any:
+    """Read a JSON file; compare its checksum, where it has one, and leave it out.
+
+    Args:
+        path: The file.
+        sealed: What the file is, in a warning if it has no checksum; "" needs none.
+
+    Raises:
+        DataError: It is missing, not JSON, or damaged.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    checked = check_seal(path, data, failure=DataError)
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except ValueError as error:
         raise DataError(f"{path}: not a JSON file ({error})") from None
+    if checked and isinstance(value, dict):
+        value.pop(KEY, None)
+    elif sealed:
+        warn_unsealed(path, sealed)
+    return value
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -285,14 +352,14 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+        file.write(row_line(row))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a log of JSON objects; skip a last line that is incomplete after a kill.
 
     Raises:
-        DataError: An earlier line is not a JSON object.
+        DataError: An earlier line is not a JSON object, or is damaged.
     """
     if not path.exists():
         return []
@@ -305,5 +372,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} is not a JSON object")
-        rows.append(row)
+        try:
+            rows.append(check_row(row))
+        except ValueError as error:
+            raise DataError(f"{path}: line {number}: {error}, the file is damaged") from None
     return rows

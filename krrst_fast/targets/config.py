@@ -9,7 +9,7 @@ from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 from krrst_fast.targets.augment import SSLAugmentConfig
 
-FREE_SETTINGS = ("store", "out", "device", "checkpoint_every", "log_every")
+FREE_SETTINGS = ("store", "out", "device", "checkpoint_every", "checkpoint_minutes", "log_every")
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
 The images themselves may not change: the identity of the store is compared.
@@ -58,6 +58,8 @@ class TargetConfig:
     """auto, cpu, cuda[:index] or mps."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is a checkpoint whatever the step."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(kind="resnet18"))
@@ -73,7 +75,7 @@ class TargetConfig:
         require_at_least(0, self, "num_outputs", "off_diagonal", "weight_decay", "seed")
         require_at_least(1, self, "steps", "checkpoint_every", "log_every")
         require_at_least(2, self, "batch_size")
-        require_positive(self, "temperature", "lr")
+        require_positive(self, "temperature", "lr", "checkpoint_minutes")
         headed = self.num_outputs > 0 or not self.standardize
         require(headed, self, "standardize", "off without num_outputs: there is no head to scale")
         low, high = 0, self.steps - 1

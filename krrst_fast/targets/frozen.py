@@ -13,6 +13,7 @@ from krrst_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from krrst_fast.models import ModelConfig, Network, build
 from krrst_fast.runs.config import from_dict, to_dict
 from krrst_fast.runs.files import save_tensors
+from krrst_fast.runs.seal import KEY, warn_unsealed
 from krrst_fast.targets.weights import check_finite, read_safetensors
 
 TARGET_FILE = "target.safetensors"
@@ -111,6 +112,13 @@ def load_target(path: Path) -> FrozenTarget:
     """
     path = Path(path)
     if path.is_dir():
+        if (path / "distilled.safetensors").exists() or (path / "initial.safetensors").exists():
+            raise CheckpointError(
+                f"{path}: is the folder of a distillation run, not of a target; name what "
+                "krrst target wrote"
+            )
+        if (path / "index.json").exists():
+            raise CheckpointError(f"{path}: is an image store, not a target")
         if not (path / TARGET_FILE).exists() and (path / "checkpoint.pt").exists():
             raise CheckpointError(f"{path}: the training of this target is unfinished; resume it")
         path = path / TARGET_FILE
@@ -131,7 +139,7 @@ def load_target(path: Path) -> FrozenTarget:
             seed=0,
         )
         model.load_state_dict(state)
-        return FrozenTarget(
+        target = FrozenTarget(
             model=model,
             config=config,
             num_outputs=info["num_outputs"],
@@ -140,6 +148,9 @@ def load_target(path: Path) -> FrozenTarget:
             image_size=info["image_size"],
             meta=info["meta"],
         ).to("cpu")
+        if KEY not in metadata:
+            warn_unsealed(path, "target")
+        return target
     except NonFiniteError as error:
         raise NonFiniteError(f"{path}: {error}") from None
     except (KeyError, TypeError, ConfigError, RuntimeError) as error:
@@ -148,6 +159,8 @@ def load_target(path: Path) -> FrozenTarget:
 
 
 def _info(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if "krrst_fast" in metadata:
+        raise CheckpointError(f"{path}: is a distilled set, not a target")
     if "krrst_fast.target" not in metadata:
         raise CheckpointError(
             f"{path}: holds weights and not a target; make one of them with the setting `weights`"

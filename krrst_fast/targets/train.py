@@ -1,14 +1,18 @@
 """`krrst target`: from a store of images to a frozen target network."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.models import Network, build, place
 from krrst_fast.runs import environment
 from krrst_fast.runs.checkpoint import (
+    Saves,
     check_folder,
     cut_metrics,
     load_checkpoint,
@@ -17,6 +21,8 @@ from krrst_fast.runs.checkpoint import (
 )
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.interrupt import Interrupts
+from krrst_fast.runs.lock import locked
 from krrst_fast.runs.log import RunLog, due, summary
 from krrst_fast.runs.progress import progress_bar
 from krrst_fast.targets.augment import check_channels
@@ -52,11 +58,18 @@ def train_target(
 
     Raises:
         ConfigError: The folder is in use, or settings and images do not fit each other.
-        DataError: The store cannot be read, or holds fewer images than a batch.
+        DataError: The store cannot be read, is damaged, or holds fewer images than a batch.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; its step is saved. A second one ends at once.
         CheckpointError: The run to resume has other settings or images, or is damaged; or the
             weights cannot be read or do not fit.
         NonFiniteError: The loss or a weight became NaN; the last checkpoint is kept.
     """
+    # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
+    with locked(config.out) if resume and config.out.is_dir() else nullcontext():
+        return _train_target(config, resume, progress)
+
+
+def _train_target(config: TargetConfig, resume: bool, progress: bool) -> FrozenTarget:
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store = open_store(config.store)
     identity = store.identity()
@@ -67,31 +80,36 @@ def train_target(
         return target
     mean, std = _normalisation(config, store)
     _check_inputs(config, store)
+    verification = Verification(store)
     device = environment.pick_device(config.device)
     run = None if config.weights else Trainer(config, store, mean, std, device)
     model = run.model if run else place(_loaded(config, store), device)
 
+    begun = config.out.is_dir()
     new_folder(config.out, overwrite=resume)
-    write_json(config.out / "config.json", to_dict(config))
-    write_json(config.out / "environment.json", environment.describe())
-    totals = _train(run, identity, progress) if run else {"steps": 0}
+    with nullcontext() if resume and begun else locked(config.out):
+        write_json(config.out / "config.json", to_dict(config))
+        environment.record(config.out, device)
+        totals = _train(run, identity, verification, progress) if run else {"steps": 0}
 
-    target = FrozenTarget(
-        model=model,
-        config=config.model,
-        num_outputs=config.num_outputs,
-        mean=mean,
-        std=std,
-        image_size=store.size,
-        meta=_meta(config, identity),
-    )
-    if config.standardize:
-        assert isinstance(model.fc, nn.Linear)
-        standardize_head(model.fc, _outputs(target, store, _STANDARDIZED_BY))
-    write_json(config.out / "summary.json", totals | _spread(target, store))
-    target.save(config.out / TARGET_FILE)
-    (config.out / "checkpoint.pt").unlink(missing_ok=True)
-    return load_target(config.out)
+        target = FrozenTarget(
+            model=model,
+            config=config.model,
+            num_outputs=config.num_outputs,
+            mean=mean,
+            std=std,
+            image_size=store.size,
+            meta=_meta(config, identity),
+        )
+        if config.standardize:
+            assert isinstance(model.fc, nn.Linear)
+            standardize_head(model.fc, _outputs(target, store, _STANDARDIZED_BY))
+        summarised = totals | _spread(target, store)
+        verification.finish()
+        write_json(config.out / "summary.json", summarised, sealed=True)
+        target.save(config.out / TARGET_FILE)
+        (config.out / "checkpoint.pt").unlink(missing_ok=True)
+        return load_target(config.out)
 
 
 def _normalisation(
@@ -131,7 +149,9 @@ def _loaded(config: TargetConfig, store: ImageStore) -> Network:
     return model
 
 
-def _train(run: Trainer, identity: str, progress: bool) -> dict[str, float]:
+def _train(
+    run: Trainer, identity: str, verification: Verification, progress: bool
+) -> dict[str, float]:
     """Train the steps that are left, with log and checkpoints; return the run's summary."""
     config, out = run.config, run.config.out
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
@@ -145,18 +165,28 @@ def _train(run: Trainer, identity: str, progress: bool) -> dict[str, float]:
     log = RunLog(
         metrics, step=run.step, batch_size=config.batch_size, device=run.device, totals=totals
     )
+    interrupts = Interrupts()
+    saves = Saves(
+        every=config.checkpoint_every,
+        minutes=config.checkpoint_minutes,
+        last=config.steps,
+        interrupts=interrupts,
+    )
     bar = progress_bar(progress, total=config.steps, initial=run.step, desc="target", unit="step")
-    with bar:
+    with bar, interrupts.noted():
         while run.step < config.steps:
             loss, outputs = run.train_step()
             if due(run.step, config.log_every, config.steps):
                 spread, rate = collapse_metrics(outputs), learning_rate(config, run.step - 1)
                 row = log.write(run.step, {"loss": loss, **spread, "lr": rate})
                 bar.set_postfix(_shown(row), refresh=False)
-            if due(run.step, config.checkpoint_every, config.steps):
+            if saves.due(run.step):
                 log.count_time()
+                # What a damaged store led to is not saved.
+                verification.finish()
                 state = {"trainer": run.state_dict(), "totals": totals}
                 save_checkpoint(checkpoint, config, {"store": identity, "state": state})
+                saves.done(f"step {run.step} of {config.steps}")
             bar.update()
     return summary(totals, config.steps, config.batch_size)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from krrst_fast.errors import CheckpointError, NonFiniteError
 from krrst_fast.models import Network
 from krrst_fast.runs.files import load_state
+from krrst_fast.runs.seal import check_safetensors
 
 _PREFIXES = ("module.", "backbone.")
 _NESTED = ("state_dict", "model", "model_state_dict")
@@ -41,6 +42,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(path, failure=CheckpointError)
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
