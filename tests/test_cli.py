@@ -132,7 +132,7 @@ def test_info(krrst: Krrst, chain: Path) -> None:
         ("store", ["image store", "90 train, 90 test", "3x8x8", "checksums  verified"]),
         ("target", ["target network", "outputs     6"]),
         ("target/target.safetensors", ["target network"]),
-        ("run", ["distillation run", "6 of 6", "5x3x8x8", "5x6"]),
+        ("run", ["distillation run", "the result, after 6 steps", "5x3x8x8", "5x6"]),
         ("run/distilled.safetensors", ["distilled set", "5x3x8x8"]),
     ):
         told = krrst("info", chain / path)
@@ -219,7 +219,7 @@ MISTAKES = {
     ),
     "target is a store": (
         ["distill", "--store", "{store}", "--target", "{store}", "--out", "{new}", *DISTILL],
-        ["target.safetensors"],
+        ["is an image store, not a target"],
     ),
     "too few images": (
         ["distill", *DISTILL_PATHS, *DISTILL, "--num_images", "91"],

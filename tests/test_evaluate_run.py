@@ -26,7 +26,7 @@ from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.trial import Trials
 from krrst_fast.models import ModelConfig, build
-from krrst_fast.runs.files import read_jsonl
+from krrst_fast.runs.files import read_json, read_jsonl
 from krrst_fast.targets import FrozenTarget, load_target
 
 NETWORK = ModelConfig(widths=(8, 16))
@@ -133,7 +133,7 @@ def test_methods_on_the_same_set_give_the_same_figures(
 def test_all_methods_run_and_the_file_says_what_the_result_says(config: EvaluateConfig) -> None:
     result = evaluate(config, progress=False)
     file = config.run / "evaluation" / "digits.json"
-    assert json.loads(file.read_text()) == json.loads(json.dumps(result.to_json()))
+    assert read_json(file) == json.loads(json.dumps(result.to_json()))
     assert [(row.method, row.seed) for row in result.rows[:5]] == [
         (method, 0) for method in config.methods
     ]

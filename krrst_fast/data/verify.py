@@ -1,15 +1,12 @@
 """The checksums of a store that is read by a long run, compared beside it."""
 
 import threading
-import zlib
-from pathlib import Path
 
-from krrst_fast.data.store import ImageStore, checksums
+from krrst_fast.data.store import ImageStore, checksum, checksums
 from krrst_fast.errors import DataError
 
 _AT_ONCE = 1 << 26
 """Bytes that are read at once, before anything else: a twentieth of a second."""
-_CHUNK = 1 << 22
 
 
 class Verification:
@@ -22,7 +19,8 @@ class Verification:
     """
 
     def __init__(self, store: ImageStore) -> None:
-        self._store, self._error = store, None
+        self._store = store
+        self._error: Exception | None = None
         # A daemon: an interrupted run does not wait for the rest of the store.
         self._thread = threading.Thread(target=self._compare, name="verify", daemon=True)
         self._thread.start()
@@ -30,17 +28,15 @@ class Verification:
         if sum(sizes) <= _AT_ONCE:
             self.finish()
 
-    _error: Exception | None
-
     def _compare(self) -> None:
         try:
             for name, expected in checksums(self._store.path).items():
-                if _crc(self._store.path / name) != expected:
+                if checksum(self._store.path / name) != expected:
                     raise DataError(
                         f"{self._store.path / name}: the checksum is wrong, the file is damaged; "
                         "prepare it again"
                     )
-        except (DataError, OSError) as error:
+        except Exception as error:  # raised where the run waits for it
             self._error = error
 
     def finish(self) -> None:
@@ -55,12 +51,3 @@ class Verification:
             self._thread.join(0.2)
         if self._error is not None:
             raise self._error
-
-
-def _crc(path: Path) -> int:
-    """Return the CRC-32 of a file; Python's lock is free while a chunk is read or summed."""
-    crc = 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc

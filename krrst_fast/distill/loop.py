@@ -74,11 +74,12 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
         NonFiniteError, NotPositiveDefiniteError: A step failed; the last checkpoint is left.
     """
     # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
-    with locked(config.out) if resume and config.out.is_dir() else nullcontext():
-        return _distill(config, resume, progress)
+    held = resume and config.out.is_dir()
+    with locked(config.out) if held else nullcontext():
+        return _distill(config, resume, progress, held)
 
 
-def _distill(config: DistillConfig, resume: bool, progress: bool) -> DistilledSet:
+def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) -> DistilledSet:
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store, target = open_store(config.store), load_target(config.target)
     inputs = identity(config, store, target)
@@ -96,9 +97,8 @@ def _distill(config: DistillConfig, resume: bool, progress: bool) -> DistilledSe
     first, initial = config.out / "initial.safetensors", initial_set(config, store, target)
     if first.exists():
         _require_alike(first, initial)
-    begun = config.out.is_dir()
     new_folder(config.out, overwrite=resume)
-    with nullcontext() if resume and begun else locked(config.out):
+    with nullcontext() if held else locked(config.out):
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
         environment.record(config.out, device)

@@ -38,8 +38,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         NonFiniteError: A training diverged.
     """
     materials = open_materials(config)
-    stores = (materials.store, materials.source)
-    verifications = [Verification(store) for store in stores if store is not None]
+    stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
+    verifications = [Verification(store) for store in stores.values()]
     trials = Trials(materials)
     name = config.name or config.store.resolve().name
     folder = (config.run if config.run.is_dir() else config.run.parent) / "evaluation"

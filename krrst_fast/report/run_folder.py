@@ -113,7 +113,8 @@ def _read_results(run: Run) -> None:
     if summary.exists():
         run.summary = _object(summary)
     if final.exists():
-        run.distilled = load_distilled(final)
+        # By its folder, so that the set of another run is noticed.
+        run.distilled = load_distilled(run.folder)
         if not summary.exists():
             run.lacks("The cost and the target variance (summary.json).", "krrst distill")
     else:

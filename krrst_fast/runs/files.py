@@ -288,10 +288,10 @@ def load_state(
             raise CheckpointError(f"{path}: not a readable {what} ({reason})") from error
     else:
         state = load_torch(path, what=what, failure=CheckpointError, map_location=map_location)
-        if sealed:
-            warn_unsealed(path, what)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    if sealed and not head.startswith(_MAGIC):
+        warn_unsealed(path, what)
     return state
 
 

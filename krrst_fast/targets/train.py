@@ -65,11 +65,12 @@ def train_target(
         NonFiniteError: The loss or a weight became NaN; the last checkpoint is kept.
     """
     # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
-    with locked(config.out) if resume and config.out.is_dir() else nullcontext():
-        return _train_target(config, resume, progress)
+    held = resume and config.out.is_dir()
+    with locked(config.out) if held else nullcontext():
+        return _train_target(config, resume, progress, held)
 
 
-def _train_target(config: TargetConfig, resume: bool, progress: bool) -> FrozenTarget:
+def _train_target(config: TargetConfig, resume: bool, progress: bool, held: bool) -> FrozenTarget:
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store = open_store(config.store)
     identity = store.identity()
@@ -85,9 +86,8 @@ def _train_target(config: TargetConfig, resume: bool, progress: bool) -> FrozenT
     run = None if config.weights else Trainer(config, store, mean, std, device)
     model = run.model if run else place(_loaded(config, store), device)
 
-    begun = config.out.is_dir()
     new_folder(config.out, overwrite=resume)
-    with nullcontext() if resume and begun else locked(config.out):
+    with nullcontext() if held else locked(config.out):
         write_json(config.out / "config.json", to_dict(config))
         environment.record(config.out, device)
         totals = _train(run, identity, verification, progress) if run else {"steps": 0}
