@@ -140,7 +140,7 @@ def test_it_lies_in_memory_as_built_in_ones_do(nets):
         ("no/such.py:Net", None, "no/such.py:Net: there is no file .*such.py"),
         ("nets.py:Nett", None, "nets.py:Nett: there is no 'Nett' in it; did you mean 'Net'?"),
         ("nets:Outer.In", None, "nets:Outer.In: there is no 'In' in it"),
-        ("nets.py:NUMBER", None, "must be a class or function that makes a network, got a int"),
+        ("nets.py:NUMBER", None, "must be a class or function that makes a network, got 3"),
         ("nets.py:ONE", None, r"makes a new network at each call, got a network \(Net\)"),
         ("nets.py:text", None, "nets.py:text: must make a torch.nn.Module, got a str"),
         ("nets.py:Needs", None, "making the network without arguments failed: TypeError.*'width'"),

@@ -144,7 +144,8 @@ class OwnNetwork(Network):
             )
         if features.dtype != x.dtype:
             raise ConfigError(f"{spec}: {what} must be {x.dtype} like x, got {features.dtype}")
-        if not torch.allclose(features, again, equal_nan=True):
+        same_shape = isinstance(again, Tensor) and again.shape == features.shape
+        if not same_shape or not torch.allclose(features, again, equal_nan=True):
             raise ConfigError(
                 f"{spec}: {what} is random in evaluation mode: the same images gave two results "
                 "(F.dropout needs training=self.training)"

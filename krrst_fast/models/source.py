@@ -177,8 +177,9 @@ def _attribute(spec: str, module: ModuleType, name: str) -> Callable[..., Any]:
             f"network ({type(found).__name__})"
         )
     if not callable(found):
-        kind = type(found).__name__
-        raise ConfigError(f"{spec}: must be a class or function that makes a network, got a {kind}")
+        raise ConfigError(
+            f"{spec}: must be a class or function that makes a network, got {found!r:.60}"
+        )
     return found
 
 
