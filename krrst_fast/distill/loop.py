@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.distill.source import Source
@@ -105,6 +106,7 @@ def _check_inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget
             f"distill: the target {config.target} takes {_times(takes)} images, "
             f"the store {config.store} holds {_times(holds)}"
         )
+    check_views(config, store, target)
     count = store.count("train")
     if config.num_images > count:
         raise DataError(
