@@ -1,8 +1,10 @@
 """`krrst target --encoder`: any encoder, or a matrix of features, as a target."""
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,13 @@ from krrst_fast.targets.open_encoder import (
     Opened,
     absolute,
     digest_of_file,
-    digest_of_module,
     file_of,
     is_features,
+    of_module,
     open_encoder,
     read_features,
 )
-from krrst_fast.targets.pca import pca_head
+from krrst_fast.targets.pca import check_components, pca_head
 from krrst_fast.targets.standardize import standardize_head
 
 FITTED_BY = 10_000
@@ -50,27 +52,28 @@ def make_target(config: TargetConfig, store: ImageStore, *, progress: bool) -> F
         CheckpointError: A file cannot be read.
     """
     assert config.encoder is not None
-    began, device = time.perf_counter(), environment.pick_device(config.device)
-    spec = absolute(config.encoder)
-    new_folder(config.out, overwrite=True)
-    write_json(config.out / "config.json", to_dict(config))
-    write_json(config.out / "environment.json", environment.describe())
-    target = encoder_target(
+    began, spec = time.perf_counter(), absolute(config.encoder)
+    # All that can be refused is, before the folder is made.
+    ready = _ready(
         spec,
         store,
         num_outputs=config.num_outputs,
         input_size=config.input_size or None,
         mean=config.mean,
         std=config.std,
-        standardize=config.standardize,
-        device=device,
-        folder=config.out / _FEATURES,
-        progress=progress,
+        device=environment.pick_device(config.device),
     )
-    if ":" in spec and open_encoder(spec).digest != _info(target).digest:
+    if ":" in spec and open_encoder(spec).digest != ready.digest:
         raise ConfigError(
             f"encoder {config.encoder}: gives other weights at each call; seed them or load them"
         )
+    new_folder(config.out, overwrite=True)
+    write_json(config.out / "config.json", to_dict(config))
+    write_json(config.out / "environment.json", environment.describe())
+    folder = config.out / _FEATURES
+    target = _fitted(
+        ready, store, config.num_outputs, config.standardize, folder=folder, progress=progress
+    )
     count = min(store.count("train"), _CHECKED_IMAGES)
     outputs = target.plain(store, _spread_over(store, count))
     totals = {
@@ -82,10 +85,7 @@ def make_target(config: TargetConfig, store: ImageStore, *, progress: bool) -> F
     }
     write_json(config.out / "summary.json", totals | collapse_metrics(outputs))
     target.save(config.out / TARGET_FILE)
-    for name in ("rows.f32", "rows.json", "lock"):
-        (config.out / _FEATURES / name).unlink(missing_ok=True)
-    if (config.out / _FEATURES).exists():
-        (config.out / _FEATURES).rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
     return load_target(config.out)
 
 
@@ -120,100 +120,163 @@ def encoder_target(
         DataError: A matrix of features does not fit the store, or features are all the same.
         CheckpointError: A file cannot be read.
     """
+    ready = _ready(
+        encoder,
+        store,
+        num_outputs=num_outputs,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+        device=torch.device(device),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        return _fitted(
+            ready,
+            store,
+            num_outputs,
+            standardize,
+            folder=folder or Path(scratch),
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """An encoder that has been called on some images, or features that have been read."""
+
+    spec: str
+    """As the target file has it; empty for a module of Python."""
+    name: str
+    digest: str
+    source: Encoder | Tensor
+    """The encoder behind the store, without its head; or features [N, V, D]."""
+    settings: dict[str, Any]
+    """The encoder's own size and scale of images."""
+    file: Path | None = None
+
+
+def _ready(
+    encoder: str | nn.Module,
+    store: ImageStore,
+    *,
+    num_outputs: int,
+    input_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    device: torch.device,
+) -> _Ready:
+    count = store.count("train")
     if isinstance(encoder, str) and is_features(encoder):
-        given = [
-            name for name, x in (("input_size", input_size), ("mean", mean), ("std", std)) if x
-        ]
+        of_images = (("input_size", input_size), ("mean", mean), ("std", std))
+        given = [name for name, value in of_images if value]
         if given:
             raise ConfigError(
                 f"encoder {encoder}: features have no {' and '.join(given)}; leave it out"
             )
-        return _of_features(Path(encoder), store, num_outputs, standardize)
-    opened = open_encoder(encoder) if isinstance(encoder, str) else _opened(encoder)
-    name = encoder if isinstance(encoder, str) else type(encoder).__name__
-    settings = _settings(name, opened, store, input_size, mean, std)
-    model = _behind_store(name, opened, store, settings, torch.device(device))
-    index = _spread_over(store, min(store.count("train"), FITTED_BY))
-    images = store.images("train")
-
-    def embed(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model.embed(
-                plain_views(images, index[rows], store.mean, store.std).to(torch.device(device))
-            )
-
-    inputs = {"store": store.identity(), "encoder": opened.digest, "settings": str(settings)}
-    with tempfile.TemporaryDirectory() as scratch:
-        features = computed_rows(
-            folder or Path(scratch),
-            (len(index), model.feature_dim),
-            inputs,
-            embed,
-            block=_CHUNK,
-            what="features",
-            progress=progress,
+        path = Path(encoder)
+        features = read_features(path, count)
+        check_components(features.shape[0] * features.shape[1], features.shape[2], num_outputs)
+        return _Ready(
+            spec=path.name,
+            name=path.name,
+            digest=digest_of_file(path),
+            source=features,
+            settings={},
         )
-        head, explained = pca_head(features, num_outputs)
-        if standardize:
-            standardize_head(head, head(features))
-    model.fc = head.to(device)
-    file = file_of(name) if isinstance(encoder, str) else None
-    spec = encoder if isinstance(encoder, str) else ""
+    if isinstance(encoder, str):
+        name, opened, file = encoder, open_encoder(encoder), file_of(encoder)
+    else:
+        name, file = type(encoder).__name__, None
+        opened = of_module(encoder, name)
+    settings = _settings(name, opened, store, input_size, mean, std)
+    model = _behind_store(name, opened, store, settings, device)
+    check_components(min(count, FITTED_BY), model.feature_dim, num_outputs)
+    spec = name if isinstance(encoder, str) else ""
     if file:
         # The copy beside the target file.
         spec = f"encoder-{opened.digest.split()[-1][:8]}{file.suffix}"
+    return _Ready(
+        spec=spec, name=name, digest=opened.digest, source=model, settings=settings, file=file
+    )
+
+
+def _fitted(
+    ready: _Ready,
+    store: ImageStore,
+    num_outputs: int,
+    standardize: bool,
+    *,
+    folder: Path,
+    progress: bool,
+) -> FrozenTarget:
+    """Fit the head on plain images, whose features are kept in `folder` while they are computed."""
+    source = ready.source
+    if isinstance(source, Encoder):
+        features = _features(ready, source, store, folder, progress)
+    else:
+        features = source.flatten(0, 1)
+    head, explained = pca_head(features, num_outputs)
+    if standardize:
+        standardize_head(head, _outputs(head, features))
+    model: Encoder | FeatureTable
+    if isinstance(source, Encoder):
+        source.fc = head.to(source.device)
+        model = source
+    else:
+        outputs = _outputs(head, features).view(*source.shape[:2], head.out_features)
+        model = FeatureTable(outputs, channels=store.channels)
     return FrozenTarget(
         model,
         config=EncoderInfo(
-            spec=spec,
-            digest=opened.digest,
-            dim=model.feature_dim,
+            spec=ready.spec,
+            digest=ready.digest,
+            dim=features.shape[1],
             explained=explained,
-            **settings,
+            **ready.settings,
         ),
         num_outputs=head.out_features,
         mean=tuple(store.mean),
         std=tuple(store.std),
         image_size=store.size,
-        meta={"encoder": name, "store": store.identity()},
-        file=file,
+        meta={"encoder": ready.name, "store": store.identity()},
+        file=ready.file,
     )
 
 
-def _opened(module: nn.Module) -> Opened:
-    return Opened(module=module.eval(), digest=digest_of_module(module))
+def _features(
+    ready: _Ready, model: Encoder, store: ImageStore, folder: Path, progress: bool
+) -> Tensor:
+    """Compute the encoder's features [N, D] on plain images all over the store."""
+    index = _spread_over(store, min(store.count("train"), FITTED_BY))
+    images, device = store.images("train"), model.device
+
+    def embed(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.embed(plain_views(images, index[rows], store.mean, store.std).to(device))
+
+    return computed_rows(
+        folder,
+        (len(index), model.feature_dim),
+        {
+            "store": store.identity(),
+            "encoder": ready.digest,
+            "settings": str(ready.settings),
+            "device": device.type,
+        },
+        embed,
+        block=_CHUNK,
+        what="features",
+        progress=progress,
+    )
+
+
+def _outputs(head: nn.Linear, features: Tensor) -> Tensor:
+    return torch.cat([head(part) for part in features.split(4096)])
 
 
 def _info(target: FrozenTarget) -> EncoderInfo:
     assert isinstance(target.config, EncoderInfo)
     return target.config
-
-
-def _of_features(
-    path: Path, store: ImageStore, num_outputs: int, standardize: bool
-) -> FrozenTarget:
-    features = read_features(path, store.count("train"))  # [N, V, D]
-    flat = features.flatten(0, 1)
-    head, explained = pca_head(flat, num_outputs)
-    outputs = torch.cat([head(part) for part in flat.split(4096)])
-    if standardize:
-        standardize_head(head, outputs)
-        outputs = torch.cat([head(part) for part in flat.split(4096)])
-    outputs = outputs.view(*features.shape[:2], head.out_features)
-    return FrozenTarget(
-        FeatureTable(outputs, channels=store.channels),
-        config=EncoderInfo(
-            spec=path.name,
-            digest=digest_of_file(path),
-            dim=features.shape[2],
-            explained=explained,
-        ),
-        num_outputs=head.out_features,
-        mean=tuple(store.mean),
-        std=tuple(store.std),
-        image_size=store.size,
-        meta={"encoder": path.name, "store": store.identity()},
-    )
 
 
 def _settings(
@@ -290,7 +353,8 @@ def _behind_store(
         input_size=size,
         input_mean=settings["mean"],
         input_std=settings["std"],
-    ).requires_grad_(False)
+        device=device,
+    )
 
 
 def _spread_over(store: ImageStore, count: int) -> Tensor:

@@ -43,6 +43,7 @@ class Encoder(Network):
         mean, std: What the images that come are normalised by; they are turned back to pixels.
         input_size: S.
         input_mean, input_std: What the module wants them normalised by.
+        device: Where the module is; a file of ONNX has no weights that say so.
     """
 
     def __init__(
@@ -57,9 +58,12 @@ class Encoder(Network):
         input_size: int,
         input_mean: Sequence[float],
         input_std: Sequence[float],
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(feature_dim=dim, channels=channels, image_size=image_size)
         self.module = module
+        self._here: Tensor
+        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)
         self.input_size = input_size
         self._scale: dict[str, tuple[float, ...]] = {
             "mean": tuple(mean),
@@ -74,6 +78,11 @@ class Encoder(Network):
         self.training = mode
         self.fc.train(mode)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the images are to be."""
+        return self._here.device
 
     def _features(self, x: Tensor) -> Tensor:
         parts = [pooled(self.module(self._seen(part))) for part in x.split(BATCH)]

@@ -72,7 +72,9 @@ def open_encoder(spec: str) -> Opened:
             f"encoder {spec!r}: must be one of {', '.join(_NAMED)}; module:callable or "
             f"file.py:callable; or a file that ends in {', '.join(FILES)} or {FEATURES}"
         )
-    opened.module.requires_grad_(False)
+    # A ScriptModule has no requires_grad_ of its own.
+    for parameter in opened.module.parameters():
+        parameter.requires_grad_(False)
     return opened
 
 
@@ -154,9 +156,18 @@ def _of_callable(spec: str) -> Opened:
         raise ConfigError(
             f"encoder {spec}: must return a torch.nn.Module, got {type(module).__name__}"
         )
+    return of_module(module, spec)
 
-    def numbers(name: str) -> tuple[float, ...] | None:
-        value = getattr(module, name, None)
+
+def of_module(module: nn.Module, name: str) -> Opened:
+    """Return a module as an encoder, with what its attributes input_size, mean and std say.
+
+    Raises:
+        ConfigError: One of them is no number; the message names the encoder as `name`.
+    """
+
+    def numbers(attribute: str) -> tuple[float, ...] | None:
+        value = getattr(module, attribute, None)
         return None if value is None else tuple(map(float, value))
 
     size = getattr(module, "input_size", None)
@@ -170,7 +181,7 @@ def _of_callable(spec: str) -> Opened:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"encoder {spec}: its attributes input_size, mean and std must be a whole number and a "
+            f"encoder {name}: its attributes input_size, mean and std must be a whole number and a "
             f"number a channel each ({error})"
         ) from None
 

@@ -8,6 +8,15 @@ from krrst_fast.errors import ConfigError, DataError
 _CHUNK = 4096
 
 
+def check_components(count: int, width: int, num_outputs: int) -> None:
+    """Raise ConfigError if `count` images of `width` features have not so many components."""
+    if num_outputs > min(width, count - 1):
+        raise ConfigError(
+            f"target: num_outputs must be at most the {width} features of the encoder and fewer "
+            f"than the {count} images, got {num_outputs}"
+        )
+
+
 def pca_head(features: Tensor, num_outputs: int) -> tuple[nn.Linear, float]:
     """Fit a head whose outputs on `features` are principal components, of one overall scale.
 
@@ -28,11 +37,7 @@ def pca_head(features: Tensor, num_outputs: int) -> tuple[nn.Linear, float]:
         DataError: All features are constant.
     """
     (count, width), kept = features.shape, num_outputs
-    if kept > min(width, count - 1):
-        raise ConfigError(
-            f"target: num_outputs must be at most the {width} features of the encoder and fewer "
-            f"than the {count} images, got {num_outputs}"
-        )
+    check_components(count, width, kept)
     mean = sum(part.double().sum(0) for part in features.split(_CHUNK)) / count
     assert isinstance(mean, Tensor)
     covariance = torch.zeros(width, width, dtype=torch.float64)
