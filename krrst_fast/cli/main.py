@@ -168,9 +168,12 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.targets import train_target
 
     target = train_target(config, resume="resume" in switches, progress=_progress(switches))
-    kind = "network" if target.table is None else "table of features"
+    kind, views = "network", ""
+    if target.table is not None:
+        kind, views = "table of features", " --views.padding 0"
+        views += "" if target.table.mirrored else " --views.flip false"
     print(f"wrote {config.out}: a target {kind} with {target.dim} outputs")
-    print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN")
+    print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN{views}")
 
 
 def _distill(config: Any, switches: frozenset[str], run: str) -> None:

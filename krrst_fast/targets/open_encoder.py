@@ -208,9 +208,9 @@ def _of_file(path: Path) -> Opened:
     load = {"torchscript": _torchscript, "export": _exported, "onnx": _Onnx}[kind]
     try:
         return Opened(module=load(path), digest=digest)
-    except ModuleNotFoundError:
-        raise
     except Exception as error:  # a damaged file makes the readers raise nearly anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable {kind} file ({reason})") from error
 
