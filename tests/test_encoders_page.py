@@ -21,6 +21,7 @@ installed = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @installed
 def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

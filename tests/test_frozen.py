@@ -16,6 +16,10 @@ from krrst_fast.targets.weights import load_weights
 
 SMALL = ModelConfig(widths=(4, 8))
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+PREFIXES = (
+    *("", "module.", "backbone.", "module.backbone.", "module.encoder_q."),
+    "_orig_mod.teacher.encoder.",
+)
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -120,17 +124,7 @@ def _resnet(num_outputs: int = 0, seed: int = 1) -> torch.nn.Module:
     return build(ModelConfig(kind="resnet10"), image_size=8, num_outputs=num_outputs, seed=seed)
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "",
-        "module.",
-        "backbone.",
-        "module.backbone.",
-        "module.encoder_q.",
-        "_orig_mod.teacher.encoder.",
-    ],
-)
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("nested", [None, "state_dict", "model", "teacher"])
 def test_weights_of_other_code_load_under_their_prefixes(tmp_path, prefix, nested):
     source, model = _resnet().eval(), _resnet(seed=2).eval()
