@@ -268,6 +268,8 @@ def test_specs_that_cannot_be_opened_are_refused(specs, tiny_store, tmp_path):
     refused(CheckpointError, "there is no such file", str(tmp_path / "none.pt"))
     (tmp_path / "bad.pt2").write_bytes(b"bad")
     refused(CheckpointError, "bad.pt2: not a readable export file", str(tmp_path / "bad.pt2"))
+    torch.save(_net().state_dict(), tmp_path / "state.pt")
+    refused(CheckpointError, "a state dict is for --weights", str(tmp_path / "state.pt"))
     own = {"input_size": SIZE, "mean": MEAN, "std": STD}
     unseeded = specs["file"].replace(":make", ":unseeded")
     refused(ConfigError, "gives other weights at each call", unseeded, **own)
@@ -290,6 +292,9 @@ def test_an_encoder_that_has_changed_is_refused(specs, tiny_store, tmp_path):
         distill(run, progress=False)
     train_target(_config(tiny_store, tmp_path / "f", specs["torchscript"]), progress=False)
     (copy,) = (tmp_path / "f").glob("encoder-*.pt")
+    copy.write_bytes(b"not even TorchScript: it is compared before it is opened")
+    with pytest.raises(CheckpointError, match="encoder-.*pt has changed"):
+        load_target(tmp_path / "f")
     _trace(nn.Flatten(), copy)
     with pytest.raises(CheckpointError, match="encoder-.*pt has changed"):
         load_target(tmp_path / "f")

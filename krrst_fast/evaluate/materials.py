@@ -132,6 +132,8 @@ def open_materials(config: EvaluateConfig) -> Materials:
                 )
             rest = tuple(method for method in config.methods if method != "target")
             config = replace(config, methods=rest)
+        if target.table is not None and source is not None:
+            target.check_store(source)
         if target.image_size != store.size:
             raise DataError(
                 f"{store.path}: the images are {store.size} px, and the target network was "

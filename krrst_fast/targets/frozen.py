@@ -256,16 +256,15 @@ def _encoder(path: Path, info: dict[str, Any], state: dict[str, Tensor]) -> Froz
     if "outputs" in state:
         return FrozenTarget(FeatureTable(state["outputs"], channels=info["channels"]), **shared)
     file = file_of(config.spec)
-    file = path.parent / file if file else None
+    if file:
+        # Compared before it is opened, which may run its code.
+        file = path.parent / file.name
+        _require_same(path, config, digest_of_file(file))
     try:
         opened = open_encoder(str(file or config.spec))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its encoder cannot be made again: {error}") from error
-    if opened.digest != config.digest:
-        raise CheckpointError(
-            f"{path}: the encoder {config.spec} has changed: its weights were {config.digest} and "
-            f"are {opened.digest}"
-        )
+    _require_same(path, config, opened.digest)
     model = Encoder(
         opened.module,
         dim=config.dim,
@@ -289,6 +288,14 @@ def _encoder(path: Path, info: dict[str, Any], state: dict[str, Tensor]) -> Froz
             "other outputs"
         )
     return target
+
+
+def _require_same(path: Path, config: EncoderInfo, digest: str) -> None:
+    if digest != config.digest:
+        raise CheckpointError(
+            f"{path}: the encoder {config.spec} has changed: its weights were {config.digest} and "
+            f"are {digest}"
+        )
 
 
 def target_info(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

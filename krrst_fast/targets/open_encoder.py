@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, KrrstError
+from krrst_fast.targets.encoder import pooled
 
 FILES = {".pt": "torchscript", ".pt2": "export", ".onnx": "onnx"}
 """Endings of files that hold a network, and the kinds they are of."""
@@ -212,7 +213,8 @@ def _of_file(path: Path) -> Opened:
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: not a readable {kind} file ({reason})") from error
+        hint = "; a state dict is for --weights" if kind == "torchscript" else ""
+        raise CheckpointError(f"{path}: not a readable {kind} file ({reason}){hint}") from error
 
 
 def _torchscript(path: Path) -> nn.Module:
@@ -236,8 +238,6 @@ class _Exported(nn.Module):
         # A free batch dimension means two or more to torch.export.
         if len(x) > 1:
             return self.program(x)
-        from krrst_fast.targets.encoder import pooled
-
         return pooled(self.program(torch.cat((x, x))))[:1]
 
 
