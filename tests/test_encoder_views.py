@@ -105,6 +105,33 @@ def test_a_kill_while_they_are_computed_leaves_the_same_bits(config, monkeypatch
     assert torch.equal(resumed.targets, whole.targets)
 
 
+def test_a_target_that_was_killed_is_taken_up_with_the_same_bits(config, monkeypatch, tmp_path):
+    made = (config.target / "target.safetensors").read_bytes()
+    monkeypatch.setattr("krrst_fast.runs.rows._BLOCKS_BETWEEN_SAVES", 1)
+    monkeypatch.setattr("krrst_fast.targets.encode._CHUNK", 8)
+    settings = {"store": config.store, "num_outputs": 4, "device": "cpu"}
+    again = TargetConfig(encoder=f"{tmp_path / 'my.py'}:make", out=tmp_path / "again", **settings)
+    real, calls = Encoder._features, iter(range(2))
+
+    def stopping(self, x):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return real(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "_features", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_target(again, progress=False)
+    seen = _count(monkeypatch)
+    train_target(again, resume=True, progress=False)
+    # The rest of 40 images, then the spread of the outputs, and the probe as it is saved and read.
+    assert sum(seen) == 24 + 40 + 2 + 2
+    assert (again.out / "target.safetensors").read_bytes() == made
+    names = {"config.json", "environment.json", "summary.json", "target.safetensors"}
+    assert set(os.listdir(again.out)) == names
+    train_target(again, resume=True, progress=False)
+
+
 def test_fixed_views_are_the_plain_one_and_others(config):
     view = ViewConfig(padding=1)
     kept = kept_views(view, 5)

@@ -89,6 +89,13 @@ def test_rows_that_cannot_be_used_are_computed_again_and_said(harm, tmp_path):
     assert json.loads(progress.read_text())["done"] == count
 
 
+def test_what_takes_long_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("krrst_fast.runs.rows._LONG", 0.0)
+    with pytest.warns(UserWarning, match="rows: 92 of 100 rows are still to be computed") as said:
+        _computed(tmp_path, Counted())
+    assert len(said) == 1
+
+
 def test_rows_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(NonFiniteError, match="rows 0 to 3 hold NaN"):
         _computed(tmp_path, lambda index: torch.full((len(index), 3), torch.nan))

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ FORMAT_VERSION = 1
 _ROWS, _PROGRESS, _LOCK = "rows.f32", "rows.json", "lock"
 _BLOCKS_BETWEEN_SAVES = 8
 _READ = 1 << 24
+_LONG = 600.0
+"""Seconds above which it is said how long the rest will take."""
 
 
 def computed_rows(
@@ -122,6 +125,7 @@ def _compute(
         file.truncate(4 * done * width)
         file.seek(0, os.SEEK_END)
         unsaved = 0
+        began, first, said = time.perf_counter(), done, False
         while done < count:
             index = torch.arange(done, min(done + block, count))
             rows = compute(index).detach().cpu().float()
@@ -144,3 +148,11 @@ def _compute(
                 write_json(folder / _PROGRESS, {**about, "done": done, "crc32": crc})
                 unsaved = 0
             bar.update(len(index))
+            left = (time.perf_counter() - began) / (done - first) * (count - done)
+            if left > _LONG and not said and done >= first + 2 * block:
+                said = True
+                warnings.warn(
+                    f"{what}: {count - done:,} of {count:,} rows are still to be computed: about "
+                    f"{left / 60:.0f} minutes; a run that is stopped goes on from there",
+                    stacklevel=3,
+                )
