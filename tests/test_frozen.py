@@ -17,6 +17,10 @@ from krrst_fast.targets.weights import load_weights
 
 SMALL = ModelConfig(widths=(4, 8))
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+PREFIXES = (
+    *("", "module.", "backbone.", "module.backbone.", "module.encoder_q."),
+    "_orig_mod.teacher.encoder.",
+)
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -121,17 +125,47 @@ def _resnet(num_outputs: int = 0, seed: int = 1) -> torch.nn.Module:
     return build(ModelConfig(kind="resnet10"), image_size=8, num_outputs=num_outputs, seed=seed)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
-@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("nested", [None, "state_dict", "model", "teacher"])
 def test_weights_of_other_code_load_under_their_prefixes(tmp_path, prefix, nested):
     source, model = _resnet().eval(), _resnet(seed=2).eval()
     state = {prefix + key: value for key, value in source.state_dict().items()}
     state |= {prefix + "fc.weight": torch.zeros(9, 512), "projector.0.weight": torch.zeros(2, 2)}
+    state |= {"module.encoder_k.conv1.weight": torch.zeros(2), "module.queue": torch.zeros(2)}
     state |= {"module.projector.1.bias": torch.zeros(2), "module.bn.running_mean": torch.zeros(2)}
     torch.save({"epoch": 3, nested: state} if nested else state, tmp_path / "weights.pth")
     assert not torch.equal(model(IMAGES), source(IMAGES))
     load_weights(model, tmp_path / "weights.pth")
     assert torch.equal(model(IMAGES), source(IMAGES))
+
+
+def test_one_of_several_networks_is_chosen_by_its_prefix(tmp_path):
+    path, model = tmp_path / "weights.pth", _resnet(seed=3)
+    first, second = _resnet(seed=1).state_dict(), _resnet(seed=2).state_dict()
+    state = {f"backbone.{key}": value for key, value in first.items()}
+    state |= {f"net.momentum.{key}": value for key, value in second.items()}
+
+    def refused(message: str, prefix: str = "") -> None:
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(model, path, prefix=prefix)
+
+    def loaded(prefix: str, expected: dict) -> None:
+        load_weights(model, path, prefix=prefix)
+        assert torch.equal(model.conv1.weight, expected["conv1.weight"])
+
+    torch.save(state, path)
+    refused("unexpected net.momentum.conv1.weight")
+    refused("no weights under 'other.'; the names are backbone.conv1.weight, .* more", "other")
+    loaded("net.momentum", second)
+    loaded("backbone.", first)
+    torch.save({"state_dict": {**state, "teacher.conv1.weight": first["conv1.weight"]}}, path)
+    refused("holds two networks, backbone.conv1.weight and teacher.conv1.weight; choose one")
+    loaded("net.momentum.", second)
+    torch.save({"student": {"module.backbone.fc.bias": torch.zeros(2), **first}, "x": second}, path)
+    loaded("student.", first)
+    del first["layer1.0.conv1.weight"]
+    torch.save({f"encoder_q.{key}": value for key, value in first.items()}, path)
+    refused("missing layer1.0.conv1.weight$")
 
 
 def test_a_head_is_loaded_where_the_network_has_one(tmp_path):

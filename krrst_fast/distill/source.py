@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import ViewConfig, draw_views, render
+from krrst_fast.data.augment import ViewConfig, draw_among, draw_views, render
 from krrst_fast.runs.epochs import Epochs
 
 Represent = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -29,6 +29,8 @@ class Source:
     epochs: Epochs
     batch_size: int
     dtype: torch.dtype = torch.float32
+    kept: Tensor | None = None
+    """The views that are drawn, [K, 3] on the CPU; None for all of `view`."""
 
     def draw(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw the batch of an outer step, each image in a random view.
@@ -37,7 +39,10 @@ class Source:
             The normalised views [B, C, H, W] and the target's outputs on them [B, P].
         """
         index = self.epochs.take(step * self.batch_size, self.batch_size).to(self.images.device)
-        view = draw_views(index, self.view, generator)
+        if self.kept is None:
+            view = draw_views(index, self.view, generator)
+        else:
+            view = draw_among(index, self.kept, generator)
         batch = render(
             self.images,
             view,

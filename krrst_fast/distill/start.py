@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import draw_views, plain_views, render
+from krrst_fast.data.augment import draw_among, draw_views, kept_views, plain_views, render
 from krrst_fast.data.store import ImageStore
-from krrst_fast.distill.cache import TargetCache, is_cached
+from krrst_fast.distill.cache import is_cached, make_cache
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.distill.pool import Pool
@@ -43,12 +43,14 @@ def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) 
     if config.init_images == "noise":
         images = torch.randn(real.shape, generator=draw)
     if config.init_targets == "random":
-        outputs = represent(target, real)
+        outputs = target.plain(store, index)
         centre, spread = outputs.mean(0), outputs.std(0, correction=0)
         targets = centre + spread * torch.randn(outputs.shape, generator=draw)
-    else:
-        # Of the images the set starts with, be they noise, and as the target takes them.
+    elif config.init_images == "noise":
+        # Of the images the set starts with, as the target takes them.
         targets = represent(target, images)
+    else:
+        targets = target.plain(store, index)
     if config.image_space == "raw":
         std, mean = torch.tensor(target.std), torch.tensor(target.mean)
         images = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
@@ -68,7 +70,7 @@ def display_scale(
 
 def represent(target: FrozenTarget, images: Tensor) -> Tensor:
     """Compute the target's outputs [N, P] on normalised images [N, C, H, W], in chunks."""
-    device = next(target.model.parameters()).device
+    device = target.device
     return torch.cat([target(chunk.to(device)).cpu().float() for chunk in images.split(CHUNK)])
 
 
@@ -79,14 +81,22 @@ def target_variance(config: DistillConfig, store: ImageStore, target: FrozenTarg
     """
     draw = generator(config.seed, "variance")
     index = torch.randperm(store.count("train"), generator=draw)[:VARIANCE_IMAGES]
-    images = render(
-        store.images("train"),
-        draw_views(index, config.views, draw),
-        padding=config.views.padding,
-        mean=target.mean,
-        std=target.std,
-    )
-    return represent(target, images).var(0, correction=0).mean().item()
+    if config.fixed_views:
+        view = draw_among(index, kept_views(config.views, config.fixed_views), draw)
+    else:
+        view = draw_views(index, config.views, draw)
+    if target.table is not None:
+        outputs = target.table.rows(index, view.flip).cpu()
+    else:
+        images = render(
+            store.images("train"),
+            view,
+            padding=config.views.padding,
+            mean=target.mean,
+            std=target.std,
+        )
+        outputs = represent(target, images)
+    return outputs.var(0, correction=0).mean().item()
 
 
 def make_source(
@@ -101,11 +111,11 @@ def make_source(
     images, dtype = store.images("train").to(device), getattr(torch, config.dtype)
 
     def run_target(index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
-        return target(batch.float())
+        return target.of_views(index, flip, batch)
 
     represent: Represent = run_target
-    if is_cached(config, len(images), target.dim):
-        represent = TargetCache(target, images, config.views, dtype, progress=progress)
+    if target.table is None and is_cached(config, len(images), target.dim):
+        represent = make_cache(config, store, target, images, progress=progress)
     return Source(
         images=images,
         mean=tuple(target.mean),
@@ -115,6 +125,7 @@ def make_source(
         epochs=Epochs(len(images), config.seed),
         batch_size=config.batch_size,
         dtype=dtype,
+        kept=kept_views(config.views, config.fixed_views) if config.fixed_views else None,
     )
 
 

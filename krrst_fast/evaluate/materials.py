@@ -19,6 +19,7 @@ from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.environment import pick_device, version
 from krrst_fast.runs.files import read_json
 from krrst_fast.targets import FrozenTarget, load_target
+from krrst_fast.targets.encoder import EncoderInfo
 
 _NEEDS_SOURCE: frozenset[Method] = frozenset({"none", "random_labels", "random_target"})
 _NEEDS_TARGET: frozenset[Method] = frozenset({"random_target", "target"})
@@ -96,7 +97,10 @@ class Materials:
             if store is not None:
                 digests[name] = _digest((store.path / "index.json").read_bytes())
         if self.target is not None:
-            digests["target"] = _of_tensors(list(self.target.model.state_dict().values()))
+            # The head of an encoder alone does not tell it from another.
+            encoder = isinstance(self.target.config, EncoderInfo)
+            tensors = list(self.target.model.state_dict().values())
+            digests["target"] = self.target.identity() if encoder else _of_tensors(tensors)
         return digests
 
 
@@ -107,7 +111,7 @@ def open_materials(config: EvaluateConfig) -> Materials:
         DataError: Something is missing, unlabelled, of another image size, or too small.
         ConfigError: The source or the target of the random rivals is not known.
     """
-    wanted = set(config.methods)
+    wanted, every = set(config.methods), config.methods == METHODS
     distilled = load_distilled(config.run)
     store = open_store(config.store)
     _check_labelled(store, distilled)
@@ -122,6 +126,17 @@ def open_materials(config: EvaluateConfig) -> Materials:
         _check_source(source, distilled, "random_labels" in wanted)
     if wanted & _NEEDS_TARGET or _is_raw(distilled):
         target = load_target(config.target or _from_run(config.run, "target", "target"))
+        if target.table is not None and "target" in wanted:
+            # It has no network that takes the labelled images.
+            if not every:
+                raise ConfigError(
+                    "evaluate: the target is a table of features, and the method target needs a "
+                    "network; leave it out of methods"
+                )
+            rest = tuple(method for method in config.methods if method != "target")
+            config = replace(config, methods=rest)
+        if target.table is not None and source is not None:
+            target.check_store(source)
         if target.image_size != store.size:
             raise DataError(
                 f"{store.path}: the images are {store.size} px, and the target network was "

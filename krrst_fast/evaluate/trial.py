@@ -52,6 +52,7 @@ class Trials:
             if method == "target":
                 assert self.materials.target is not None
                 net = self.materials.target.model
+                assert isinstance(net, Network)
             else:
                 net, loss = self._start(method, seed, tick)
             probe = self._probe(net, method, seed, tick)

@@ -26,8 +26,19 @@ class TargetConfig:
     """Folder of the run; the target is in its target.safetensors."""
     weights: Path | None = None
     """Load these .pth, .pt or .safetensors weights (torchvision's names) and train nothing."""
+    weights_prefix: str = ""
+    """Take only the weights whose names start with this, as `encoder_q.`, and without it. The
+    prefixes that the usual frameworks write are found without it."""
+    encoder: str | None = None
+    """Take this encoder and train nothing: efficientnet_lite0, module:callable, file.py:callable,
+    a .pt (TorchScript), .pt2 or .onnx file, or a .npy matrix of features. All but the last run
+    code: see docs/encoders.md."""
+    input_size: int = 0
+    """Size of the images an encoder sees, to which those of the store are resized; 0 takes what it
+    says of itself. `mean` and `std` are the encoder's too, and the store keeps its own."""
     num_outputs: int = 0
-    """Outputs of a linear head, the representation; 0 takes the network's features."""
+    """Outputs of a linear head, the representation; 0 takes the network's features. Those of an
+    encoder are reduced by PCA."""
     loss: Literal["barlow_twins", "simclr", "vicreg"] = "barlow_twins"
     off_diagonal: float = 0.005
     """Weight of the off-diagonal correlations in barlow_twins."""
@@ -72,10 +83,18 @@ class TargetConfig:
                 "TargetConfig: model.kind must be built in, since the file of a target never names "
                 f"code to run, got {self.model.kind!r}"
             )
-        require_at_least(0, self, "num_outputs", "off_diagonal", "weight_decay", "seed")
+        require_at_least(
+            0, self, "num_outputs", "off_diagonal", "weight_decay", "seed", "input_size"
+        )
         require_at_least(1, self, "steps", "checkpoint_every", "log_every")
         require_at_least(2, self, "batch_size")
         require_positive(self, "temperature", "lr", "checkpoint_minutes")
+        for other in ("weights", "weights_prefix") if self.encoder is not None else ():
+            require(not getattr(self, other), self, other, "left out where there is an encoder")
+        plain = self.encoder is not None or not self.input_size
+        require(plain, self, "input_size", "0 without an encoder: networks see the store's size")
+        prefixed = self.weights is not None or not self.weights_prefix
+        require(prefixed, self, "weights_prefix", "left out where there are no weights")
         headed = self.num_outputs > 0 or not self.standardize
         require(headed, self, "standardize", "off without num_outputs: there is no head to scale")
         low, high = 0, self.steps - 1

@@ -28,6 +28,7 @@ from krrst_fast.runs.progress import progress_bar
 from krrst_fast.targets.augment import check_channels
 from krrst_fast.targets.config import FREE_SETTINGS, TargetConfig
 from krrst_fast.targets.diagnose import collapse_metrics
+from krrst_fast.targets.encode import make_target
 from krrst_fast.targets.frozen import TARGET_FILE, FrozenTarget, load_target
 from krrst_fast.targets.standardize import standardize_head
 from krrst_fast.targets.trainer import Trainer, learning_rate
@@ -41,7 +42,7 @@ _CHUNK = 256
 def train_target(
     config: TargetConfig, *, resume: bool = False, progress: bool = True
 ) -> FrozenTarget:
-    """Train a target network without labels, or make one of existing weights.
+    """Train a target network without labels, or make one of existing weights or an encoder.
 
     The folder `config.out` gets config.json, environment.json, metrics.jsonl, checkpoint.pt while
     it runs, summary.json, and last of all target.safetensors.
@@ -79,6 +80,8 @@ def _train_target(config: TargetConfig, resume: bool, progress: bool, held: bool
         require_same_inputs(config.out / TARGET_FILE, target.meta, {"store": identity})
         (config.out / "checkpoint.pt").unlink(missing_ok=True)
         return target
+    if config.encoder is not None:
+        return make_target(config, store, progress=progress)
     mean, std = _normalisation(config, store)
     _check_inputs(config, store)
     verification = Verification(store)
@@ -145,7 +148,7 @@ def _loaded(config: TargetConfig, store: ImageStore) -> Network:
         seed=config.seed,
         channels=store.channels,
     )
-    load_weights(model, config.weights)
+    load_weights(model, config.weights, prefix=config.weights_prefix)
     return model
 
 

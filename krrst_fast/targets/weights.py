@@ -11,23 +11,35 @@ from krrst_fast.models import Network
 from krrst_fast.runs.files import load_state
 from krrst_fast.runs.seal import check_safetensors
 
-_PREFIXES = ("module.", "backbone.")
-_NESTED = ("state_dict", "model", "model_state_dict")
+_PREFIXES = (
+    *("module.", "_orig_mod.", "model."),
+    *("backbone.", "encoder.", "encoder_q.", "teacher."),
+)
+"""Of torch's wrappers, and of the network in a training that is worth keeping."""
+_NESTED = ("state_dict", "model", "model_state_dict", "teacher")
+# The other network and the queue of MoCo, DINO and the like.
+_TRAINING = ("encoder_k", "student", "queue", "queue_ptr", "queue_label")
 # Heads of the training that made the weights; `bn` is the last norm of Barlow Twins' own code.
 _HEADS = ("fc", "head", "projector", "projection_head", "predictor", "classifier", "bn")
 
 
-def load_weights(model: Network, path: Path) -> None:
+def load_weights(model: Network, path: Path, *, prefix: str = "") -> None:
     """Copy the weights in a .pth, .pt or .safetensors file into `model`.
 
-    The prefixes `module.` and `backbone.` are dropped, and so are heads that `model` has not.
+    The usual prefixes (`module.`, `backbone.`, `encoder_q.`, ...) are dropped, and so are heads
+    that `model` has not, and the second network of a training (`encoder_k.`, `student.`).
+
+    Args:
+        model: Gets the weights.
+        path: The file.
+        prefix: Take only what is under this name, such as `student.backbone.`.
 
     Raises:
         CheckpointError: The file is missing, damaged, would run code, or holds other keys or
-            shapes than `model` has; the first few are named.
+            shapes than `model` has, or none under `prefix`; the first few are named.
         NonFiniteError: A weight is NaN or infinite.
     """
-    found = _ours(_read(path), model)
+    found = _ours(_read(path, prefix), model, path)
     needed = model.state_dict()
     problems = _mismatches(found, needed)
     if problems:
@@ -59,28 +71,46 @@ def check_finite(state: dict[str, Tensor], where: str) -> None:
             raise NonFiniteError(f"{where}: {key} holds NaN or infinity")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    state = load_state(path)
+def _read(path: Path, prefix: str) -> dict[str, Any]:
+    """Return the tensors of a file by name; of those under `prefix` the names without it."""
+    state: dict[str, Any]
+    state = read_safetensors(path)[0] if path.suffix == ".safetensors" else load_state(path)
+    first, _, rest = prefix.partition(".")
+    if isinstance(nested := state.get(first), dict):
+        state, prefix = nested, rest
     for key in _NESTED:
-        if isinstance(state.get(key), dict):
-            state = state[key]
+        if isinstance(nested := state.get(key), dict):
+            state = nested
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors by name: not a state dict")
-    return tensors
+    if not prefix:
+        return tensors
+    dotted = prefix if prefix.endswith(".") else f"{prefix}."
+    chosen = {key[len(dotted) :]: x for key, x in tensors.items() if key.startswith(dotted)}
+    if not chosen:
+        raise CheckpointError(
+            f"{path}: no weights under {dotted!r}; the names are {_some(list(tensors))}"
+        )
+    return chosen
 
 
-def _ours(state: dict[str, Tensor], model: Network) -> dict[str, Tensor]:
-    """Return `state` without prefixes, and without heads that `model` does not have."""
+def _ours(state: dict[str, Tensor], model: Network, path: Path) -> dict[str, Tensor]:
+    """Return `state` without prefixes, and without what `model` does not have of a training."""
     known = model.state_dict().keys()
-    found = {}
-    for key, value in state.items():
+    found: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, value in state.items():
+        key = name
         while key.startswith(_PREFIXES):
             key = key.partition(".")[2]
-        if key in known or key.partition(".")[0] not in _HEADS:
-            found[key] = value
+        if key in known or key.partition(".")[0] not in (*_HEADS, *_TRAINING):
+            if key in found:
+                raise CheckpointError(
+                    f"{path}: holds two networks, {names[key]} and {name}; choose one by "
+                    "weights_prefix"
+                )
+            found[key], names[key] = value, name
     return found
 
 

