@@ -1,6 +1,7 @@
 """The common result of all formats: splits, each a stream of named, still encoded images."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy.typing as npt
 
 UNLABELLED = -1
+MOST_CLASSES = 1_000_000
+"""A larger label is no class: the names of all classes below it would fill the memory."""
 DIGITS = "digits"
 """The source that is a word, not a path: scikit-learn's handwritten digits."""
 
@@ -18,9 +21,19 @@ _SPLIT_OF = {
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
     "testing": "test",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes that lie inside a file, as those of an image in a tar."""
+
+    path: Path
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +42,8 @@ class Item:
 
     name: str
     """What an error message calls it."""
-    image: bytes | Path | npt.NDArray
-    """An image file, its bytes, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
+    image: Path | Part | npt.NDArray
+    """An image file, a part of a file, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
     label: int = UNLABELLED
 
 
@@ -43,6 +56,14 @@ class Split:
     count: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Something that lies in the source and is not prepared, and the reason."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Source:
     """An image set as it lies on the disk."""
@@ -51,8 +72,14 @@ class Source:
     splits: tuple[Split, ...]
     classes: tuple[str, ...] | None = None
     """Names by label; None where the format knows integers only."""
-    ignored: tuple[str, ...] = ()
-    """Files found beside the images that are none."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the images and is not read."""
+
+
+def summary(reasons: Iterable[str]) -> dict[str, int]:
+    """Count equal reasons: the most frequent first, then by name."""
+    counts = Counter(reasons)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def split_of(word: str) -> str | None:
@@ -85,13 +112,13 @@ def held_out_as_test(source: Source) -> Source:
     return replace(source, splits=tuple(sorted(splits, key=lambda s: SPLITS.index(s.name))))
 
 
-def natural(text: str) -> list[str | int]:
-    """Return a sort key that puts image_10 after image_9."""
+def natural(text: str) -> tuple[list[str | int], str]:
+    """Return a sort key that puts image_10 after image_9; no two texts have the same one."""
     parts = re.split(r"(\d+)", text)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def sample_order(path: Path) -> tuple[int, list[str | int]]:
+def sample_order(path: Path) -> tuple[int, tuple[list[str | int], str]]:
     """Return the sort key of an image file: the last number in its name, then its path.
 
     The same samples then come in the same order whatever the format, and a prefix of the set holds

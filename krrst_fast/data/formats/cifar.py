@@ -38,6 +38,12 @@ def read(folder: Path) -> Source:
     return Source("CIFAR pickles", tuple(splits), _class_names(folder, hundred))
 
 
+def files(folder: Path) -> set[Path]:
+    """Return the files that belong to the format, whether they are there or not."""
+    names = ("meta", "batches.meta", "train", "test", "test_batch", *_BATCHES)
+    return {folder / name for name in names}
+
+
 def _class_names(folder: Path, hundred: bool) -> tuple[str, ...]:
     path = folder / ("meta" if hundred else "batches.meta")
     names = _entry(load(path), path, ("fine_label_names", "label_names"))
@@ -69,6 +75,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         DataError: Missing, damaged, not a dict, or it asks for code to be run (none is).
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             value = _ArraysOnly(file, encoding="bytes").load()

@@ -38,9 +38,10 @@ def read(path: Path) -> Source:
         folder.split("train", ((p, label_of[group or ""]) for p, group in train.images)),
         folder.split("val", ((p, label_of[val_classes[p.name]]) for p, _ in val.images)),
     )
-    unlabelled = [str(path / "test")] if (path / "test").is_dir() else []
-    ignored = (*unlabelled, *train.ignored)
-    return Source("TinyImageNet", splits, classes, ignored)
+    used = {path / "train", path / "val"}
+    beside = folder.beside(path, used, "is of TinyImageNet's test split, which has no labels")
+    val_files = [entry for entry in val.left_out if entry.name != str(path / _ANNOTATIONS)]
+    return Source("TinyImageNet", splits, classes, (*train.left_out, *val_files, *beside))
 
 
 def _annotations(path: Path) -> dict[str, str]:
