@@ -198,7 +198,10 @@ def test_damaged_npz_archives(tmp_path):
         ({"images": IMAGES.reshape(12, 2, 2, 2, 24)}, r"images must be .* got \[12, 2, 2, 2, 24\]"),
         ({"images": np.asfortranarray(IMAGES)}, "must be a C-ordered array"),
         ({"images": np.array([None, {}])}, "must be a C-ordered array of numbers, got object"),
-        ({"images": IMAGES, "labels": np.array([{}] * 12)}, "labels.npy must be a C-ordered array of numbers"),
+        (
+            {"images": IMAGES, "labels": np.array([{}] * 12)},
+            "labels.npy must be a C-ordered",
+        ),
         ({"images": IMAGES.astype(np.int32)}, "uint8 or floats in .* got int32"),
         ({"images": IMAGES[:0]}, "there is no image"),
     ]:

@@ -133,6 +133,7 @@ class Decoder:
         )
 
     def _rgb(self, image: Image.Image) -> Image.Image:
+        deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         # Loaded first: Pillow turns a TIFF itself then, and clears its orientation.
         image.load()
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -140,12 +141,14 @@ class Decoder:
         if image.mode == "F":
             raise DataError("holds floating-point pixels, whose range is not known")
         if image.mode.startswith("I"):
-            deep = np.asarray(image)
-            grey = _upper_byte(deep)
-            image = Image.fromarray(grey)
+            levels = np.asarray(image)
+            image = Image.fromarray(_upper_byte(levels))
             if isinstance(transparent, int):
-                alpha = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
+                alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))
                 image = Image.merge("LA", (image, alpha))
+        elif deep and isinstance(transparent, tuple):
+            # Pillow keeps the upper byte of the pixels, and all of the colour that is transparent.
+            image.info["transparency"] = tuple(level >> 8 for level in transparent)
         image = self._opaque(image)
         return image if turn is None else image.transpose(turn)
 

@@ -16,12 +16,14 @@ from krrst_fast.data.formats import arrays
 from krrst_fast.data.source import Item, LeftOut, Source, Split, by_split, natural
 from krrst_fast.errors import DataError
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, NotImplementedError)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError)
 _NAMES = "class_names"
 _MOST_EXPANSION = 200
 """Photos compress about 1.1 times, MNIST 7 times, and zeros 1000 times."""
 _ALWAYS_EXPANDED = 256 << 20
 """Bytes up to which an array may be compressed by any factor."""
+_MOST_BLOCK = 64 << 20
+"""Bytes that are read at a time, unless one image has more."""
 _IMAGES, _LABELS = ("images", "image", "data"), ("labels", "label")
 
 
@@ -82,10 +84,12 @@ def _member(path: Path, names: tuple[str, ...]) -> Iterator[tuple[IO[bytes], int
 
 
 def _refuse_bomb(path: Path, info: zipfile.ZipInfo) -> None:
-    expansion = info.file_size / max(info.compress_size, 1)
+    # The directory may lie about the compressed length, too; the file's is known.
+    held = min(info.compress_size, path.stat().st_size)
+    expansion = info.file_size / max(held, 1)
     if info.file_size > _ALWAYS_EXPANDED and expansion > _MOST_EXPANSION:
         raise DataError(
-            f"{path}: {info.filename} expands {info.compress_size} bytes to {info.file_size}, "
+            f"{path}: {info.filename} expands {held} bytes to {info.file_size}, "
             f"{expansion:.0f} times; above {_ALWAYS_EXPANDED} bytes at most {_MOST_EXPANSION} "
             "times is read: save it with numpy.savez if it really is so"
         )
@@ -133,8 +137,9 @@ def _rows(path: Path) -> Iterator[npt.NDArray]:
     """Yield the image array a block of rows at a time: an archive may be larger than the memory."""
     with _images(path) as (file, shape, dtype):
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        for start in range(0, shape[0], arrays.BLOCK):
-            count = min(arrays.BLOCK, shape[0] - start)
+        step = max(1, min(arrays.BLOCK, _MOST_BLOCK // max(row_bytes, 1)))
+        for start in range(0, shape[0], step):
+            count = min(step, shape[0] - start)
             data = _exactly(path, file, count * row_bytes)
             yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
