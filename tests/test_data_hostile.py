@@ -218,3 +218,29 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
         pytest.skip("root may list every folder")
     finally:
         (tmp_path / "a" / "c").chmod(0o700)
+
+
+def test_text_that_is_none_is_named(tmp_path):
+    folder = tmp_path / "a"
+    picture(folder / "train" / "n01" / "0.png")
+    picture(folder / "val" / "images" / "0.png")
+    (folder / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe0.png\tn01\n")
+    refused(folder, "val_annotations.txt: not a text file")
+
+
+def test_pickles_whose_entries_are_of_other_kinds(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    rows, laughs = np.zeros((2, 192), np.uint8), [0, 1]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    for data, labels, names, message in [
+        (rows, [0, 1], 5, "the names of the classes must be a list"),
+        (rows[0, 0], [0, 1], ["a", "b"], "data must be a uint8 array of rows"),
+        (rows, laughs, ["a", "b"], "need one integer label for each of 2 images"),
+        (rows, [0, 7], ["a", "b"], "the label 7, and there are 2 classes"),
+    ]:
+        (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+        entries = {"data": np.asarray(data), "fine_labels": labels}
+        (folder / "train").write_bytes(pickle.dumps(entries))
+        refused(folder, message)

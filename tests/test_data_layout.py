@@ -111,6 +111,11 @@ def captions(root: Path) -> None:
     (root / "train.tar").write_bytes(tar_bytes(range(3), ("json", '{"caption": "a"}')))
 
 
+def several(root: Path) -> None:
+    body = tar_bytes(range(2), ("cls", "{}"), ("JSON", "{}"), ("seg.png", "x"))
+    (root / "train.tar").write_bytes(body)
+
+
 def beside_tars(root: Path) -> None:
     (root / "train.tar").write_bytes(tar_bytes(range(3)))
     images("more", "notes.md=x")(root)
@@ -207,6 +212,16 @@ TABLE: dict[str, tuple[Callable[[Path], None], str, Count, int, Count]] = {
         {"train": 3},
         0,
         {"a .json without an integer at cls or label": 3},
+    ),
+    "several notes a sample": (
+        several,
+        "",
+        {"train": 2},
+        2,
+        {
+            ".seg.png is no single suffix, as .png is": 2,
+            "a .json without an integer at cls or label": 2,
+        },
     ),
     "images beside tars": (
         beside_tars,

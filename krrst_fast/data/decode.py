@@ -10,19 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageColor
 
 from krrst_fast.data.kinds import FORMATS
-from krrst_fast.data.source import Part
+from krrst_fast.data.source import MAX_PIXELS, Fit, Part
 from krrst_fast.errors import ConfigError, DataError
-
-Fit = Literal["crop", "pad", "squash"]
-MAX_PIXELS = 128_000_000
-"""Enough for a photo of 108 megapixels; as RGB 366 MiB."""
 
 _ALONE = 32_000_000
 """Images of more pixels are decoded one at a time, or eight threads would hold eight of them."""

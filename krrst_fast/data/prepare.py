@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from krrst_fast.data.source import DIGITS
+from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout
 from krrst_fast.data.store import INDEX, ImageStore, open_store
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.runs.config import require, require_choices
@@ -27,16 +27,16 @@ class PrepareConfig:
     """What to do about an image that cannot be decoded: stop, or leave it out and name it."""
     strict: bool = False
     """Stop, too, where a file that is not read lies in the source; else such files are counted."""
-    layout: Literal["auto", "classes", "splits"] = "auto"
+    layout: Layout = "auto"
     """What sub-folders called train, val, dev or test are. auto: splits, if nothing else that
     holds images lies beside them."""
-    fit: Literal["crop", "pad", "squash"] = "crop"
+    fit: Fit = "crop"
     """How an image becomes square, once it is turned as its EXIF orientation says: cropped to the
     centre, whole on the background, or squashed."""
     background: str = "white"
     """Colour behind transparent pixels and, with fit pad, beside the image: a name or #rrggbb."""
-    max_pixels: int = 128_000_000
-    """Larger images are not decoded: they are refused, or skipped, by name and size."""
+    max_pixels: int = MAX_PIXELS
+    """Images that declare more pixels are not decoded: refused, or skipped, by name and size."""
     limit: int | None = None
     """Take the first images of each split only."""
     overwrite: bool = False

@@ -5,12 +5,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy.typing as npt
+
+from krrst_fast.errors import DataError
 
 UNLABELLED = -1
 MOST_CLASSES = 1_000_000
 """A larger label is no class: the names of all classes below it would fill the memory."""
+MAX_PIXELS = 128_000_000
+"""Enough for a photo of 108 megapixels; as RGB 366 MiB."""
+
+Fit = Literal["crop", "pad", "squash"]
+Layout = Literal["auto", "classes", "splits"]
+
 DIGITS = "digits"
 """The source that is a word, not a path: scikit-learn's handwritten digits."""
 
@@ -80,6 +89,14 @@ def summary(reasons: Iterable[str]) -> dict[str, int]:
     """Count equal reasons: the most frequent first, then by name."""
     counts = Counter(reasons)
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file; DataError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file ({error})") from None
 
 
 def split_of(word: str) -> str | None:

@@ -14,7 +14,7 @@ from krrst_fast.data.formats import (
     tinyimagenet,
 )
 from krrst_fast.data.kinds import IMAGE_SUFFIXES, way_in
-from krrst_fast.data.source import DIGITS, Source, held_out_as_test
+from krrst_fast.data.source import DIGITS, Layout, Source, held_out_as_test
 from krrst_fast.errors import DataError
 
 KNOWN = (
@@ -23,7 +23,7 @@ KNOWN = (
 )
 
 
-def open_source(source: str, size: int, folders: layout.Layout = "auto") -> Source:
+def open_source(source: str, size: int, folders: Layout = "auto") -> Source:
     """Return the splits of `source`, not yet decoded; the held-out one is called test.
 
     Args:
@@ -60,7 +60,7 @@ def _of_file(path: Path, size: int) -> Source:
     raise DataError(f"prepare: {path}: not a format that is known ({KNOWN}); unpack archives first")
 
 
-def _of_folder(path: Path, size: int, folders: layout.Layout) -> Source:
+def _of_folder(path: Path, size: int, folders: Layout) -> Source:
     if folders != "classes":
         path = layout.unwrapped(path)
         source = _of_special(path, size)

@@ -66,7 +66,9 @@ def as_labels(name: str, values: npt.ArrayLike, count: int) -> npt.NDArray[np.in
     Raises:
         DataError: They are no integers, or not one for each image.
     """
-    labels = np.asarray(values)
+    # Lists in lists may name each other, and be far longer as an array than in their file.
+    nested = isinstance(values, list) and any(isinstance(value, list) for value in values)
+    labels = np.asarray([] if nested else values)
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
         raise DataError(
             f"{name}: need one integer label for each of {count} images, "

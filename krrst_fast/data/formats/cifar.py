@@ -47,6 +47,8 @@ def files(folder: Path) -> set[Path]:
 def _class_names(folder: Path, hundred: bool) -> tuple[str, ...]:
     path = folder / ("meta" if hundred else "batches.meta")
     names = _entry(load(path), path, ("fine_label_names", "label_names"))
+    if not isinstance(names, list):
+        raise DataError(f"{path}: the names of the classes must be a list")
     return tuple(_text(name) for name in names)
 
 
@@ -55,8 +57,8 @@ def _items(folder: Path, files: list[str]) -> Iterator[Item]:
         path = folder / file
         batch = load(path)
         images = _entry(batch, path, ("data",))
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-            raise DataError(f"{path}: data must be a uint8 array")
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim < 2:
+            raise DataError(f"{path}: data must be a uint8 array of rows")
         values = _entry(batch, path, ("fine_labels", "labels"))
         labels = arrays.as_labels(str(path), values, len(images))
         yield from arrays.items(str(path), arrays.blocks_of(images), images.shape, labels)

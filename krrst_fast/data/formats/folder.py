@@ -64,8 +64,8 @@ def list_files(root: Path) -> Files:
         DataError: Images lie both in class folders and beside them, or a folder cannot be listed.
     """
     files = Files(root)
-    for entry in _entries(root):
-        if not _is_folder(entry):
+    for entry, is_folder in _entries(root):
+        if not is_folder:
             _sort_in(files, entry, None)
         elif not _is_hidden(entry):
             before = len(files.images)
@@ -112,8 +112,8 @@ def walk(folder: Path, around: Path | None = None) -> Iterator[Path | LeftOut]:
             continue
         seen.add(_identity(place))
         folders = []
-        for entry in _entries(place):
-            if not _is_folder(entry):
+        for entry, is_folder in _entries(place):
+            if not is_folder:
                 yield entry
             elif not _is_hidden(entry):
                 folders.append(entry)
@@ -133,10 +133,10 @@ def holds_images(folder: Path) -> bool:
 def beside(path: Path, used: set[Path], why: str) -> list[LeftOut]:
     """List what lies in a folder beside the files and folders that are read from it."""
     missed: list[LeftOut] = []
-    for entry in _entries(path):
+    for entry, is_folder in _entries(path):
         if entry in used or _is_hidden(entry):
             continue
-        if not _is_folder(entry):
+        if not is_folder:
             below: Iterable[Path | LeftOut] = [entry]
         elif any(entry in other.parents for other in used):
             missed += beside(entry, used, why)
@@ -153,17 +153,19 @@ def beside(path: Path, used: set[Path], why: str) -> list[LeftOut]:
     return missed
 
 
-def _entries(folder: Path) -> list[Path]:
-    """List a folder by name: the order of the file system is not the same everywhere."""
+def _entries(folder: Path) -> list[tuple[Path, bool]]:
+    """List a folder by name, as file systems have no order; True marks a folder."""
     try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
+        with os.scandir(folder) as entries:
+            found = [(Path(entry.path), _is_folder(entry)) for entry in entries]
     except OSError as error:
         raise DataError(f"prepare: {folder}: cannot be listed ({error.strerror})") from error
+    return sorted(found)
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return path.is_dir()
+        return entry.is_dir()
     except OSError:
         # A link to itself is no folder.
         return False

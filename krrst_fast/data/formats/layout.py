@@ -1,14 +1,12 @@
 """What the sub-folders of an image folder are: splits, classes, or the set itself."""
 
 from pathlib import Path
-from typing import Literal
 
 from krrst_fast.data.formats import cifar, folder, released, tinyimagenet
 from krrst_fast.data.kinds import IMAGE_SUFFIXES
-from krrst_fast.data.source import split_of
+from krrst_fast.data.source import Layout, split_of
 from krrst_fast.errors import DataError
 
-Layout = Literal["auto", "classes", "splits"]
 _DECIDE = "--layout classes or --layout splits decides"
 
 

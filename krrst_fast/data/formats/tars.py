@@ -19,6 +19,7 @@ from krrst_fast.data.source import (
     Split,
     by_split,
     natural,
+    read_lines,
 )
 from krrst_fast.errors import DataError
 
@@ -56,7 +57,7 @@ def read(files: list[Path], root: Path) -> Source:
 
 def _class_names(root: Path) -> tuple[str, ...] | None:
     path = root / CLASSES
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else None
+    return tuple(read_lines(path)) if path.is_file() else None
 
 
 def _samples(path: Path, missed: list[LeftOut]) -> list[_Sample]:
@@ -72,7 +73,7 @@ def _samples(path: Path, missed: list[LeftOut]) -> list[_Sample]:
         elif suffix in kinds:
             kind = kinds[suffix]
         else:
-            missed.append(left_out(Path(f"{path}:{member[0]}")))
+            missed.append(_left_out(f"{path}:{member[0]}", suffix))
             continue
         if key in kind:
             raise DataError(f"{path}: two members are called {member[0]}")
@@ -97,6 +98,12 @@ def _samples(path: Path, missed: list[LeftOut]) -> list[_Sample]:
         for key, member in classes.items():
             labels[key] = _label(path, member[0], _text(path, file, member))
     return [_Sample(image, labels.get(key, UNLABELLED)) for key, image in images.items()]
+
+
+def _left_out(name: str, suffix: str) -> LeftOut:
+    if "." in suffix:
+        return LeftOut(name, f"{ascii('.' + suffix)[1:-1]} is no single suffix, as .png is")
+    return left_out(Path(name))
 
 
 def _items(shards: list[tuple[Path, list[_Sample]]]) -> Iterator[Item]:

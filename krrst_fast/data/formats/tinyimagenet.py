@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from krrst_fast.data.formats import folder
-from krrst_fast.data.source import Source
+from krrst_fast.data.source import Source, read_lines
 from krrst_fast.errors import DataError
 
 _ANNOTATIONS = Path("val", "val_annotations.txt")
@@ -46,7 +46,7 @@ def read(path: Path) -> Source:
 
 def _annotations(path: Path) -> dict[str, str]:
     """Read the class by file name from the first two columns between tabs."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = [line.split("\t") for line in read_lines(path) if line]
     if any(len(row) < 2 for row in rows):
         raise DataError(f"{path}: each line must be a file name, a tab and a class")
     return {row[0]: row[1] for row in rows}
