@@ -258,7 +258,7 @@ def test_an_odd_folder_is_read_whole_or_its_rest_is_counted(tmp_path, name):
     assert len(found.classes) == classes
     assert found.left_out == left_out
     if left_out:
-        with pytest.raises(DataError, match="would be left out, and strict is true"):
+        with pytest.raises(DataError, match="would be left out, which --strict refuses; the f"):
             store("strict", strict=True)
         assert not (tmp_path / "strict").exists()
     else:
@@ -323,7 +323,7 @@ def test_the_bytes_do_not_depend_on_the_order_of_the_file_system(tmp_path):
         ("a.tar.gz", r"\.gz is not read; unpack it \(tar -xf FILE -C FOLDER\)"),
         ("a.tgz", r"\.tgz is not read; unpack it \(tar -xf"),
         ("a.zip", r"\.zip is not read; unpack it \(unzip FILE -d FOLDER\)"),
-        ("a.parquet", r"\.parquet is not read; save its images as files first"),
+        ("a.feather", r"\.feather is not read; save its images as files first"),
         ("a.npy", r"\.npy is not read; save uint8 images .* with numpy.savez"),
         ("a.heic", r"heic is not read; pip install pillow-heif"),
     ],

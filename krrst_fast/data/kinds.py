@@ -47,7 +47,7 @@ _CONTAINERS = {
     **dict.fromkeys((".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst"), _TAR),
     ".zip": "unpack it (unzip FILE -d FOLDER) and prepare that folder",
     **dict.fromkeys((".7z", ".rar"), "unpack it and prepare that folder"),
-    **dict.fromkeys((".parquet", ".arrow", ".feather"), _TABLE),
+    **dict.fromkeys((".feather", ".orc"), _TABLE),
     **dict.fromkeys((".npy", ".mat", ".h5", ".hdf5"), _ARRAYS),
     **dict.fromkeys((".tfrecord", ".tfrecords", ".lmdb", ".mdb"), "save its images as files first"),
 }
@@ -62,7 +62,7 @@ def left_out(path: Path) -> LeftOut:
         reason = f"{shown} is not read: {_UNREAD_IMAGES[suffix]}"
     elif suffix in _CONTAINERS:
         reason = f"{shown} is not read: {_CONTAINERS[suffix]}"
-    elif suffix in (".tar", ".npz", ".pth"):
+    elif suffix in (".tar", ".npz", ".pth", ".parquet", ".arrow"):
         reason = f"{shown} does not belong to the format found here"
     else:
         reason = f"{shown} is no image"

@@ -71,8 +71,8 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> ImageStore:
     if config.strict and source.left_out:
         first = source.left_out[0]
         raise DataError(
-            f"prepare: {config.source}: {len(source.left_out)} files would be left out, and strict "
-            f"is true; the first, {first.name}: {first.reason}"
+            f"prepare: {config.source}: {len(source.left_out)} files would be left out, which "
+            f"--strict refuses; the first, {first.name}: {first.reason}"
         )
     decoder = decode.Decoder(
         size=config.size,

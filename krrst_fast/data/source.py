@@ -51,8 +51,8 @@ class Item:
 
     name: str
     """What an error message calls it."""
-    image: Path | Part | npt.NDArray
-    """An image file, a part of a file, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
+    image: Path | Part | bytes | npt.NDArray
+    """An image file, a part of a file, bytes, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
     label: int = UNLABELLED
 
 

@@ -9,6 +9,7 @@ from krrst_fast.data.formats import (
     folder,
     layout,
     npz,
+    parquet,
     released,
     tars,
     tinyimagenet,
@@ -19,7 +20,7 @@ from krrst_fast.errors import DataError
 
 KNOWN = (
     "CIFAR pickles, TinyImageNet, an image folder, WebDataset tars, npz archives, "
-    "X_tr_SIZE.pth tensors"
+    "Parquet and Arrow files, X_tr_SIZE.pth tensors"
 )
 
 
@@ -51,6 +52,8 @@ def _of_file(path: Path, size: int) -> Source:
         return npz.read([path])
     if path.suffix == ".tar":
         return tars.read([path], path.parent)
+    if path.suffix in parquet.SUFFIXES:
+        return parquet.read([path], path.parent)
     if tensors := released.find(path, size):
         return released.read(tensors)
     if hint := way_in(path):
@@ -86,6 +89,8 @@ def _of_special(path: Path, size: int) -> Source | None:
         source, used = tars.read(shards, path), {*shards, path / tars.CLASSES}
     elif shards := layout.archives(path, ".npz"):
         source, used = npz.read(shards), set(shards)
+    elif tables := parquet.find(path):
+        source, used = parquet.read(tables, path), set(tables)
     else:
         return None
     beside = folder.beside(path, used, f"lies beside the {source.format}")

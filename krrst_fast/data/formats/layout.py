@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from krrst_fast.data.formats import cifar, folder, released, tinyimagenet
+from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet
 from krrst_fast.data.kinds import IMAGE_SUFFIXES
 from krrst_fast.data.source import Layout, split_of
 from krrst_fast.errors import DataError
@@ -106,5 +106,5 @@ def is_set(path: Path) -> bool:
         return True
     if any(folder.holds_images(entry) for entry in split_folders(path)):
         return True
-    holds_archives = bool(archives(path, ".tar") or archives(path, ".npz"))
-    return holds_archives and not folder.holds_images(path)
+    found = archives(path, ".tar") or archives(path, ".npz") or parquet.find(path)
+    return bool(found) and not folder.holds_images(path)
