@@ -1,6 +1,5 @@
 """Which files are images that can be read here, and what to say of those that are not."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,8 +71,3 @@ def left_out(path: Path) -> LeftOut:
 def way_in(path: Path) -> str | None:
     """Return what to do with a file that holds images in a form that is not read, if it does."""
     return (_CONTAINERS | _UNREAD_IMAGES).get(path.suffix.lower())
-
-
-def is_unusual(path: Path) -> bool:
-    """Return whether the path is neither a file nor a folder, but a FIFO, socket or device."""
-    return os.path.exists(path) and not path.is_file() and not path.is_dir()

@@ -14,6 +14,8 @@ from krrst_fast.errors import DataError
 _BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 _FOLDERS = ("cifar-100-python", "cifar-10-batches-py")
 _MARKS = ("meta", "batches.meta", "data_batch_1")
+NAMES = frozenset((*_FOLDERS, *_MARKS))
+"""Names of files and folders of which one lies in every folder of CIFAR pickles."""
 
 
 def find(path: Path) -> Path | None:
@@ -39,9 +41,9 @@ def read(folder: Path) -> Source:
 
 
 def files(folder: Path) -> set[Path]:
-    """Return the files that belong to the format, whether they are there or not."""
+    """Return the files in the folder that belong to the format."""
     names = ("meta", "batches.meta", "train", "test", "test_batch", *_BATCHES)
-    return {folder / name for name in names}
+    return {folder / name for name in names if (folder / name).is_file()}
 
 
 def _class_names(folder: Path, hundred: bool) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def list_files(root: Path) -> Files:
         DataError: Images lie both in class folders and beside them, or a folder cannot be listed.
     """
     files = Files(root)
-    for entry, is_folder in _entries(root):
+    for entry, is_folder in entries(root):
         if not is_folder:
             _sort_in(files, entry, None)
         elif not _is_hidden(entry):
@@ -112,7 +112,7 @@ def walk(folder: Path, around: Path | None = None) -> Iterator[Path | LeftOut]:
             continue
         seen.add(_identity(place))
         folders = []
-        for entry, is_folder in _entries(place):
+        for entry, is_folder in entries(place):
             if not is_folder:
                 yield entry
             elif not _is_hidden(entry):
@@ -133,11 +133,13 @@ def holds_images(folder: Path) -> bool:
 def beside(path: Path, used: set[Path], why: str) -> list[LeftOut]:
     """List what lies in a folder beside the files and folders that are read from it."""
     missed: list[LeftOut] = []
-    for entry, is_folder in _entries(path):
-        if entry in used or _is_hidden(entry):
+    for entry, is_folder in entries(path):
+        if entry in used:
             continue
         if not is_folder:
             below: Iterable[Path | LeftOut] = [entry]
+        elif _is_hidden(entry):
+            below = [LeftOut(str(entry), "a hidden folder")]
         elif any(entry in other.parents for other in used):
             missed += beside(entry, used, why)
             continue
@@ -147,20 +149,21 @@ def beside(path: Path, used: set[Path], why: str) -> list[LeftOut]:
             if isinstance(item, LeftOut):
                 missed.append(item)
             elif item.suffix.lower() in IMAGE_SUFFIXES:
-                missed.append(LeftOut(str(item), f"an image that {why}"))
+                reason = "a hidden image" if _is_hidden(item) else f"an image that {why}"
+                missed.append(LeftOut(str(item), reason))
             elif not _is_hidden(item):
                 missed.append(left_out(item))
     return missed
 
 
-def _entries(folder: Path) -> list[tuple[Path, bool]]:
+def entries(folder: Path) -> list[tuple[Path, bool]]:
     """List a folder by name, as file systems have no order; True marks a folder."""
     try:
-        with os.scandir(folder) as entries:
-            found = [(Path(entry.path), _is_folder(entry)) for entry in entries]
+        with os.scandir(folder) as listed:
+            found = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"prepare: {folder}: cannot be listed ({error.strerror})") from error
-    return sorted(found)
+    return [(Path(entry.path), _is_folder(entry)) for entry in found]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -1,5 +1,6 @@
 """What the sub-folders of an image folder are: splits, classes, or the set itself."""
 
+import os
 from pathlib import Path
 
 from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet
@@ -12,12 +13,13 @@ _DECIDE = "--layout classes or --layout splits decides"
 
 def sub_folders(path: Path) -> list[Path]:
     """List the folders below `path` that are not hidden, by name."""
-    return sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_dir())
+    found = folder.entries(path)
+    return [entry for entry, is_folder in found if is_folder and not entry.name.startswith(".")]
 
 
 def split_folders(path: Path) -> list[Path]:
     """List the folders below `path` that are named like a split."""
-    return sorted(entry for entry in path.iterdir() if split_of(entry.name) and entry.is_dir())
+    return [entry for entry in sub_folders(path) if split_of(entry.name)]
 
 
 def archives(path: Path, suffix: str) -> list[Path]:
@@ -42,10 +44,10 @@ def splits(path: Path, layout: Layout) -> dict[str, Path]:
         if not named:
             raise DataError(f"prepare: {path}: --layout splits, and no folder train, val or test")
         return _by_name(path, named)
-    others = [e for e in sub_folders(path) if e not in named and folder.holds_images(e)]
-    bare = _bare_images(path)
     if not named:
         return {}
+    others = [e for e in sub_folders(path) if e not in named and folder.holds_images(e)]
+    bare = _bare_images(path)
     if not others and not bare:
         return _by_name(path, named)
     if len(named) == 1 and not bare and not _holds_classes(named[0]):
@@ -102,9 +104,19 @@ def unwrapped(path: Path) -> Path:
 
 def is_set(path: Path) -> bool:
     """Return whether the folder itself says how it is read: a format, or splits."""
+    # Each class folder of a large set is asked: the names in it are read once, in most cases.
+    if not any(map(_says_something, os.listdir(path))):
+        return False
     if cifar.find(path) or tinyimagenet.matches(path) or released.find_all(path):
         return True
     if any(folder.holds_images(entry) for entry in split_folders(path)):
         return True
     found = archives(path, ".tar") or archives(path, ".npz") or parquet.find(path)
     return bool(found) and not folder.holds_images(path)
+
+
+def _says_something(name: str) -> bool:
+    archive = name.endswith((".tar", ".npz", *parquet.SUFFIXES))
+    return (
+        archive or name == "data" or bool(split_of(name)) or name in cifar.NAMES or name[:2] == "X_"
+    )

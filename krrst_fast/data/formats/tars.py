@@ -122,9 +122,9 @@ def _text(path: Path, file: BinaryIO, member: Member) -> bytes:
 
 
 def _label(path: Path, name: str, text: bytes) -> int:
-    if not re.fullmatch(rb"\s*[+-]?[0-9]+\s*", text[:_BLOCK]):
+    if not re.fullmatch(rb"\s*[+-]?[0-9]{1,40}\s*", text):
         raise DataError(f"{path}:{name}: need an integer label, got {text[:40]!r}")
-    return _checked(path, name, int(text[:_BLOCK]))
+    return _checked(path, name, int(text))
 
 
 def _label_in_json(text: bytes) -> int | None:
