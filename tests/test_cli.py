@@ -120,6 +120,7 @@ def test_messages_name_the_result_and_the_next_command(krrst: Krrst, tmp_path: P
     assert answer.code == 0 and answer.err == ""
     assert answer.out.splitlines() == [
         f"wrote {out}: 20 train, 20 test images of 8x8, 10 classes",
+        "left out: nothing",
         f"next: krrst target --run digits --store {out} --out TARGET",
     ]
 

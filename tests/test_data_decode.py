@@ -19,39 +19,38 @@ def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
     return file.getvalue()
 
 
+def pixels(image, size: int, **options) -> np.ndarray:
+    return decode.Decoder(size=size, **options).pixels(image)
+
+
 def planes(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 0, 1)
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels():
-    assert np.array_equal(decode.pixels(encoded(Image.fromarray(RGB)), 8), planes(RGB))
-    assert np.array_equal(decode.pixels(RGB, 8), planes(RGB))
+    assert np.array_equal(pixels(encoded(Image.fromarray(RGB)), 8), planes(RGB))
+    assert np.array_equal(pixels(RGB, 8), planes(RGB))
 
 
-def test_grey_rgba_palette_and_16_bit_images():
+def test_grey_palette_and_16_bit_images():
     grey = RGB[..., 0]
     repeated = np.repeat(grey[None], 3, 0)
-    alpha = np.concatenate([RGB, RNG.integers(0, 256, (8, 8, 1), np.uint8)], 2)
-    both = np.stack([grey, RGB[..., 1]], 2)
     deep = (grey.astype(np.uint16) << 8) + RGB[..., 1]
     for image, expected in [
         (Image.fromarray(grey), repeated),
-        (Image.fromarray(alpha), planes(RGB)),
-        (Image.fromarray(both, "LA"), repeated),
         (Image.fromarray(deep), repeated),
         (Image.fromarray(grey > 127), np.repeat((grey > 127)[None] * np.uint8(255), 3, 0)),
     ]:
-        assert np.array_equal(decode.pixels(encoded(image), 8), expected), image.mode
+        assert np.array_equal(pixels(encoded(image), 8), expected), image.mode
     flat = np.zeros((8, 8, 3), np.uint8)
     flat[:4] = (200, 30, 7)
     palette = Image.fromarray(flat).quantize(4)
-    for options in ({}, {"transparency": b"\x00\xff\x10\x20"}, {"transparency": 0}):
-        assert np.array_equal(decode.pixels(encoded(palette, **options), 8), planes(flat))
+    assert np.array_equal(pixels(encoded(palette), 8), planes(flat))
 
 
 def test_cmyk_jpegs_are_converted():
     cmyk = Image.fromarray(np.full((8, 8, 3), 128, np.uint8)).convert("CMYK")
-    got = decode.pixels(encoded(cmyk, "jpeg", quality=100), 8)
+    got = pixels(encoded(cmyk, "jpeg", quality=100), 8)
     assert np.abs(got.astype(int) - 128).max() <= 3
 
 
@@ -59,26 +58,26 @@ def test_cmyk_jpegs_are_converted():
 def test_a_single_pixel_fills_the_square(size):
     image = Image.fromarray(np.array([[[9, 80, 200]]], np.uint8))
     expected = np.broadcast_to(np.array([9, 80, 200], np.uint8)[:, None, None], (3, size, size))
-    assert np.array_equal(decode.pixels(encoded(image), size), expected)
+    assert np.array_equal(pixels(encoded(image), size), expected)
 
 
 def test_a_huge_aspect_gives_its_centre():
     strip = np.zeros((2, 60001, 3), np.uint8)
     strip[:, 29999:30001] = 255
-    got = decode.pixels(encoded(Image.fromarray(strip)), 4)
+    got = pixels(encoded(Image.fromarray(strip)), 4)
     assert np.array_equal(got, np.full((3, 4, 4), 255))
-    tall = decode.pixels(encoded(Image.fromarray(strip.transpose(1, 0, 2).copy())), 4)
+    tall = pixels(encoded(Image.fromarray(strip.transpose(1, 0, 2).copy())), 4)
     assert np.array_equal(tall, got.transpose(0, 2, 1))
 
 
 def test_the_centre_is_cut_out_and_resized_with_antialiasing():
     wide = RNG.integers(0, 256, (32, 50, 3), np.uint8)
-    assert np.array_equal(decode.pixels(wide, 32), planes(wide[:, 9:41]))
+    assert np.array_equal(pixels(wide, 32), planes(wide[:, 9:41]))
     checks = np.indices((64, 64)).sum(0) % 2 * np.uint8(255)
-    got = decode.pixels(np.repeat(checks[..., None].astype(np.uint8), 3, 2), 8)
+    got = pixels(np.repeat(checks[..., None].astype(np.uint8), 3, 2), 8)
     assert np.abs(got.astype(int) - 127).max() <= 4
     square = Image.fromarray(wide[:, 9:41]).resize((13, 13), Image.Resampling.BICUBIC)
-    assert np.array_equal(decode.pixels(wide, 13), planes(np.asarray(square)))
+    assert np.array_equal(pixels(wide, 13), planes(np.asarray(square)))
 
 
 @pytest.mark.parametrize("keep", [0, 2, 30, 0.5, 0.97])
@@ -88,7 +87,7 @@ def test_truncated_images_are_refused(kind, keep):
     data = encoded(picture, kind)
     cut = data[: keep if isinstance(keep, int) else int(keep * len(data))]
     with pytest.raises(DataError, match="not a readable image"):
-        decode.pixels(cut, 8)
+        pixels(cut, 8)
 
 
 def test_random_damage_is_an_image_or_a_data_error():
@@ -99,7 +98,7 @@ def test_random_damage_is_an_image_or_a_data_error():
             damaged = data.copy()
             damaged[RNG.integers(0, len(data), 3)] = RNG.integers(0, 256, 3)
             try:
-                assert decode.pixels(damaged.tobytes(), 8).shape == (3, 8, 8)
+                assert pixels(damaged.tobytes(), 8).shape == (3, 8, 8)
             except DataError as error:
                 assert "\n" not in str(error)
 
@@ -109,9 +108,9 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     bomb = encoded(white)
     assert len(bomb) < 50_000
     with pytest.raises(DataError, match="declares"):
-        decode.pixels(bomb, 8)
-    with pytest.raises(DataError, match="declares 100000 x 1000 pixels, more than"):
-        decode.pixels(np.broadcast_to(np.zeros(1, np.uint8), (1000, 100000, 3)), 8)
+        pixels(bomb, 8)
+    with pytest.raises(DataError, match="declares 200000 x 1000 = 200000000 pixels, .*--max_pix"):
+        pixels(np.broadcast_to(np.zeros(1, np.uint8), (1000, 200000, 3)), 8)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +126,16 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
 )
 def test_arrays_that_hold_no_pixels_are_refused(array, message):
     with pytest.raises(DataError, match=message):
-        decode.pixels(array, 4)
+        pixels(array, 4)
 
 
 def test_floats_round_to_the_nearest_level():
     levels = np.arange(192, dtype=np.float32).reshape(8, 8, 3) / 255
     jitter = RNG.uniform(-0.4 / 255, 0.4 / 255, levels.shape).astype(np.float32)
     expected = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    assert np.array_equal(decode.pixels(levels + jitter, 8), planes(expected))
+    assert np.array_equal(pixels(levels + jitter, 8), planes(expected))
 
 
 def test_floating_point_images_are_refused():
     with pytest.raises(DataError, match="floating-point pixels"):
-        decode.pixels(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "tiff"), 4)
+        pixels(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "tiff"), 4)

@@ -269,9 +269,9 @@ def test_files_that_are_no_images_are_counted_and_named(pictures, tmp_path):
         lambda images: images.transpose(0, 3, 1, 2),
         lambda images: images.astype(np.float32) / 255,
         lambda images: (images / 255).astype(np.float16),
-        lambda images: np.concatenate([images, images[..., :1] // 2], 3),
+        lambda images: np.concatenate([images, np.full_like(images[..., :1], 255)], 3),
     ],
-    ids=["planar", "float32", "float16", "RGBA"],
+    ids=["planar", "float32", "float16", "opaque RGBA"],
 )
 def test_npz_arrays_of_other_layouts_hold_the_same_pixels(pictures, tmp_path, to_array):
     np.savez(tmp_path / "a.npz", images=to_array(pictures["train"][0]))

@@ -75,6 +75,8 @@ def _store(path: Path) -> dict[str, str]:
         "std": _numbers(store.std),
         "checksums": "verified",
     }
+    if store.left_out:
+        rows["left out"] = "; ".join(f"{n} x {reason}" for reason, n in store.left_out.items())
     if store.skipped:
         rows["skipped"] = _some([str(row["name"]) for row in store.skipped])
     return rows

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -165,7 +166,9 @@ def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
     counts = ", ".join(f"{store.count(split)} {split}" for split in store.splits)
     classes = f"{len(store.classes)} classes" if store.has_labels else "no labels"
     print(f"wrote {config.out}: {counts} images of {store.size}x{store.size}, {classes}")
-    print(f"next: krrst target{run} --store {config.out} --out TARGET")
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in store.left_out.items())
+    print(f"left out: {reasons or 'nothing'}")
+    print(f"next: krrst target{run} --store {shlex.quote(str(config.out))} --out TARGET")
 
 
 def _target(config: Any, switches: frozenset[str], run: str) -> None:
@@ -177,7 +180,8 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
         kind, views = "table of features", " --views.padding 0"
         views += "" if target.table.mirrored else " --views.flip false"
     print(f"wrote {config.out}: a target {kind} with {target.dim} outputs")
-    print(f"next: krrst distill{run} --store {config.store} --target {config.out} --out RUN{views}")
+    store, out = (shlex.quote(str(path)) for path in (config.store, config.out))
+    print(f"next: krrst distill{run} --store {store} --target {out} --out RUN{views}")
 
 
 def _distill(config: Any, switches: frozenset[str], run: str) -> None:
@@ -187,7 +191,7 @@ def _distill(config: Any, switches: frozenset[str], run: str) -> None:
     print(
         f"wrote {config.out}: {len(made.images)} images with {made.targets.shape[1]} targets each"
     )
-    print(f"next: krrst evaluate {config.out}{run} --store LABELLED_STORE")
+    print(f"next: krrst evaluate {shlex.quote(str(config.out))}{run} --store LABELLED_STORE")
 
 
 def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
@@ -197,7 +201,7 @@ def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     folder = config.run if config.run.is_dir() else config.run.parent
     print(result.table())
     print(f"\nwrote {folder / 'evaluation' / result.name}.json")
-    print(f"next: krrst report {config.run}")
+    print(f"next: krrst report {shlex.quote(str(config.run))}")
 
 
 def _report(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from krrst_fast.data import decode
-from krrst_fast.data.source import Item, Source, Split
+from krrst_fast.data.source import Item, Source, Split, summary
 from krrst_fast.data.store import StoreWriter
 from krrst_fast.errors import DataError
 
@@ -27,7 +27,7 @@ Pixels = npt.NDArray[np.uint8]
 class Packer:
     """Options for packing the images of a source, and the images that were left out."""
 
-    size: int
+    decoder: decode.Decoder
     on_error: Literal["refuse", "skip"]
     limit: int | None
     progress: bool
@@ -41,19 +41,29 @@ class Packer:
         Raises:
             DataError: There is no image, or one cannot be decoded.
         """
-        writer = StoreWriter(folder, self.size, source.classes)
-        with decode.quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        writer = StoreWriter(folder, self.decoder.size, source.classes)
+        limit = self.decoder.max_pixels
+        with decode.quiet(limit), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for split in source.splits:
                 items = self._wanted(split)
                 while chunk := list(islice(items, _CHUNK)):
                     writer.add(split.name, self._decoded(chunk, pool))
         if writer.count == 0:
             raise DataError(self._nothing_left(source, where))
+        missed = source.left_out
         writer.finish(
             {
                 "source": {"path": where, "format": source.format},
                 "skipped": self.skipped,
-                "ignored": {"count": len(source.ignored), "first": list(source.ignored[:_NAMED])},
+                "pixels": {
+                    "fit": self.decoder.fit,
+                    "background": list(self.decoder.background),
+                    "upright": True,
+                },
+                "ignored": {"count": len(missed), "first": [e.name for e in missed[:_NAMED]]},
+                "left_out": summary(
+                    [*(e.reason for e in missed), *["cannot be decoded"] * len(self.skipped)]
+                ),
             }
         )
         self._warn(writer.count + len(self.skipped))
@@ -81,7 +91,7 @@ class Packer:
 
     def _attempt(self, item: Item) -> Pixels | DataError:
         try:
-            return decode.pixels(item.image, self.size)
+            return self.decoder.pixels(item.image)
         except DataError as error:
             return error
 
@@ -92,7 +102,7 @@ class Packer:
                 f"prepare: {where}: none of {len(self.skipped)} images can be decoded; "
                 f"the first, {first['name']}: {first['reason']}"
             )
-        others = f", only {source.ignored[0]} and the like" if source.ignored else ""
+        others = f", only {source.left_out[0].name} and the like" if source.left_out else ""
         return f"prepare: {where}: there is no image{others}"
 
     def _warn(self, total: int) -> None:

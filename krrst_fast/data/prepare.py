@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from krrst_fast.data.source import DIGITS
+from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout
 from krrst_fast.data.store import INDEX, ImageStore, open_store
-from krrst_fast.errors import ConfigError
+from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.runs.config import require, require_choices
 from krrst_fast.runs.files import atomic_folder, refuse_existing
 
@@ -25,6 +25,18 @@ class PrepareConfig:
     """Height and width of the stored images."""
     on_error: Literal["refuse", "skip"] = "refuse"
     """What to do about an image that cannot be decoded: stop, or leave it out and name it."""
+    strict: bool = False
+    """Stop, too, where a file that is not read lies in the source; else such files are counted."""
+    layout: Layout = "auto"
+    """What sub-folders called train, val, dev or test are. auto: splits, if nothing else that
+    holds images lies beside them."""
+    fit: Fit = "crop"
+    """How an image becomes square, once it is turned as its EXIF orientation says: cropped to the
+    centre, whole on the background, or squashed."""
+    background: str = "white"
+    """Colour behind transparent pixels and, with fit pad, beside the image: a name or #rrggbb."""
+    max_pixels: int = MAX_PIXELS
+    """Images that declare more pixels are not decoded: refused, or skipped, by name and size."""
     limit: int | None = None
     """Take the first images of each split only."""
     overwrite: bool = False
@@ -34,6 +46,9 @@ class PrepareConfig:
         require(bool(self.source), self, "source", "a path, or digits")
         require(1 <= self.size <= MAX_SIZE, self, "size", f"from 1 to {MAX_SIZE}")
         require_choices(self)
+        require(self.max_pixels >= 1, self, "max_pixels", "at least 1")
+        both = self.strict and self.on_error == "skip"
+        require(not both, self, "on_error", "refuse where strict is true")
         require(self.limit is None or self.limit >= 1, self, "limit", "at least 1")
 
 
@@ -47,13 +62,25 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> ImageStore:
     _refuse_output(config)
     try:
         # Pillow is needed to prepare a store, not to read one.
-        from krrst_fast.data import formats, pack
+        from krrst_fast.data import decode, formats, pack
     except ImportError as error:
         raise ConfigError(
             f"prepare: {error}; pip install 'krrst-fast[data]' brings what decodes images"
         ) from None
-    source = formats.open_source(config.source, config.size)
-    packer = pack.Packer(config.size, config.on_error, config.limit, progress)
+    source = formats.open_source(config.source, config.size, config.layout)
+    if config.strict and source.left_out:
+        first = source.left_out[0]
+        raise DataError(
+            f"prepare: {config.source}: {len(source.left_out)} files would be left out, which "
+            f"--strict refuses; the first, {first.name}: {first.reason}"
+        )
+    decoder = decode.Decoder(
+        size=config.size,
+        fit=config.fit,
+        background=decode.colour(config.background),
+        max_pixels=config.max_pixels,
+    )
+    packer = pack.Packer(decoder, config.on_error, config.limit, progress)
     with atomic_folder(config.out, overwrite=config.overwrite, marker=INDEX) as folder:
         packer.pack(source, config.source, folder)
     return open_store(config.out)

@@ -1,13 +1,25 @@
 """The common result of all formats: splits, each a stream of named, still encoded images."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy.typing as npt
 
+from krrst_fast.errors import DataError
+
 UNLABELLED = -1
+MOST_CLASSES = 1_000_000
+"""A larger label is no class: the names of all classes below it would fill the memory."""
+MAX_PIXELS = 128_000_000
+"""Enough for a photo of 108 megapixels; as RGB 366 MiB."""
+
+Fit = Literal["crop", "pad", "squash"]
+Layout = Literal["auto", "classes", "splits"]
+
 DIGITS = "digits"
 """The source that is a word, not a path: scikit-learn's handwritten digits."""
 
@@ -18,9 +30,19 @@ _SPLIT_OF = {
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
     "testing": "test",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes that lie inside a file, as those of an image in a tar."""
+
+    path: Path
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +51,8 @@ class Item:
 
     name: str
     """What an error message calls it."""
-    image: bytes | Path | npt.NDArray
-    """An image file, its bytes, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
+    image: Path | Part | bytes | npt.NDArray
+    """An image file, a part of a file, bytes, or pixels [H, W, C]: uint8, or floats in [0, 1]."""
     label: int = UNLABELLED
 
 
@@ -43,6 +65,14 @@ class Split:
     count: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Something that lies in the source and is not prepared, and the reason."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Source:
     """An image set as it lies on the disk."""
@@ -51,8 +81,22 @@ class Source:
     splits: tuple[Split, ...]
     classes: tuple[str, ...] | None = None
     """Names by label; None where the format knows integers only."""
-    ignored: tuple[str, ...] = ()
-    """Files found beside the images that are none."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the images and is not read."""
+
+
+def summary(reasons: Iterable[str]) -> dict[str, int]:
+    """Count equal reasons: the most frequent first, then by name."""
+    counts = Counter(reasons)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file; DataError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file ({error})") from None
 
 
 def split_of(word: str) -> str | None:
@@ -85,13 +129,13 @@ def held_out_as_test(source: Source) -> Source:
     return replace(source, splits=tuple(sorted(splits, key=lambda s: SPLITS.index(s.name))))
 
 
-def natural(text: str) -> list[str | int]:
-    """Return a sort key that puts image_10 after image_9."""
+def natural(text: str) -> tuple[list[str | int], str]:
+    """Return a sort key that puts image_10 after image_9; no two texts have the same one."""
     parts = re.split(r"(\d+)", text)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def sample_order(path: Path) -> tuple[int, list[str | int]]:
+def sample_order(path: Path) -> tuple[int, tuple[list[str | int], str]]:
     """Return the sort key of an image file: the last number in its name, then its path.
 
     The same samples then come in the same order whatever the format, and a prefix of the set holds

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from krrst_fast.data.source import UNLABELLED
+from krrst_fast.data.source import MOST_CLASSES, UNLABELLED
 from krrst_fast.errors import DataError
 from krrst_fast.runs.files import read_json, recover_folder, write_json
 
@@ -38,6 +38,8 @@ class ImageStore:
     skipped: tuple[dict[str, str], ...]
     """Name and reason of each image that was left out."""
     has_labels: bool
+    left_out: dict[str, int]
+    """Reasons for what lay in the source and was not prepared, and how often each held."""
 
     def count(self, split: str = "train") -> int:
         """Return how many images a split has."""
@@ -136,6 +138,7 @@ def _from_index(path: Path, index: dict[str, Any]) -> ImageStore:
         splits=splits,
         skipped=tuple(index["skipped"]),
         has_labels=LABELS in index["crc32"],
+        left_out={str(k): int(v) for k, v in index.get("left_out", {}).items()},
     )
 
 
@@ -192,7 +195,8 @@ class StoreWriter:
         first_last[1] = self.count
 
     def _known(self, label: int) -> int:
-        if label < UNLABELLED or (self.classes is not None and label >= len(self.classes)):
+        most = MOST_CLASSES if self.classes is None else len(self.classes)
+        if not UNLABELLED <= label < most:
             known = "integers from 0" if self.classes is None else f"{len(self.classes)} classes"
             raise DataError(f"prepare: an image has the label {label}, and there are {known}")
         return label

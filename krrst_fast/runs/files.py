@@ -163,8 +163,8 @@ def refuse_existing(path: Path, *, overwrite: bool = False, marker: str = "") ->
     if not path.exists() or not any(path.iterdir()):
         return
     if not overwrite:
-        way = f"; --overwrite replaces one that holds {marker}" if marker else ""
-        raise ConfigError(f"{path}: the output folder exists and is not empty{way}")
+        replaces = "; --overwrite replaces it" if marker and (path / marker).exists() else ""
+        raise ConfigError(f"{path}: the output folder exists and is not empty{replaces}")
     if marker and not (path / marker).exists():
         raise ConfigError(f"{path}: not replaced, because it holds no {marker} of an earlier run")
 

@@ -1,18 +1,21 @@
 """Recognition of the format of a file or folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from krrst_fast.data.formats import (
     cifar,
     digits,
     folder,
+    layout,
     npz,
     parquet,
     released,
     tars,
     tinyimagenet,
 )
-from krrst_fast.data.source import DIGITS, Source, held_out_as_test
+from krrst_fast.data.kinds import IMAGE_SUFFIXES, way_in
+from krrst_fast.data.source import DIGITS, Layout, Source, held_out_as_test
 from krrst_fast.errors import DataError
 
 KNOWN = (
@@ -21,8 +24,13 @@ KNOWN = (
 )
 
 
-def open_source(source: str, size: int) -> Source:
+def open_source(source: str, size: int, folders: Layout = "auto") -> Source:
     """Return the splits of `source`, not yet decoded; the held-out one is called test.
+
+    Args:
+        source: A path, or the word digits.
+        size: Height and width of the store, which chooses among the authors' tensors.
+        folders: What the sub-folders of an image folder are.
 
     Raises:
         DataError: Nothing is there, or nothing that is known.
@@ -32,7 +40,11 @@ def open_source(source: str, size: int) -> Source:
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(f"prepare: {source}: there is no such file or folder")
-    return held_out_as_test(_of_folder(path, size) if path.is_dir() else _of_file(path, size))
+    if path.is_dir():
+        return held_out_as_test(_of_folder(path, size, folders))
+    if not path.is_file():
+        raise DataError(f"prepare: {source}: neither a file nor a folder")
+    return held_out_as_test(_of_file(path, size))
 
 
 def _of_file(path: Path, size: int) -> Source:
@@ -44,26 +56,42 @@ def _of_file(path: Path, size: int) -> Source:
         return parquet.read([path], path.parent)
     if tensors := released.find(path, size):
         return released.read(tensors)
+    if hint := way_in(path):
+        raise DataError(f"prepare: {path}: {path.suffix} is not read; {hint}")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise DataError(f"prepare: {path}: is one image; name the folder of the images")
     raise DataError(f"prepare: {path}: not a format that is known ({KNOWN}); unpack archives first")
 
 
-def _of_folder(path: Path, size: int) -> Source:
-    if pickles := cifar.find(path):
-        return cifar.read(pickles)
-    if tensors := released.find(path, size):
-        return released.read(tensors)
-    if archives := _files(path, "*.tar"):
-        return tars.read(archives, path)
-    if archives := _files(path, "*.npz"):
-        return npz.read(archives)
-    if tables := parquet.find(path):
-        return parquet.read(tables, path)
+def _of_folder(path: Path, size: int, folders: Layout) -> Source:
+    if folders != "classes":
+        path = layout.unwrapped(path)
+        source = _of_special(path, size)
+        if source is not None:
+            return source
+    source = folder.read(path, layout.splits(path, folders))
+    if not any(split.count for split in source.splits):
+        for entry in source.left_out:
+            if hint := way_in(Path(entry.name)):
+                raise DataError(f"prepare: {path}: there is no image, only {entry.name}; {hint}")
+    return source
+
+
+def _of_special(path: Path, size: int) -> Source | None:
+    """Read a folder that is of another format than image files, and count what lies beside it."""
     if tinyimagenet.matches(path):
         return tinyimagenet.read(path)
-    return folder.read(path)
-
-
-def _files(path: Path, pattern: str) -> list[Path]:
-    """List files of a pattern in the folder, or in its folders called train, val or test."""
-    folders = (path, *folder.split_folders(path).values())
-    return [file for place in folders for file in sorted(place.glob(pattern)) if file.is_file()]
+    if pickles := cifar.find(path):
+        source, used = cifar.read(pickles), cifar.files(pickles)
+    elif tensors := released.find(path, size):
+        source, used = released.read(tensors), released.files(tensors)
+    elif shards := layout.archives(path, ".tar"):
+        source, used = tars.read(shards, path), {*shards, path / tars.CLASSES}
+    elif shards := layout.archives(path, ".npz"):
+        source, used = npz.read(shards), set(shards)
+    elif tables := parquet.find(path):
+        source, used = parquet.read(tables, path), set(tables)
+    else:
+        return None
+    beside = folder.beside(path, used, f"lies beside the {source.format}")
+    return replace(source, left_out=(*source.left_out, *beside))

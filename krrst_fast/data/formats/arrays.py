@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from krrst_fast.data.source import UNLABELLED, Item
+from krrst_fast.data.source import MOST_CLASSES, UNLABELLED, Item
 from krrst_fast.errors import DataError
 
 BLOCK = 256
@@ -66,10 +66,16 @@ def as_labels(name: str, values: npt.ArrayLike, count: int) -> npt.NDArray[np.in
     Raises:
         DataError: They are no integers, or not one for each image.
     """
-    labels = np.asarray(values)
+    # Lists in lists may name each other, and be far longer as an array than in their file.
+    nested = isinstance(values, list) and any(isinstance(value, list) for value in values)
+    labels = np.asarray([] if nested else values)
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
         raise DataError(
             f"{name}: need one integer label for each of {count} images, "
             f"got {labels.dtype} {list(labels.shape)}"
+        )
+    if count and not UNLABELLED <= (low := int(labels.min())) <= int(labels.max()) < MOST_CLASSES:
+        raise DataError(
+            f"{name}: need labels from 0 to {MOST_CLASSES - 1}, got {low} to {int(labels.max())}"
         )
     return labels.astype(np.int64)

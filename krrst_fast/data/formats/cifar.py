@@ -14,6 +14,8 @@ from krrst_fast.errors import DataError
 _BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 _FOLDERS = ("cifar-100-python", "cifar-10-batches-py")
 _MARKS = ("meta", "batches.meta", "data_batch_1")
+NAMES = frozenset((*_FOLDERS, *_MARKS))
+"""Names of files and folders of which one lies in every folder of CIFAR pickles."""
 
 
 def find(path: Path) -> Path | None:
@@ -38,9 +40,17 @@ def read(folder: Path) -> Source:
     return Source("CIFAR pickles", tuple(splits), _class_names(folder, hundred))
 
 
+def files(folder: Path) -> set[Path]:
+    """Return the files in the folder that belong to the format."""
+    names = ("meta", "batches.meta", "train", "test", "test_batch", *_BATCHES)
+    return {folder / name for name in names if (folder / name).is_file()}
+
+
 def _class_names(folder: Path, hundred: bool) -> tuple[str, ...]:
     path = folder / ("meta" if hundred else "batches.meta")
     names = _entry(load(path), path, ("fine_label_names", "label_names"))
+    if not isinstance(names, list):
+        raise DataError(f"{path}: the names of the classes must be a list")
     return tuple(_text(name) for name in names)
 
 
@@ -49,8 +59,8 @@ def _items(folder: Path, files: list[str]) -> Iterator[Item]:
         path = folder / file
         batch = load(path)
         images = _entry(batch, path, ("data",))
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-            raise DataError(f"{path}: data must be a uint8 array")
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim < 2:
+            raise DataError(f"{path}: data must be a uint8 array of rows")
         values = _entry(batch, path, ("fine_labels", "labels"))
         labels = arrays.as_labels(str(path), values, len(images))
         yield from arrays.items(str(path), arrays.blocks_of(images), images.shape, labels)
@@ -69,6 +79,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         DataError: Missing, damaged, not a dict, or it asks for code to be run (none is).
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             value = _ArraysOnly(file, encoding="bytes").load()

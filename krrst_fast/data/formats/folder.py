@@ -5,19 +5,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from krrst_fast.data.kinds import IMAGE_SUFFIXES, left_out
 from krrst_fast.data.source import (
     UNLABELLED,
     Item,
+    LeftOut,
     Source,
     Split,
     sample_order,
-    split_of,
 )
 from krrst_fast.errors import DataError
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-)
 
 
 @dataclass
@@ -27,24 +24,27 @@ class Files:
     root: Path
     images: list[tuple[Path, str | None]] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
-    ignored: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
-def read(path: Path) -> Source:
-    """Read a folder: sorted sub-folders are the classes; without any it is unlabelled."""
-    roots = split_folders(path)
-    found = {name: list_files(root) for name, root in (roots or {"train": path}).items()}
-    ignored = [name for files in found.values() for name in files.ignored]
-    if roots:
-        used = set(roots.values())
-        ignored += [str(p) for p in sorted(path.iterdir()) if p not in used and _visible(p)]
+def read(path: Path, splits: dict[str, Path]) -> Source:
+    """Read a folder: sorted sub-folders are the classes; without any it is unlabelled.
+
+    Args:
+        path: The folder.
+        splits: Folders directly below it by the name of their split; none: all of it is train.
+    """
+    found = {name: list_files(root) for name, root in (splits or {"train": path}).items()}
+    missed = [entry for files in found.values() for entry in files.left_out]
+    if splits:
+        missed += beside(path, set(splits.values()), "lies beside the splits")
     classes = sorted(set().union(*(files.classes for files in found.values())))
     label_of = {name: label for label, name in enumerate(classes)}
-    splits = [
+    parts = [
         split(name, ((file, label_of.get(group or "", UNLABELLED)) for file, group in files.images))
         for name, files in found.items()
     ]
-    return Source("image folder", tuple(splits), tuple(classes) or None, tuple(ignored))
+    return Source("image folder", tuple(parts), tuple(classes) or None, tuple(missed))
 
 
 def split(name: str, images: Iterable[tuple[Path, int]]) -> Split:
@@ -57,45 +57,127 @@ def _items(images: list[tuple[Path, int]]) -> Iterator[Item]:
     return (Item(str(path), path, label) for path, label in images)
 
 
-def split_folders(path: Path) -> dict[str, Path]:
-    """Return the folders below `path` that are named like a split."""
-    folders: dict[str, Path] = {}
-    for entry in sorted(path.iterdir()):
-        name = split_of(entry.name)
-        if name and entry.is_dir():
-            if name in folders:
-                both = f"{folders[name].name} and {entry.name}"
-                raise DataError(f"{path}: the folders {both} both hold the split {name}")
-            folders[name] = entry
-    return folders
-
-
 def list_files(root: Path) -> Files:
     """List all image files below a split's folder; the first folder level is the class.
 
     Raises:
-        DataError: Images lie both in class folders and beside them.
+        DataError: Images lie both in class folders and beside them, or a folder cannot be listed.
     """
     files = Files(root)
-    for folder, _, names in os.walk(root):
-        below = Path(folder).relative_to(root).parts
-        group = below[0] if below else None
-        for name in names:
-            path = Path(folder, name)
-            if not _visible(path):
-                continue
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                files.ignored.append(str(path))
-                continue
-            files.images.append((path, group))
-            if group is not None:
-                files.classes.add(group)
+    for entry, is_folder in entries(root):
+        if not is_folder:
+            _sort_in(files, entry, None)
+        elif not _is_hidden(entry):
+            before = len(files.images)
+            for below in walk(entry, around=root):
+                _sort_in(files, below, entry.name)
+            if len(files.images) == before:
+                files.left_out.append(LeftOut(str(entry), "a folder without images"))
+            else:
+                files.classes.add(entry.name)
+        else:
+            files.left_out.append(LeftOut(str(entry), "a hidden folder"))
     bare = next((path for path, group in files.images if group is None), None)
     if bare is not None and files.classes:
         raise DataError(f"{root}: holds class folders, and images beside them, such as {bare.name}")
-    files.ignored.sort()
     return files
 
 
-def _visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _sort_in(files: Files, entry: Path | LeftOut, group: str | None) -> None:
+    """Add an entry of the folder `group` to the images or to what is left out."""
+    if isinstance(entry, LeftOut):
+        files.left_out.append(entry)
+    elif entry.suffix.lower() not in IMAGE_SUFFIXES:
+        if not _is_hidden(entry):
+            files.left_out.append(left_out(entry))
+    elif _is_hidden(entry):
+        files.left_out.append(LeftOut(str(entry), "a hidden image"))
+    else:
+        files.images.append((entry, group))
+
+
+def walk(folder: Path, around: Path | None = None) -> Iterator[Path | LeftOut]:
+    """Yield the files below a folder, in a fixed order; links to folders are followed once.
+
+    A link that leads to `around`, to a folder above it, or to one that was walked through already
+    is left out: else a circle of links had no end.
+    """
+    above = (around, *around.resolve().parents) if around is not None else ()
+    seen = {_identity(parent) for parent in above}
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        if _identity(place) in seen:
+            yield LeftOut(str(place), "a link to a folder that is read already")
+            continue
+        seen.add(_identity(place))
+        folders = []
+        for entry, is_folder in entries(place):
+            if not is_folder:
+                yield entry
+            elif not _is_hidden(entry):
+                folders.append(entry)
+            else:
+                yield LeftOut(str(entry), "a hidden folder")
+        waiting += reversed(folders)
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether any file below the folder is named like an image, hidden ones aside."""
+    return any(
+        isinstance(entry, Path) and entry.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(entry)
+        for entry in walk(folder)
+    )
+
+
+def beside(path: Path, used: set[Path], why: str) -> list[LeftOut]:
+    """List what lies in a folder beside the files and folders that are read from it."""
+    missed: list[LeftOut] = []
+    for entry, is_folder in entries(path):
+        if entry in used:
+            continue
+        if not is_folder:
+            below: Iterable[Path | LeftOut] = [entry]
+        elif _is_hidden(entry):
+            below = [LeftOut(str(entry), "a hidden folder")]
+        elif any(entry in other.parents for other in used):
+            missed += beside(entry, used, why)
+            continue
+        else:
+            below = walk(entry, around=path)
+        for item in below:
+            if isinstance(item, LeftOut):
+                missed.append(item)
+            elif item.suffix.lower() in IMAGE_SUFFIXES:
+                reason = "a hidden image" if _is_hidden(item) else f"an image that {why}"
+                missed.append(LeftOut(str(item), reason))
+            elif not _is_hidden(item):
+                missed.append(left_out(item))
+    return missed
+
+
+def entries(folder: Path) -> list[tuple[Path, bool]]:
+    """List a folder by name, as file systems have no order; True marks a folder."""
+    try:
+        with os.scandir(folder) as listed:
+            found = sorted(listed, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"prepare: {folder}: cannot be listed ({error.strerror})") from error
+    return [(Path(entry.path), _is_folder(entry)) for entry in found]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself is no folder.
+        return False
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino

@@ -19,16 +19,31 @@ _SPLIT = {"tr": "train", "te": "test"}
 
 def find(path: Path, size: int) -> list[Path]:
     """Return the image tensors at `path`: of several sizes those of `size`; of a file, its set."""
-    folder = path if path.is_dir() else path.parent
-    by_size: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("X_t*.pth")):
-        if match := _NAME.fullmatch(file.name):
-            by_size.setdefault(match[2] or "", []).append(file)
+    by_size = find_all(path if path.is_dir() else path.parent)
     if match := _NAME.fullmatch(path.name):
         return by_size.get(match[2] or "", [])
     if len(by_size) > 1 and str(size) not in by_size:
         raise DataError(f"{path}: has image tensors of sizes {sorted(by_size)}, none of {size}")
     return by_size.get(str(size), next(iter(by_size.values()), []))
+
+
+def find_all(folder: Path) -> dict[str, list[Path]]:
+    """Return the image tensors in a folder by the size in their names."""
+    by_size: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("X_t*.pth")):
+        if (match := _NAME.fullmatch(file.name)) and file.is_file():
+            by_size.setdefault(match[2] or "", []).append(file)
+    return by_size
+
+
+def files(images: list[Path]) -> set[Path]:
+    """Return the files that are read: the image tensors, and their labels where they exist."""
+    return {*images, *(labels for path in images if (labels := _labels_of(path)))}
+
+
+def _labels_of(path: Path) -> Path | None:
+    names = (path.name.replace("X", "Y", 1), re.sub(r"X_(t.).*", r"Y_\1.pth", path.name))
+    return next((path.parent / name for name in names if (path.parent / name).is_file()), None)
 
 
 def read(files: list[Path]) -> Source:
@@ -48,11 +63,8 @@ def read(files: list[Path]) -> Source:
 def _items(path: Path) -> Iterator[Item]:
     images = load(path)  # [N, C, H, W]
     labels = None
-    for name in (path.name.replace("X", "Y", 1), re.sub(r"X_(t.).*", r"Y_\1.pth", path.name)):
-        if (path.parent / name).is_file():
-            values = load(path.parent / name).numpy()
-            labels = arrays.as_labels(str(path.parent / name), values, len(images))
-            break
+    if beside := _labels_of(path):
+        labels = arrays.as_labels(str(beside), load(beside).numpy(), len(images))
     yield from arrays.items(str(path), _blocks(images), tuple(images.shape), labels)
 
 
@@ -70,4 +82,7 @@ def load(path: Path) -> Tensor:
     value = load_torch(path, what="tensor file", failure=DataError, mmap=True)
     if not isinstance(value, Tensor) or value.ndim == 0:
         raise DataError(f"{path}: holds a {type(value).__name__}, need one tensor of rows")
+    stored = value.untyped_storage().nbytes()
+    if value.numel() * value.element_size() > stored:
+        raise DataError(f"{path}: repeats {stored} bytes as a tensor of {list(value.shape)}")
     return value.detach()

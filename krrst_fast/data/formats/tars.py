@@ -1,25 +1,43 @@
-"""WebDataset tars: `KEY.jpg` with `KEY.cls` beside it, the split in the tar's name."""
+"""WebDataset tars: `KEY.jpg` with the label in `KEY.cls` or `KEY.json`; the name says the split."""
 
+import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-from krrst_fast.data.formats.folder import IMAGE_SUFFIXES
-from krrst_fast.data.source import UNLABELLED, Item, Source, Split, by_split, natural
+from krrst_fast.data.kinds import IMAGE_SUFFIXES, left_out
+from krrst_fast.data.source import (
+    MOST_CLASSES,
+    UNLABELLED,
+    Item,
+    LeftOut,
+    Part,
+    Source,
+    Split,
+    by_split,
+    natural,
+    read_lines,
+)
 from krrst_fast.errors import DataError
 
 Member = tuple[str, int, int]
 """Name, offset of the first byte, and length of a file in a tar."""
 
+CLASSES = "classes.txt"
 _BLOCK = 512
+_CHUNK = 1 << 20
+_MOST_TEXT = 1 << 20
+_JSON_LABELS = ("cls", "label")
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 @dataclass(frozen=True)
 class _Sample:
-    key: str
     image: Member
-    label: Member | None
+    label: int
 
 
 def read(files: list[Path], root: Path) -> Source:
@@ -29,89 +47,164 @@ def read(files: list[Path], root: Path) -> Source:
     """
     ordered = sorted(files, key=lambda file: natural(str(file)))
     splits = by_split(ordered, lambda path: str(path.relative_to(root)))
-    ignored: list[str] = []
+    missed: list[LeftOut] = []
     streams = []
     for name, parts in splits.items():
-        shards = [(path, _samples(path, ignored)) for path in parts]
+        shards = [(path, _samples(path, missed)) for path in parts]
         streams.append(Split(name, _items(shards), sum(len(samples) for _, samples in shards)))
-    return Source("WebDataset tars", tuple(streams), _class_names(root), tuple(ignored))
+    return Source("WebDataset tars", tuple(streams), _class_names(root), tuple(missed))
 
 
 def _class_names(root: Path) -> tuple[str, ...] | None:
-    path = root / "classes.txt"
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else None
+    path = root / CLASSES
+    return tuple(read_lines(path)) if path.is_file() else None
 
 
-def _samples(path: Path, ignored: list[str]) -> list[_Sample]:
+def _samples(path: Path, missed: list[LeftOut]) -> list[_Sample]:
     """Join the image and label members of one tar by the name up to its first dot."""
-    images: dict[str, Member] = {}
-    labels: dict[str, Member] = {}
+    kinds: dict[str, dict[str, Member]] = {"image": {}, "cls": {}, "json": {}}
     for member in members(path):
         name = PurePosixPath(member[0])
         stem, _, suffix = name.name.partition(".")
+        suffix = suffix.lower()
         key = str(name.with_name(stem)) if stem else member[0]
-        kind = images if f".{suffix.lower()}" in IMAGE_SUFFIXES else labels
-        if kind is labels and suffix != "cls":
-            ignored.append(f"{path}:{member[0]}")
-        elif key in kind:
-            raise DataError(f"{path}: two members are called {member[0]}")
+        if f".{suffix}" in IMAGE_SUFFIXES:
+            kind = kinds["image"]
+        elif suffix in kinds:
+            kind = kinds[suffix]
         else:
-            kind[key] = member
-    for key in labels.keys() - images.keys():
-        raise DataError(f"{path}: {labels[key][0]} belongs to no image")
-    return [_Sample(key, image, labels.get(key)) for key, image in images.items()]
+            missed.append(_left_out(f"{path}:{member[0]}", suffix))
+            continue
+        if key in kind:
+            raise DataError(f"{path}: two members are called {member[0]}")
+        kind[key] = member
+    images, classes, notes = kinds.values()
+    for key in classes.keys() - images.keys():
+        raise DataError(f"{path}: {classes[key][0]} belongs to no image")
+    labels = {}
+    with path.open("rb") as file:
+        for key, member in notes.items():
+            label = _label_in_json(_text(path, file, member))
+            if label is None:
+                why = "a .json without an integer at cls or label"
+            elif key not in images:
+                why = "a .json without an image"
+            elif key in classes:
+                why = "a .json beside a .cls"
+            else:
+                labels[key] = _checked(path, member[0], label)
+                continue
+            missed.append(LeftOut(f"{path}:{member[0]}", why))
+        for key, member in classes.items():
+            labels[key] = _label(path, member[0], _text(path, file, member))
+    return [_Sample(image, labels.get(key, UNLABELLED)) for key, image in images.items()]
+
+
+def _left_out(name: str, suffix: str) -> LeftOut:
+    if "." in suffix:
+        return LeftOut(name, f"{ascii('.' + suffix)[1:-1]} is no single suffix, as .png is")
+    return left_out(Path(name))
 
 
 def _items(shards: list[tuple[Path, list[_Sample]]]) -> Iterator[Item]:
     for path, samples in shards:
-        with path.open("rb") as file:
+        for sample in samples:
+            name, offset, length = sample.image
+            yield Item(f"{path}:{name}", Part(path, offset, length), sample.label)
 
-            def content(member: Member) -> bytes:
-                file.seek(member[1])
-                return file.read(member[2])
 
-            for sample in samples:
-                label = UNLABELLED
-                if sample.label is not None:
-                    label = _label(path, sample.label[0], content(sample.label))
-                yield Item(f"{path}:{sample.image[0]}", content(sample.image), label)
+def _text(path: Path, file: BinaryIO, member: Member) -> bytes:
+    name, offset, length = member
+    if length > _MOST_TEXT:
+        raise DataError(f"{path}:{name}: is {length} bytes long, need a label")
+    file.seek(offset)
+    return file.read(length)
 
 
 def _label(path: Path, name: str, text: bytes) -> int:
+    if not re.fullmatch(rb"\s*[+-]?[0-9]{1,40}\s*", text):
+        raise DataError(f"{path}:{name}: need an integer label, got {text[:40]!r}")
+    return _checked(path, name, int(text))
+
+
+def _label_in_json(text: bytes) -> int | None:
     try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{path}:{name}: need an integer label, got {text[:40]!r}") from None
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    found = (values.get(key) for key in _JSON_LABELS)
+    return next((value for value in found if type(value) is int), None)
+
+
+def _checked(path: Path, name: str, label: int) -> int:
+    """Return the label; one that cannot be that of a class is refused before it is counted."""
+    if not UNLABELLED <= label < MOST_CLASSES:
+        raise DataError(f"{path}:{name}: need a label from 0 to {MOST_CLASSES - 1}, got {label}")
+    return label
 
 
 def members(path: Path) -> list[Member]:
-    """List the regular files of an uncompressed tar.
+    """List the regular files of an uncompressed tar, and of tars that are joined to it.
 
     Raises:
         DataError: Not a tar, damaged, or cut short.
     """
+    if _starts_with(path, _COMPRESSED):
+        raise DataError(f"{path}: a compressed tar; unpack it first: tar -xf FILE -C FOLDER")
     try:
         from krrst_fast._native import scan_tar
     except ImportError:
         return members_by_tarfile(path)
     try:
-        return scan_tar(str(path))
+        found = scan_tar(str(path))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
+    end = max((_end(offset, length) for _, offset, length in found), default=0)
+    # The extension stops at the end of the first tar; folders and links may lie behind its files.
+    with path.open("rb") as file:
+        return found if _next_header(file, end) is None else members_by_tarfile(path)
 
 
 def members_by_tarfile(path: Path) -> list[Member]:
     """Do what `members` does, without the extension."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            found = tar.getmembers()
+    found: list[tarfile.TarInfo] = []
+    start: int | None = 0
+    with path.open("rb") as file:
+        while start is not None:
+            file.seek(start)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    found += tar.getmembers()
+                    end = tar.offset
+            except tarfile.TarError as error:
+                what = "not a readable tar" if start == 0 else f"damaged tar header at byte {start}"
+                raise DataError(f"{path}: {what} ({error})") from error
             # tarfile takes a damaged header for the end of the archive.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if any(tar.fileobj.read(_BLOCK)):
-                raise DataError(f"{path}: damaged tar header at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: not a readable tar ({error})") from error
+            file.seek(end)
+            if any(file.read(_BLOCK)):
+                raise DataError(f"{path}: damaged tar header at byte {end}")
+            start = _next_header(file, end)
     if any(member.issparse() for member in found):
         raise DataError(f"{path}: sparse members are not read")
     return [(m.name, m.offset_data, m.size) for m in found if m.isreg()]
+
+
+def _end(offset: int, length: int) -> int:
+    return offset + -(-length // _BLOCK) * _BLOCK
+
+
+def _next_header(file: BinaryIO, start: int) -> int | None:
+    """Return where the next block that is not zero begins, from the block at `start` on."""
+    file.seek(start)
+    while chunk := file.read(_CHUNK):
+        if used := chunk.lstrip(b"\0"):
+            return start + (len(chunk) - len(used)) // _BLOCK * _BLOCK
+        start += len(chunk)
+    return None
+
+
+def _starts_with(path: Path, marks: tuple[bytes, ...]) -> bool:
+    with path.open("rb") as file:
+        return file.read(max(map(len, marks))).startswith(marks)

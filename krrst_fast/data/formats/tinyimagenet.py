@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from krrst_fast.data.formats import folder
-from krrst_fast.data.source import Source
+from krrst_fast.data.source import Source, read_lines
 from krrst_fast.errors import DataError
 
 _ANNOTATIONS = Path("val", "val_annotations.txt")
@@ -38,14 +38,15 @@ def read(path: Path) -> Source:
         folder.split("train", ((p, label_of[group or ""]) for p, group in train.images)),
         folder.split("val", ((p, label_of[val_classes[p.name]]) for p, _ in val.images)),
     )
-    unlabelled = [str(path / "test")] if (path / "test").is_dir() else []
-    ignored = (*unlabelled, *train.ignored)
-    return Source("TinyImageNet", splits, classes, ignored)
+    used = {path / "train", path / "val"}
+    beside = folder.beside(path, used, "is of TinyImageNet's test split, which has no labels")
+    val_files = [entry for entry in val.left_out if entry.name != str(path / _ANNOTATIONS)]
+    return Source("TinyImageNet", splits, classes, (*train.left_out, *val_files, *beside))
 
 
 def _annotations(path: Path) -> dict[str, str]:
     """Read the class by file name from the first two columns between tabs."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = [line.split("\t") for line in read_lines(path) if line]
     if any(len(row) < 2 for row in rows):
         raise DataError(f"{path}: each line must be a file name, a tab and a class")
     return {row[0]: row[1] for row in rows}
