@@ -48,6 +48,7 @@ def test_your_encoder_then_pretrain_and_finetune(folder: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_folder_is_distilled(folder: Path, tmp_path: Path) -> None:
     small = ("--size", 16, "--images", 4, "--steps", 12, "--batch_size", 8)
+    small += ("--pool", 2, "--online_steps", 4, "--widths", 8, 8)
     assert "DistilledSet(4 images" in _run(
         EXAMPLES / "distill_a_folder.py", folder, tmp_path, *small
     )
