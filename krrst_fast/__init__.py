@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from krrst_fast import distill, evaluate
+    from krrst_fast.data.prepare import PrepareConfig, prepare
+    from krrst_fast.data.store import ImageStore, open_store
+    from krrst_fast.distill import DistillConfig
+    from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
     from krrst_fast.errors import (
         CheckpointError,
         ConfigError,
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
     )
     from krrst_fast.estimator.ridge import KernelRidge
     from krrst_fast.estimator.ridge_cv import KernelRidgeCV
+    from krrst_fast.evaluate import EvaluateConfig
+    from krrst_fast.exchange import export_set, import_set
     from krrst_fast.head import RidgeHead
     from krrst_fast.ops.fit import krr_fit
     from krrst_fast.ops.fitted import KRRFit
@@ -32,11 +39,17 @@ if TYPE_CHECKING:
     from krrst_fast.ops.solver import Solver
     from krrst_fast.ops.views import views
     from krrst_fast.planner import Plan, plan
+    from krrst_fast.targets import FrozenTarget, TargetConfig, load_target, train_target
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DistillConfig",
+    "DistilledSet",
+    "EvaluateConfig",
+    "FrozenTarget",
+    "ImageStore",
     "KRRFit",
     "KRRPath",
     "Kernel",
@@ -47,20 +60,33 @@ __all__ = [
     "NotPositiveDefiniteError",
     "PathFit",
     "Plan",
+    "PrepareConfig",
     "RidgeHead",
     "SolveInfo",
     "Solver",
+    "TargetConfig",
+    "distill",
+    "evaluate",
+    "export_set",
     "gram",
+    "import_set",
     "krr_fit",
     "krr_mse",
     "krr_path",
     "krr_predict",
     "krr_predict_from_gram",
+    "load_distilled",
+    "load_target",
+    "open_store",
     "plan",
+    "prepare",
     "ridge_solve",
+    "train_target",
     "views",
 ]
 
+# Packages that are called like the one function they are for; see `_Callable` in each.
+_CALLED = ("distill", "evaluate")
 _HOMES = {
     "krrst_fast.estimator.ridge": ("KernelRidge",),
     "krrst_fast.estimator.ridge_cv": ("KernelRidgeCV",),
@@ -78,6 +104,12 @@ _HOMES = {
     "krrst_fast.ops.path": ("KRRPath", "krr_path"),
     "krrst_fast.ops.path_fit": ("PathFit",),
     "krrst_fast.planner": ("Plan", "plan"),
+    "krrst_fast.data": ("ImageStore", "PrepareConfig", "open_store", "prepare"),
+    "krrst_fast.targets": ("FrozenTarget", "TargetConfig", "load_target", "train_target"),
+    "krrst_fast.distill": ("DistillConfig",),
+    "krrst_fast.distill.distilled_set": ("DistilledSet", "load_distilled"),
+    "krrst_fast.evaluate": ("EvaluateConfig",),
+    "krrst_fast.exchange": ("export_set", "import_set"),
 }
 
 
@@ -88,5 +120,7 @@ def __getattr__(name: str) -> Any:
         return import_module("krrst_fast.runs.environment").version()
     if name not in __all__:
         raise AttributeError(f"module 'krrst_fast' has no attribute {name!r}")
+    if name in _CALLED:
+        return import_module(f"krrst_fast.{name}")
     home = next((home for home, names in _HOMES.items() if name in names), "krrst_fast.errors")
     return getattr(import_module(home), name)

@@ -173,3 +173,48 @@ def test_what_is_not_a_set_is_named(tmp_path):
     (tmp_path / "y_syn.pt").write_bytes(b"not a pickle")
     with pytest.raises(DataError, match="y_syn.pt: not a readable tensor file"):
         load_distilled(tmp_path)
+
+
+def test_a_set_is_a_dataset_of_pairs_with_a_repr_of_one_line(tmp_path):
+    made = _set()
+    assert isinstance(made, torch.utils.data.Dataset)
+    image, target = made[-1]
+    assert torch.equal(image, made.images[4]) and torch.equal(target, made.targets[4])
+    assert len(list(made)) == 5
+    with pytest.raises(IndexError):
+        made[5]
+    assert repr(made) == "DistilledSet(5 images of 3x4x6, 7 targets, method='test')"
+    made.save(str(tmp_path / "set.safetensors"))
+    assert torch.equal(DistilledSet.load(tmp_path / "set.safetensors").images, made.images)
+
+
+def test_a_loader_draws_the_same_batches_for_the_same_seed():
+    made = _set()
+    batches = [list(made.loader(2, seed=seed)) for seed in (1, 1, 2)]
+    assert [len(images) for images, _ in batches[0]] == [2, 2, 1]
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches[0], batches[1]))
+    orders = [torch.cat([targets for _, targets in each]) for each in batches]
+    assert not torch.equal(orders[0], orders[2])
+    assert torch.equal(orders[0].sort(0).values, made.targets.sort(0).values)
+    plain = torch.cat([images for images, _ in made.loader(2, shuffle=False)])
+    assert torch.equal(plain, made.images)
+    assert len(list(made.loader(2, drop_last=True))) == 2
+
+
+@pytest.mark.parametrize("first", ["", "import krrst_fast.distill.loop, krrst_fast.evaluate.run"])
+def test_the_stages_are_names_of_the_package_whatever_was_imported(first):
+    """`krrst_fast.distill` is a package, and is called too."""
+    program = f"""
+{first}
+from krrst_fast import DistillConfig, distill, evaluate, export_set, prepare, train_target
+import krrst_fast.distill
+assert krrst_fast.distill is distill and distill.DistillConfig is DistillConfig
+for stage in (distill, evaluate, prepare, train_target, export_set):
+    assert callable(stage)
+    try:
+        stage()
+    except TypeError as error:
+        assert "missing 1 required positional" in str(error) or "missing 2" in str(error), error
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

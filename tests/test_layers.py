@@ -21,6 +21,7 @@ METHOD = (
     ("data", "models"),
     ("targets",),
     ("distill",),
+    ("exchange",),
     ("baselines",),
     ("evaluate",),
 )

@@ -230,6 +230,28 @@ def _info(argv: list[str]) -> None:
         print(f"{key:{width}}  {value}")
 
 
+def _export(argv: list[str]) -> None:
+    from krrst_fast.cli.exchange import run_export
+
+    run_export(argv, _OTHERS["export"][0])
+
+
+def _import(argv: list[str]) -> None:
+    from krrst_fast.cli.exchange import run_import
+
+    run_import(argv, _OTHERS["import"][0])
+
+
+def _completion(argv: list[str]) -> None:
+    from krrst_fast.cli.completion import run_completion
+
+    def command(name: str) -> Callable[[list[str]], object]:
+        return lambda words: _dispatch([name, *words])
+
+    names = [name for name in (*_STAGES, *_OTHERS) if name != "completion"]
+    run_completion(argv, _OTHERS["completion"][0], {name: command(name) for name in names})
+
+
 _QUIET = {"quiet": "no progress bar"}
 _RESUME = {"resume": "go on from the last checkpoint in OUT", **_QUIET}
 
@@ -274,4 +296,7 @@ _STAGES = {
 _OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "report": ("write one HTML page about a run", _report),
     "info": ("say what is installed here, or what a file or folder holds", _info),
+    "export": ("write a distilled set as another project reads it", _export),
+    "import": ("read a distilled set that another project wrote", _import),
+    "completion": ("print what completes these commands in bash, zsh or fish", _completion),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from krrst_fast.errors import DataError
 from krrst_fast.runs.config import flat
@@ -20,9 +21,11 @@ _METADATA_KEY = "krrst_fast"
 _RELEASED = ("x_syn.pt", "y_syn.pt")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DistilledSet:
-    """Synthetic images with the outputs a network is to give on them.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
+    """Synthetic images with the outputs a network is to give on them: a dataset of pairs.
+
+    `distilled[i]` is image i [C, H, W] with its target [P]; `loader` gives batches of them.
 
     Raises:
         DataError: The shapes do not fit each other, or a value is not finite.
@@ -57,6 +60,38 @@ class DistilledSet:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.targets[index]
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.images.shape[1:]))
+        maker = f", method={self.meta['method']!r}" if "method" in self.meta else ""
+        return f"DistilledSet({len(self)} images of {size}, {self.targets.shape[1]} targets{maker})"
+
+    def loader(
+        self, batch_size: int, *, shuffle: bool = True, seed: int = 0, drop_last: bool = False
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return batches of (images [B, C, H, W], targets [B, P]), in an order that `seed` draws.
+
+        Args:
+            batch_size: How many images a batch holds.
+            shuffle: Draw a new order for each epoch; the order of the set otherwise.
+            seed: Of the orders: the same seed gives the same batches.
+            drop_last: Leave out a last batch that is smaller.
+        """
+        return DataLoader(
+            self,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DistilledSet":
+        """Read a set from whatever `load_distilled` reads."""
+        return load_distilled(path)
+
     def pixels(self) -> Tensor:
         """Return the images for display: [M, H, W, C] uint8, clipped to the range of a screen."""
         mean = torch.tensor(self.mean).view(-1, 1, 1)
@@ -64,7 +99,7 @@ class DistilledSet:
         scaled = (self.images.cpu() * std + mean) * 255
         return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all; the same set gives the same bytes."""
         header = {
             "format_version": FORMAT_VERSION,
@@ -74,7 +109,7 @@ class DistilledSet:
         }
         tensors = {"images": self.images.float(), "targets": self.targets.float()}
         # One key, because safetensors writes several in an order that changes from run to run.
-        save_tensors(path, tensors, {_METADATA_KEY: json.dumps(header, sort_keys=True)})
+        save_tensors(Path(path), tensors, {_METADATA_KEY: json.dumps(header, sort_keys=True)})
 
 
 def load_distilled(path: str | Path) -> DistilledSet:

@@ -1,0 +1,76 @@
+"""`krrst export` and `krrst import`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from krrst_fast.cli.settings import Parser
+from krrst_fast.errors import ConfigError
+
+# The names of the formats are listed here too, so that --help does not import torch.
+TO = ("ddranking", "dcbench", "datm", "lgm", "imagefolder", "npz")
+FROM = ("dc", "dsa", "dm", "mtt", "mkdt", "frepo", *TO)
+_LABELS = ".npy of [M] whole numbers or [M, K] floats, or a text of one whole number a line"
+
+
+def run_export(argv: Sequence[str], about: str) -> None:
+    """Write a distilled set as another project reads it."""
+    parser = Parser(prog="krrst export", description=about, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="a run folder or a distilled set")
+    parser.add_argument("--to", choices=TO, required=True, help="the format")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--labels", type=Path, help=f"labels of the images: {_LABELS}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    given = parser.parse_args(argv)
+    from krrst_fast.distill.distilled_set import load_distilled
+    from krrst_fast.exchange import EXPORTS, export_set
+    from krrst_fast.exchange.labels import read_labels
+
+    distilled = load_distilled(given.run)
+    labels = None if given.labels is None else read_labels(given.labels, len(distilled))
+    export_set(distilled, given.out, to=given.to, labels=labels, overwrite=given.overwrite)
+    exact = "exact" if EXPORTS[given.to].exact else f"not exact: {EXPORTS[given.to].image_range}"
+    print(f"wrote {given.out}: {len(distilled)} images for {given.to} ({exact})")
+
+
+def run_import(argv: Sequence[str], about: str) -> None:
+    """Read what another project wrote, as a distilled set."""
+    parser = Parser(prog="krrst import", description=about, allow_abbrev=False)
+    parser.add_argument("path", type=Path, help="the file, or the folder of the files")
+    parser.add_argument("--from", dest="source", choices=FROM, required=True, help="the format")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", help="what the images were normalised by, as 0.5,0.5,0.5, a channel each"
+        )
+    parser.add_argument("--labels", type=Path, help=f"instead of the file's: {_LABELS}")
+    parser.add_argument("--classes", type=Path, help="names of the classes, one a line, in order")
+    given = parser.parse_args(argv)
+    if given.out.suffix != ".safetensors":
+        raise ConfigError(f"--out must be a .safetensors file, got {given.out}")
+    if given.out.exists():
+        raise ConfigError(f"--out {given.out}: exists already")
+    from krrst_fast.exchange import import_set
+    from krrst_fast.exchange.labels import read_classes, read_labels
+
+    read = import_set(
+        given.path,
+        source=given.source,
+        mean=_numbers("mean", given.mean),
+        std=_numbers("std", given.std),
+        labels=None if given.labels is None else read_labels(given.labels),
+        classes=() if given.classes is None else read_classes(given.classes),
+    )
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    read.distilled.save(given.out)
+    print(f"wrote {given.out}: {read.distilled!r}")
+    for what in read.left_out:
+        print(f"left out: {what}")
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(word) for word in text.strip("[]").split(","))
+    except ValueError:
+        raise ConfigError(f"--{name} must be numbers like 0.5,0.5,0.5, got {text!r}") from None

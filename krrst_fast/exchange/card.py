@@ -1,0 +1,68 @@
+"""The README.md of a data set on Hugging Face: a YAML header and a page."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from krrst_fast.distill.distilled_set import DistilledSet
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
+
+
+def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
+    """Return the card of an exported set; `about` is what its krrst.json holds.
+
+    It names no licence: that is the one of the images that were distilled, and its owner's to say.
+    """
+    count = len(distilled)
+    size = next((name for most, name in _SIZES if count < most), "100K<n<1M")
+    header = [
+        "---",
+        "pretty_name: Distilled images",
+        "task_categories:",
+        "- image-feature-extraction",
+        "size_categories:",
+        f"- {size}",
+        "tags:",
+        "- dataset-distillation",
+        "- krrst",
+    ]
+    if about["format"] == "imagefolder":
+        header += ["configs:", "- config_name: default", "  data_files:", "  - split: train"]
+        header += ["    path: train/**"]
+    shape = " x ".join(map(str, about["shape"][1:]))
+    rows = {
+        "Layout": about["format"],
+        "Images": f"{count} of {shape} (channels x height x width)",
+        "Numbers in the image files": about["image_range"],
+        "Mean, a channel": json.dumps(about["mean"]),
+        "Standard deviation, a channel": json.dumps(about["std"]),
+        "Labels": _label_words(about),
+        "Order of the classes": ", ".join(about["classes"]) or "not known",
+        "Target network": about["encoder"] or "not known",
+        "Method": about["meta"].get("method", "not known"),
+    }
+    table = [
+        f"| {key} | {str(value).replace('|', chr(92) + '|').replace(chr(10), ' ')} |"
+        for key, value in rows.items()
+    ]
+    body = [
+        "# Distilled images",
+        "",
+        "A few synthetic images that stand for a larger set, made by krrst_fast.",
+        "",
+        "| | |",
+        "|---|---|",
+        *table,
+        "",
+        "`krrst.json` holds all of this for programs; `targets.npy` holds the targets, "
+        "one row an image, in the order of the images.",
+    ]
+    return "\n".join([*header, "---", "", *body, ""])
+
+
+def _label_words(about: Mapping[str, Any]) -> str:
+    if about["label_kind"] == "representation":
+        return "none; the targets are outputs of the target network"
+    words = {"class": "one class an image, counted from 0", "soft": "one score a class"}
+    return words[about["label_kind"]]

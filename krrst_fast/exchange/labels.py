@@ -1,0 +1,119 @@
+"""What the targets of a set are, and labels that a user brings along."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krrst_fast.errors import DataError
+
+Kind = Literal["representation", "class", "soft"]
+KINDS: tuple[Kind, ...] = ("representation", "class", "soft")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of the images of a set."""
+
+    kind: Kind
+    values: Tensor
+    """"class": [M] int64, indices of classes. Otherwise [M, P] float32."""
+
+
+def targets_of(labels: Labels, classes: Sequence[str]) -> Tensor:
+    """Return labels as targets [M, P]: classes as one-hot rows.
+
+    Raises:
+        DataError: A class has no name in `classes`, where that names any.
+    """
+    if labels.kind != "class":
+        width = labels.values.shape[1]
+        if labels.kind == "soft" and classes and width != len(classes):
+            raise DataError(f"the soft labels have {width} classes, and {len(classes)} are named")
+        return labels.values
+    most = int(labels.values.max()) + 1
+    if classes and most > len(classes):
+        raise DataError(f"label {most - 1} is not among {len(classes)} classes, counted from 0")
+    return torch.nn.functional.one_hot(labels.values, len(classes) or most).float()
+
+
+def labels_in(targets: Tensor, meta: Mapping[str, str]) -> Labels:
+    """Return the labels that a set holds, as its metadata says; representations if it does not."""
+    kind = meta.get("label_kind", "representation")
+    if kind not in KINDS:
+        raise DataError(f"label_kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return Labels(kind, targets.argmax(1) if kind == "class" else targets)
+
+
+def classes_in(meta: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the classes in their order; none if they are not known."""
+    return tuple(json.loads(meta.get("classes", "[]")))
+
+
+def as_labels(values: Tensor, count: int, float_kind: Kind, where: str) -> Labels:
+    """Check labels that a file holds.
+
+    Args:
+        values: [count] whole numbers or [count, P] floats.
+        count: How many images there are.
+        float_kind: What floats are in that format.
+        where: The file, for the message.
+
+    Raises:
+        DataError: They are neither, or not one for each image.
+    """
+    if len(values.shape) == 0 or values.shape[0] != count:
+        raise DataError(f"{where}: {count} images need as many labels, got {tuple(values.shape)}")
+    if values.ndim == 1 and not values.is_floating_point() and not values.is_complex():
+        if bool((values < 0).any()):
+            raise DataError(f"{where}: a label is negative; classes count from 0")
+        return Labels("class", values.detach().long())
+    if values.ndim == 2 and values.is_floating_point():
+        return Labels(float_kind, values.detach().float())
+    raise DataError(
+        f"{where}: labels must be [M] whole numbers or [M, P] floats, "
+        f"got {tuple(values.shape)} {values.dtype}"
+    )
+
+
+def read_labels(path: Path, count: int | None = None) -> Labels:
+    """Read labels that a user gives.
+
+    Args:
+        path: A `.npy` file with [M] whole numbers (classes) or [M, K] floats (soft labels), or a
+            text file with one whole number a line.
+        count: How many images they are for; not compared if left out.
+
+    Raises:
+        DataError: The file is none of these, or has not one label for each image.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file")
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        else:
+            values = np.array([int(line) for line in path.read_text(encoding="utf-8").split()])
+        count = len(values) if count is None else count
+        return as_labels(torch.from_numpy(values), count, "soft", str(path))
+    except (ValueError, TypeError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a file of labels ({error})") from None
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Read the names of classes, one a line, in their order."""
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names or len(set(names)) < len(names) or not names:
+        raise DataError(f"{path}: must hold one name a line, none empty and none twice")
+    return tuple(names)
