@@ -84,9 +84,10 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     if not first.exists():
         initial.save(first)
 
-    source = make_source(config, store, target, device, progress=progress)
+    # What can fail comes before the target's outputs on every view, which take minutes.
     state = make_state(config, initial, device)
     totals = _take_up(config, inputs, state, progress)
+    source = make_source(config, store, target, device, progress=progress)
     _run(config, inputs, state, source, totals, progress)
 
     written = summary(totals, config.steps, config.batch_size)
@@ -165,7 +166,7 @@ def warm_up(state: State, *, progress: bool = False) -> None:
         for slot, age in zip(state.pool.slots, ages):
             while slot.age < age:
                 with located(0, slot):
-                    slot.fit(state.x_syn.detach(), state.y_syn.detach())
+                    state.pool.fit(slot, state.x_syn.detach(), state.y_syn.detach())
                 bar.update()
 
 

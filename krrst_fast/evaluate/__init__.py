@@ -1,15 +1,27 @@
 """Pre-train on a distilled set or a rival, then measure how well the network transfers."""
 
-from krrst_fast.evaluate.config import (
-    METHODS,
-    EvaluateConfig,
-    FinetuneConfig,
-    Method,
-    PretrainConfig,
-    ProbeConfig,
-)
-from krrst_fast.evaluate.run import evaluate
-from krrst_fast.evaluate.table import Evaluation, Row, Sample, Summary
+from typing import TYPE_CHECKING
+
+from krrst_fast.runs.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from krrst_fast.evaluate.config import (
+        METHODS,
+        EvaluateConfig,
+        FinetuneConfig,
+        Method,
+        PretrainConfig,
+        ProbeConfig,
+    )
+    from krrst_fast.evaluate.run import (
+        evaluate,
+    )
+    from krrst_fast.evaluate.table import (
+        Evaluation,
+        Row,
+        Sample,
+        Summary,
+    )
 
 __all__ = [
     "METHODS",
@@ -24,3 +36,24 @@ __all__ = [
     "Summary",
     "evaluate",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "krrst_fast.evaluate.config": (
+            "METHODS",
+            "EvaluateConfig",
+            "FinetuneConfig",
+            "Method",
+            "PretrainConfig",
+            "ProbeConfig",
+        ),
+        "krrst_fast.evaluate.run": ("evaluate",),
+        "krrst_fast.evaluate.table": (
+            "Evaluation",
+            "Row",
+            "Sample",
+            "Summary",
+        ),
+    },
+)

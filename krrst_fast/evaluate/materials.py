@@ -15,8 +15,9 @@ from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.evaluate.config import METHODS, EvaluateConfig, Method
 from krrst_fast.runs.config import to_dict
-from krrst_fast.runs.environment import pick_device, version
+from krrst_fast.runs.environment import pick_device
 from krrst_fast.runs.files import read_json
+from krrst_fast.runs.version import version
 from krrst_fast.targets import FrozenTarget, load_target
 
 _NEEDS_SOURCE: frozenset[Method] = frozenset({"none", "random_labels", "random_target"})

@@ -92,7 +92,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         # 1 == True == 1.0, but none stands for another.
         if not any(value == arg and type(value) is type(arg) for arg in args):
             choices = ", ".join(map(str, args))
-            raise ConfigError(f"config: {where} must be one of {choices}, got {value!r}")
+            near = difflib.get_close_matches(str(value), list(map(str, args)), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"config: {where} must be one of {choices}, got {value!r}{hint}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
