@@ -33,6 +33,12 @@ sys.exit(code)
         ("report nowhere", 2, "nowhere"),
         ("info nowhere", 2, "nowhere"),
         ("distil", 2, "distill"),
+        ("distill --model resnet10", 2, "did you mean --pool.model.kind"),
+        ("distill --momentum 0", 2, "did you mean --pool.momentum?"),
+        ("target --model resnet10 --num_im 3", 2, "did you mean --model.kind?"),
+        ("distill --num_im 3", 2, "did you mean --num_images?"),
+        ("evaluate R --store S --methods distiled", 2, "'distiled'; did you mean distilled?"),
+        ("evaluate R --store S --methods distilled", 2, "a list such as [distilled]"),
     ],
 )
 def test_answers_and_refusals_do_without_torch(words: str, code: int, says: str, tmp_path: Path):

@@ -358,8 +358,9 @@ def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
         longer = [flag for plain, flag in spelling.items() if plain.startswith(begins)]
         if longer:
             return longer[0]
-    # The last word of a setting in a section stands for it: --momentum for --pool.momentum.
-    ends = [flag for plain, flag in spelling.items() if plain.endswith("." + name.strip("_"))]
+    # A word of a setting in a section stands for it: --momentum for --pool.momentum.
+    word = f".{name.strip('_')}."
+    ends = [flag for plain, flag in spelling.items() if word in f".{plain.strip('_')}."]
     near = difflib.get_close_matches(name, list(spelling), n=1, cutoff=0.6)
     return ends[0] if ends else spelling[near[0]] if near else None
 

@@ -98,6 +98,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
+            if typing.get_origin(args[0]) is Literal:
+                _typed(args[0], value, where)  # a wrong word is the greater fault
+                raise ConfigError(
+                    f"config: {where} must be a list such as [{value}], got {value!r}"
+                )
             raise ConfigError(f"config: {where} must be a list such as [1, 2], got {value!r}")
         item_hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(item_hints) != len(value):
