@@ -117,10 +117,14 @@ def __getattr__(name: str) -> Any:
     # Lazily: data workers import `krrst_fast._native`, and the command line prints its help,
     # without paying for torch.
     if name == "__version__":
-        return import_module("krrst_fast.runs.environment").version()
+        return import_module("krrst_fast.runs.version").version()
     if name not in __all__:
         raise AttributeError(f"module 'krrst_fast' has no attribute {name!r}")
     if name in _CALLED:
         return import_module(f"krrst_fast.{name}")
     home = next((home for home, names in _HOMES.items() if name in names), "krrst_fast.errors")
     return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -149,8 +149,9 @@ def test_a_saved_pool_goes_on_with_the_same_bits(tmp_path):
 
 def test_a_network_that_diverges_is_reported():
     pool = _pool(lr=1e30, online_steps=100)
-    with pytest.raises(NonFiniteError, match="the network's own loss is .*; lower pool.lr"):
-        for _ in range(20):
+    own_loss = pytest.raises(NonFiniteError, match="the network's own loss is .*; lower pool.lr")
+    with pytest.warns(UserWarning, match="diverged"), own_loss:
+        for _ in range(60):
             pool.advance(pool.slots[0], X, Y)
     assert not pool.slots[0].network.training
 
@@ -181,3 +182,27 @@ def test_batch_statistics_are_learnt_in_fits_and_used_in_features():
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         PoolConfig(**change)
+
+
+def test_a_network_that_diverges_starts_again_at_half_the_rate():
+    pool = _pool(lr=50.0, size=2)
+    slot = pool.slots[0]
+    fresh = _weights(slot)
+    with pytest.warns(UserWarning, match="distill: pool network 0 diverged .* rate is now 25"):
+        for _ in range(50):
+            pool.fit(slot, X, Y)
+            if pool.lr < 50.0:
+                break
+    assert slot.age == 0 and torch.equal(_weights(slot), fresh)
+    rates = {group["lr"] for s in pool.slots for group in s.optimizer.param_groups}
+    assert rates == {25.0}
+    again = _pool(lr=50.0, size=2)
+    again.load_state_dict(pool.state_dict())
+    assert again.lr == 25.0
+
+
+def test_images_that_are_not_finite_are_no_reason_for_a_lower_rate():
+    pool = _pool()
+    with pytest.raises(NonFiniteError, match="own loss"):
+        pool.fit(pool.slots[0], torch.full_like(X, math.nan), Y)
+    assert pool.lr == pool.config.lr

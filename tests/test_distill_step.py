@@ -289,7 +289,8 @@ def test_a_gram_without_a_factor_names_step_and_slot(monkeypatch):
         _step(state, source)
 
 
-def test_a_pool_network_that_diverges_names_step_and_slot():
+def test_a_pool_network_that_diverges_names_step_and_slot(monkeypatch):
+    monkeypatch.setattr("krrst_fast.distill.pool.MOST_HALVINGS", 0)
     state, source = _run()
     for slot in state.pool.slots:
         slot.age = 1

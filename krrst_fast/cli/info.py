@@ -11,6 +11,7 @@ from krrst_fast.errors import DataError
 from krrst_fast.planner.limits import free_memory
 from krrst_fast.runs import environment
 from krrst_fast.runs.files import load_state, read_json, read_jsonl, recover_folder
+from krrst_fast.runs.log import loss_at_end
 
 
 def about_this_machine() -> dict[str, str]:
@@ -121,8 +122,8 @@ def _run(path: Path) -> dict[str, str]:
     rows = {"kind": "distillation run", "saved": _saved(path, run.config)}
     rows["logged"] = f"up to step {run.steps_done}"
     rows |= {key: str(run.config[key]) for key in ("store", "target") if key in run.config}
-    if run.rows:
-        rows["loss"] = f"{run.rows[-1]['loss']:.4g}"
+    if (loss := loss_at_end(run.rows)) is not None:
+        rows["loss at the end"] = f"{loss:.4g}"
     if run.distilled is not None:
         rows |= {k: v for k, v in _distilled(path).items() if k != "kind"}
     rows |= _environments(path)

@@ -1,6 +1,7 @@
 """The `krrst` command: parses, calls, prints."""
 
 import difflib
+import glob
 import os
 import shlex
 import sys
@@ -11,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from krrst_fast.errors import ConfigError, KrrstError
+from krrst_fast.errors import ConfigError, DataError, KrrstError
 from krrst_fast.runs.interrupt import raised_signals
 
 # Nothing that imports torch or a package of an extra is imported before a command needs it.
@@ -27,6 +28,8 @@ class Stage:
     """Where its config class is, as module:name."""
     positionals: tuple[str, ...]
     switches: Mapping[str, str]
+    inputs: tuple[str, ...]
+    """Settings that are files or folders to be read, if they are given."""
     call: Callable[[Any, frozenset[str], str], None]
     """Does it and prints: takes the config, the switches, and ` --run NAME` or nothing."""
 
@@ -112,7 +115,7 @@ def _dispatch(argv: list[str]) -> int:
         print(_overview())
         return 0 if command else 2
     if command in ("-V", "--version"):
-        from krrst_fast.runs.environment import version
+        from krrst_fast.runs.version import version
 
         print(f"krrst {version()}")
     elif command in _STAGES:
@@ -152,11 +155,23 @@ def _run_stage(stage: Stage, argv: list[str]) -> None:
         print(parsed.as_yaml())
     else:
         run = f" --run {parsed.run}" if parsed.run else ""
-        stage.call(parsed.config(), parsed.switches, run)
+        config = parsed.config()
+        for field in stage.inputs:
+            if (path := getattr(config, field)) is not None and str(path) != "digits":
+                shown = field.upper() if field in stage.positionals else f"--{field}"
+                _require_there(f"{stage.name}: {shown}: {path}", Path(path))
+        stage.call(config, parsed.switches, run)
+
+
+def _require_there(where: str, path: Path) -> None:
+    """Raise DataError, before anything imports torch, if there is nothing at a path."""
+    # A folder whose replacement was killed is still there under another name, and is put back.
+    if not path.exists() and not any(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        raise DataError(f"{where}: there is no such file or folder")
 
 
 def _progress(switches: frozenset[str]) -> bool:
-    return "quiet" not in switches and sys.stderr.isatty()
+    return "quiet" not in switches
 
 
 def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
@@ -186,11 +201,16 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
 
 def _distill(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.distill import distill
+    from krrst_fast.runs.files import read_jsonl
+    from krrst_fast.runs.log import loss_at_end
 
     made = distill(config, resume="resume" in switches, progress=_progress(switches))
     print(
         f"wrote {config.out}: {len(made.images)} images with {made.targets.shape[1]} targets each"
     )
+    loss = loss_at_end(read_jsonl(config.out / "metrics.jsonl"))
+    if loss is not None:
+        print(f"loss at the end: {loss:.4g} (mean of the last tenth of the logged steps)")
     print(f"next: krrst evaluate {shlex.quote(str(config.out))}{run} --store LABELLED_STORE")
 
 
@@ -211,6 +231,7 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="the folder of a distillation run")
     parser.add_argument("--out", type=Path, help="the page; RUN/report.html if left out")
     given = parser.parse_args(argv)
+    _require_there(f"report: {given.run}", given.run)
     from krrst_fast.report.page import write_report
 
     print(f"wrote {write_report(given.run, given.out)}")
@@ -222,6 +243,8 @@ def _info(argv: list[str]) -> None:
     parser = Parser(prog="krrst info", description=_OTHERS["info"][0], allow_abbrev=False)
     parser.add_argument("path", nargs="?", type=Path, help="a store, target, run or distilled set")
     given = parser.parse_args(argv)
+    if given.path is not None:
+        _require_there(str(given.path), given.path)
     from krrst_fast.cli.info import about_path, about_this_machine
 
     rows = about_this_machine() if given.path is None else about_path(given.path)
@@ -252,7 +275,7 @@ def _completion(argv: list[str]) -> None:
     run_completion(argv, _OTHERS["completion"][0], {name: command(name) for name in names})
 
 
-_QUIET = {"quiet": "no progress bar"}
+_QUIET = {"quiet": "no progress bar, and no lines of progress where there is no terminal"}
 _RESUME = {"resume": "go on from the last checkpoint in OUT", **_QUIET}
 
 _STAGES = {
@@ -264,6 +287,7 @@ _STAGES = {
             config="krrst_fast.data:PrepareConfig",
             positionals=("source", "out"),
             switches=_QUIET,
+            inputs=("source",),
             call=_prepare,
         ),
         Stage(
@@ -272,6 +296,7 @@ _STAGES = {
             config="krrst_fast.targets:TargetConfig",
             positionals=(),
             switches=_RESUME,
+            inputs=("store", "weights"),
             call=_target,
         ),
         Stage(
@@ -280,6 +305,7 @@ _STAGES = {
             config="krrst_fast.distill:DistillConfig",
             positionals=(),
             switches=_RESUME,
+            inputs=("store", "target"),
             call=_distill,
         ),
         Stage(
@@ -288,6 +314,7 @@ _STAGES = {
             config="krrst_fast.evaluate:EvaluateConfig",
             positionals=("run",),
             switches=_QUIET,
+            inputs=("run", "store", "source", "target"),
             call=_evaluate,
         ),
     )

@@ -347,10 +347,25 @@ def _known_flag(token: str, known: Sequence[str]) -> str:
     spelling = {flag.replace("-", "_"): flag for flag in known}
     flag = spelling.get(name.replace("-", "_"))
     if flag is None:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = _nearest_flag(name, known)
+        hint = f"; did you mean {near}?" if near else ""
         raise ConfigError(f"there is no flag {name}{hint}")
     return flag + equals + value
+
+
+def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
+    """Return the flag that was meant: a section's first setting, a longer one, a misspelled one."""
+    name = name.replace("-", "_")
+    spelling = {flag.replace("-", "_"): flag for flag in known}
+    for begins in (f"{name}.", name):
+        longer = [flag for plain, flag in spelling.items() if plain.startswith(begins)]
+        if longer:
+            return longer[0]
+    # A word of a setting in a section stands for it: --momentum for --pool.momentum.
+    word = f".{name.strip('_')}."
+    ends = [flag for plain, flag in spelling.items() if word in f".{plain.strip('_')}."]
+    near = difflib.get_close_matches(name, list(spelling), n=1, cutoff=0.6)
+    return ends[0] if ends else spelling[near[0]] if near else None
 
 
 def _flat(text: str) -> str:

@@ -1,27 +1,14 @@
 """The views of real images: random crop after zero padding, and horizontal flip."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from krrst_fast.data.config import ViewConfig
 from krrst_fast.errors import ConfigError
 from krrst_fast.ops.views import views
-from krrst_fast.runs.config import require
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewConfig:
-    """The possible views of an image: (2 padding + 1)^2 crops, twice as many with flips."""
-
-    padding: int = 4
-    """Zero pixels round the image that a crop may reach into."""
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.padding >= 0, self, "padding", "at least 0")
 
 
 class View(NamedTuple):

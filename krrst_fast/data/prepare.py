@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout
-from krrst_fast.data.store import INDEX, ImageStore, open_store
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.runs.config import require, require_choices
-from krrst_fast.runs.files import atomic_folder, refuse_existing
+
+if TYPE_CHECKING:
+    from krrst_fast.data.store import ImageStore
 
 MAX_SIZE = 4096
 
@@ -52,13 +53,17 @@ class PrepareConfig:
         require(self.limit is None or self.limit >= 1, self, "limit", "at least 1")
 
 
-def prepare(config: PrepareConfig, *, progress: bool = False) -> ImageStore:
+def prepare(config: PrepareConfig, *, progress: bool = False) -> "ImageStore":
     """Decode every image of the source and write the store, whole or not at all.
 
     Raises:
         DataError: The source is missing, empty or damaged.
         ConfigError: `out` exists, or what decodes images is not installed.
     """
+    # Here, as these import torch, which the settings above do without.
+    from krrst_fast.data.store import INDEX, open_store
+    from krrst_fast.runs.files import atomic_folder
+
     _refuse_output(config)
     try:
         # Pillow is needed to prepare a store, not to read one.
@@ -88,6 +93,9 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> ImageStore:
 
 def _refuse_output(config: PrepareConfig) -> None:
     """Check that the output replaces a store, never the images that it is made from."""
+    from krrst_fast.data.store import INDEX
+    from krrst_fast.runs.files import refuse_existing
+
     refuse_existing(config.out, overwrite=config.overwrite, marker=INDEX)
     if config.source == DIGITS:
         return

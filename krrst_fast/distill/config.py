@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from krrst_fast.data.augment import ViewConfig
-from krrst_fast.models import ModelConfig
+from krrst_fast.data.config import ViewConfig
+from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import RidgeOf, Solver
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 
@@ -19,6 +19,7 @@ class PoolConfig:
     online_steps: int = 1000
     """SGD steps a network gets before a fresh one takes its slot (the paper's T)."""
     lr: float = 0.1
+    """Of the SGD steps. It is halved, with a warning, whenever a network diverges."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     reset: Literal["paper", "released"] = "paper"

@@ -106,11 +106,12 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
         if not first.exists():
             initial.save(first)
 
-        source = make_source(config, store, target, device, progress=progress)
+        # What can fail comes before the target's outputs on every view, which take minutes.
         state = make_state(config, initial, device)
         run = _Run(config, inputs, state, verification)
         with run.interrupts.noted():
             run.take_up(progress)
+            source = make_source(config, store, target, device, progress=progress)
             run.go_on(source, progress)
 
         written = summary(run.totals, config.steps, config.batch_size)
@@ -298,7 +299,7 @@ def warm_up(
         for slot, age in zip(state.pool.slots, ages):
             while slot.age < age:
                 with located(0, slot):
-                    slot.fit(state.x_syn.detach(), state.y_syn.detach())
+                    state.pool.fit(slot, state.x_syn.detach(), state.y_syn.detach())
                 bar.update()
                 after_step()
 

@@ -5,6 +5,7 @@ are, and a backward pass through it reaches its input and nothing else. Only `Sl
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,10 @@ from krrst_fast.distill.config import PoolConfig
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
 from krrst_fast.runs.seeding import derive, seeded
+
+DIVERGED = 100.0
+"""A network has diverged once its loss is so many times that of outputs of zero, at least 1."""
+MOST_HALVINGS = 10
 
 
 class Slot:
@@ -44,6 +49,9 @@ class Slot:
 
         Returns:
             The loss before the step, a scalar.
+
+        Raises:
+            NonFiniteError: The training diverges: the loss is NaN, infinite or far too large.
         """
         with training(self.network, self.optimizer), self._drawing():
             loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
@@ -51,7 +59,8 @@ class Slot:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.age += 1
-        if not torch.isfinite(loss):
+        # One read of the device; NaN compares as false. 1: what a fresh network gives is about 1.
+        if not loss <= DIVERGED * (y_syn.square().mean() + 1):
             raise NonFiniteError(f"the network's own loss is {loss.item()}; lower pool.lr")
         return loss.detach()
 
@@ -103,6 +112,7 @@ class Pool:
         self.config = config
         self._shape = {"image_size": image_size, "num_outputs": num_outputs, "channels": channels}
         self.seed, self.device, self._dtype = seed, device, dtype
+        self.lr = config.lr
         self.slots = [Slot(number, self) for number in range(config.size)]
 
     def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
@@ -116,7 +126,7 @@ class Pool:
         network.eval().requires_grad_(False)
         optimizer = torch.optim.SGD(
             trained,
-            lr=self.config.lr,
+            lr=self.lr,
             momentum=self.config.momentum,
             weight_decay=self.config.weight_decay,
             fused=True,
@@ -135,9 +145,40 @@ class Pool:
     def advance(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         """Make one SGD step of the slot's network, or renew it if it has had all its steps."""
         if slot.age < self.config.online_steps and not self._spent(slot):
-            slot.fit(x_syn, y_syn)
+            self.fit(slot, x_syn, y_syn)
             return
         slot.generation += 1
+        self._restart(slot)
+
+    def fit(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
+        """Make one SGD step of the slot's network; if it diverges, start it again, more slowly.
+
+        The published rate is that of a thousand images; few images bend the loss more than it
+        allows. It is halved for the whole pool, and only when a network diverged.
+
+        Raises:
+            NonFiniteError: The images or targets hold NaN or infinity, or no rate is low enough.
+        """
+        try:
+            slot.fit(x_syn, y_syn)
+        except NonFiniteError:
+            finite = bool(torch.isfinite(x_syn).all() and torch.isfinite(y_syn).all())
+            if not finite or self.lr <= self.config.lr / 2**MOST_HALVINGS:
+                raise
+            self.lr /= 2
+            warnings.warn(
+                f"distill: pool network {slot.number} diverged after {slot.age} SGD steps on "
+                f"{len(x_syn)} images; it starts again, and the whole pool's rate is now "
+                f"{self.lr:g} (pool.lr is {self.config.lr:g})",
+                stacklevel=2,
+            )
+            for other in self.slots:
+                for group in other.optimizer.param_groups:
+                    group["lr"] = self.lr
+            self._restart(slot)
+
+    def _restart(self, slot: Slot) -> None:
+        """Give a slot its untrained network."""
         slot.network, slot.optimizer = self.fresh(slot.number, slot.generation)
         slot.age = 0
 
@@ -164,3 +205,4 @@ class Pool:
             slot.network.load_state_dict(saved["network"])
             # The optimizer would keep the very tensors of the dict, and change them.
             slot.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self.lr = self.slots[0].optimizer.param_groups[0]["lr"]

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from krrst_fast.data.augment import ViewConfig
-from krrst_fast.models import ModelConfig
+from krrst_fast.data.config import ViewConfig
+from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import Solver
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
 

@@ -16,8 +16,9 @@ from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.evaluate.config import METHODS, EvaluateConfig, Method
 from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
-from krrst_fast.runs.environment import pick_device, version
+from krrst_fast.runs.environment import pick_device
 from krrst_fast.runs.files import read_json
+from krrst_fast.runs.version import version
 from krrst_fast.targets import FrozenTarget, load_target
 from krrst_fast.targets.encoder import EncoderInfo
 

@@ -1,68 +1,19 @@
 """One network from its settings and a seed."""
 
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 
 from krrst_fast.errors import ConfigError
-from krrst_fast.models.convnet import ConvNet, Norm
+from krrst_fast.models.config import Kind, ModelConfig, StackedKind
+from krrst_fast.models.convnet import ConvNet
 from krrst_fast.models.mobilenet import MobileNet
 from krrst_fast.models.network import Network, place
 from krrst_fast.models.own import OwnNetwork, check_own
-from krrst_fast.models.resnet import ResNet, ResNetKind, Stem
-from krrst_fast.models.source import find, is_spec
-from krrst_fast.models.stacked import Stacked, StackedKind, halvings
-from krrst_fast.runs.config import require, require_choices
+from krrst_fast.models.resnet import ResNet
+from krrst_fast.models.source import find
+from krrst_fast.models.stacked import Stacked, halvings
 from krrst_fast.runs.seeding import seeded
-
-Kind = Literal["convnet", "mobilenet"] | ResNetKind | StackedKind
-KINDS: tuple[str, ...] = (
-    "convnet",
-    *get_args(ResNetKind),
-    *get_args(StackedKind),
-    "mobilenet",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Architecture of a network."""
-
-    kind: str = "convnet"
-    """convnet, resnet10, resnet18, resnet50, vgg11, alexnet or mobilenet; or a network of your own,
-    module:Class or file.py:Class, with embed(x) and forward(x) (see docs/networks.md)."""
-    features: str | None = None
-    """Layer of your own network whose input is the feature, such as fc; null takes embed(x)."""
-    widths: tuple[int, ...] = (128, 256, 512)
-    """Channels of each block of a convnet; the others have theirs fixed."""
-    norm: Norm = "batch"
-    """Normalisation of a convnet; the others use batch norm."""
-    stem: Stem = "small"
-    """First layer of a resnet: 3x3 with stride 1 for small images, or 7x7 with a max-pool."""
-
-    def __post_init__(self) -> None:
-        require_choices(self)
-        known = self.kind in KINDS or is_spec(self.kind)
-        need = f"one of {', '.join(KINDS)}, or your own as module:Class or file.py:Class"
-        require(known, self, "kind", need)
-        layer = self.features is None or (self.is_own and self.features != "")
-        require(layer, self, "features", "a layer of a network of your own, else null")
-        require(len(self.widths) > 0, self, "widths", "at least one number of channels")
-        require(min(self.widths) > 0, self, "widths", "positive")
-
-    @property
-    def is_own(self) -> bool:
-        """Return whether the network is of the user's code, which building it runs."""
-        return self.kind not in KINDS
-
-    def identity(self) -> dict[str, str]:
-        """Return what tells the user's code from other versions of it; nothing if built in.
-
-        Raises:
-            ConfigError: The code cannot be loaded, or its file was edited since it was.
-        """
-        return {"network": find(self.kind).identity()} if self.is_own else {}
 
 
 def build(

@@ -1,13 +1,11 @@
 """The plain ConvNet of dataset distillation: 3x3 convolutions, each halving the image."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
+from krrst_fast.models.config import Norm
 from krrst_fast.models.network import Network
-
-Norm = Literal["batch", "instance", "none"]
 
 
 class ConvNet(Network):

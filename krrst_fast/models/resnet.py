@@ -1,14 +1,12 @@
 """ResNet-10, -18 and -50, with the names torchvision gives their parameters."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from krrst_fast.models.config import ResNetKind, Stem
 from krrst_fast.models.network import Network
-
-Stem = Literal["small", "imagenet"]
-ResNetKind = Literal["resnet10", "resnet18", "resnet50"]
 
 
 class _Residual(nn.Module, ABC):

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import inspect
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,9 +17,8 @@ from typing import Any
 from torch import nn
 
 from krrst_fast.errors import ConfigError
+from krrst_fast.models.config import SPEC
 from krrst_fast.runs.seeding import seeded
-
-_SPEC = re.compile(r"(?P<place>[^:]+(?::[^:]+)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +90,6 @@ class NetworkSource:
             raise _failed(self.spec, doing, error, self.files) from error
 
 
-def is_spec(text: str) -> bool:
-    """Return whether the text has the form `module:Name` or `file.py:Name`."""
-    return _SPEC.fullmatch(text) is not None
-
-
 def find(spec: str) -> NetworkSource:
     """Load what `spec` names; a module or file is read once in a process.
 
@@ -115,7 +108,7 @@ def find(spec: str) -> NetworkSource:
 
 @cache
 def _find(spec: str, folder: Path) -> NetworkSource:
-    matched = _SPEC.fullmatch(spec)
+    matched = SPEC.fullmatch(spec)
     assert matched is not None, "a ModelConfig has checked the form"
     place, name = matched["place"], matched["name"]
     is_file = place.endswith(".py") or "/" in place

@@ -1,12 +1,11 @@
 """VGG-11 and AlexNet for small images, with the shapes and names of the networks of KRR-ST."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from krrst_fast.models.config import StackedKind
 from krrst_fast.models.network import Network
-
-StackedKind = Literal["vgg11", "alexnet"]
 
 
 class _Layer(NamedTuple):

@@ -18,8 +18,9 @@ from krrst_fast.report.figures import Curve, column, has_data, number
 from krrst_fast.report.run_folder import Run, read_run
 from krrst_fast.report.verdict import LABELS, Headline, headline_of, typographic
 from krrst_fast.runs.config import flat
-from krrst_fast.runs.environment import version
 from krrst_fast.runs.files import write_text
+from krrst_fast.runs.log import loss_at_end
+from krrst_fast.runs.version import version
 
 _COST = (
     ("seconds", "Outer steps, in all", "s"),
@@ -119,11 +120,7 @@ def _variance(run: Run) -> float | None:
 
 
 def _last_loss(run: Run) -> float | None:
-    step, loss = column(run.rows, "step"), column(run.rows, "loss")
-    usable = np.isfinite(loss)
-    if not usable.any():
-        return None
-    return float(figures.running_median(step[usable], loss[usable])[1][-1])
+    return loss_at_end(run.rows)
 
 
 def _headline(run: Run) -> Headline:
@@ -154,7 +151,11 @@ def _stats(run: Run) -> list[Stat]:
         note = f"of {_whole(planned)}" if planned else ""
         stats.append(Stat(label="Outer steps", value=f"{run.steps_done:,}", note=note))
     if loss is not None:
-        note = f"{100 * loss / variance:.1f} % of the target variance" if variance else "median"
+        note = (
+            f"{100 * loss / variance:.1f} % of the target variance"
+            if variance
+            else "mean of the last tenth"
+        )
         stats.append(Stat(label="Outer loss at the end", value=number(loss), note=note))
     top = [item for item in _cost(run) if item.label in _TOP]
     return stats + [Stat(label=i.label, value=i.value, note=i.unit) for i in top]

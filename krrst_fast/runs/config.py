@@ -104,10 +104,17 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         # 1 == True == 1.0, but none stands for another.
         if not any(value == arg and type(value) is type(arg) for arg in args):
             choices = ", ".join(map(str, args))
-            raise ConfigError(f"config: {where} must be one of {choices}, got {value!r}")
+            near = difflib.get_close_matches(str(value), list(map(str, args)), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"config: {where} must be one of {choices}, got {value!r}{hint}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
+            if typing.get_origin(args[0]) is Literal:
+                _typed(args[0], value, where)  # a wrong word is the greater fault
+                raise ConfigError(
+                    f"config: {where} must be a list such as [{value}], got {value!r}"
+                )
             raise ConfigError(f"config: {where} must be a list such as [1, 2], got {value!r}")
         item_hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(item_hints) != len(value):

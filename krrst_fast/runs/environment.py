@@ -4,7 +4,6 @@ import platform
 import resource
 import sys
 import warnings
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from krrst_fast.errors import ConfigError
 from krrst_fast.runs.files import read_json, write_json
+from krrst_fast.runs.version import version
 
 
 def describe() -> dict[str, Any]:
@@ -67,14 +67,6 @@ def extension() -> str | None:
     """Return the compiled modules that are built, such as "_C, _native", or None."""
     names = [n for n in ("_C", "_C_cuda", "_native") if find_spec(f"krrst_fast.{n}")]
     return ", ".join(names) or None
-
-
-def version() -> str:
-    """Return the installed version of this library."""
-    try:
-        return metadata.version("krrst-fast")
-    except metadata.PackageNotFoundError:  # a checkout that is on the path without being installed
-        return "not installed"
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,8 @@
 """The metrics.jsonl of a run, and its totals: seconds and peak memory, across interruptions."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ class RunLog:
 def due(step: int, every: int, last: int) -> bool:
     """Return whether something that happens `every` so many steps, and at the last, is due."""
     return step % every == 0 or step == last
+
+
+def loss_at_end(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean loss of the last tenth of the logged steps (of 10 at least), None of none.
+
+    One outer loss says little: it depends on the network that was drawn.
+    """
+    losses = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
+    last = losses[-max(10, len(losses) // 10) :]
+    return math.fsum(last) / len(last) if last else None
 
 
 def summary(totals: Mapping[str, float], steps: int, batch_size: int) -> dict[str, float]:

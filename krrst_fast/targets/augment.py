@@ -1,70 +1,18 @@
 """Two random views of a batch of uint8 images, for self-supervised training."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from krrst_fast.errors import ConfigError
-from krrst_fast.runs.config import require, require_choices
 from krrst_fast.targets import transforms
-from krrst_fast.targets.transforms import Fill
+from krrst_fast.targets.config import SSLAugmentConfig
 
 _DRAWN = (
     *("area", "ratio", "center_x", "center_y", "angle", "flip", "jitter", "brightness"),
     *("contrast", "saturation", "hue", "grey", "blur", "sigma"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SSLAugmentConfig:
-    """Strength of the augmentations of a view; a field at its neutral value is off."""
-
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the random crop as a fraction of the image; above 1 zooms out."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the random crop."""
-    rotation: float = 0.0
-    """Largest angle in degrees, either way."""
-    fill: Fill = "reflection"
-    """What lies outside the image, where a view shows it."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    jitter: float = 0.8
-    """Probability that brightness, contrast, saturation and hue change, in this order."""
-    brightness: float = 0.4
-    """The factor is drawn from [1 - brightness, 1 + brightness], likewise the next two."""
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    """Largest turn of the hue, either way, in revolutions (0 to 0.5)."""
-    greyscale: float = 0.2
-    """Probability of losing the colour."""
-    blur: float = 0.0
-    """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    noise: float = 0.0
-    """Standard deviation of Gaussian pixel noise, in units of the full range."""
-
-    def __post_init__(self) -> None:
-        require(0 < self.scale[0] <= self.scale[1] <= 4, self, "scale", "0 < low <= high <= 4")
-        require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "0 < low <= high")
-        require(0 <= self.rotation <= 180, self, "rotation", "0 to 180")
-        require_choices(self)
-        for field in ("flip", "jitter", "greyscale", "blur"):
-            require(0 <= getattr(self, field) <= 1, self, field, "a probability, 0 to 1")
-        for field in ("brightness", "contrast", "saturation"):
-            require(0 <= getattr(self, field) <= 1, self, field, "0 to 1")
-        require(0 <= self.hue <= 0.5, self, "hue", "0 to 0.5")
-        low, high = self.blur_sigma
-        require(0 < low <= high, self, "blur_sigma", "0 < low <= high")
-        require(0 <= self.noise <= 1, self, "noise", "0 to 1")
-
-    @property
-    def moves(self) -> bool:
-        """Whether anything but the flip changes the geometry."""
-        return not (self.scale == self.ratio == (1, 1) and self.rotation == 0)
 
 
 def check_channels(config: SSLAugmentConfig, channels: int) -> None:

@@ -5,15 +5,66 @@ from pathlib import Path
 from typing import Literal
 
 from krrst_fast.errors import ConfigError
-from krrst_fast.models import ModelConfig
+from krrst_fast.models.config import ModelConfig
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
-from krrst_fast.targets.augment import SSLAugmentConfig
+
+Fill = Literal["zeros", "border", "reflection"]
 
 FREE_SETTINGS = ("store", "out", "device", "checkpoint_every", "checkpoint_minutes", "log_every")
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
 The images themselves may not change: the identity of the store is compared.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSLAugmentConfig:
+    """Strength of the augmentations of a view; a field at its neutral value is off."""
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop as a fraction of the image; above 1 zooms out."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random crop."""
+    rotation: float = 0.0
+    """Largest angle in degrees, either way."""
+    fill: Fill = "reflection"
+    """What lies outside the image, where a view shows it."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability that brightness, contrast, saturation and hue change, in this order."""
+    brightness: float = 0.4
+    """The factor is drawn from [1 - brightness, 1 + brightness], likewise the next two."""
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    """Largest turn of the hue, either way, in revolutions (0 to 0.5)."""
+    greyscale: float = 0.2
+    """Probability of losing the colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    noise: float = 0.0
+    """Standard deviation of Gaussian pixel noise, in units of the full range."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.scale[0] <= self.scale[1] <= 4, self, "scale", "0 < low <= high <= 4")
+        require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "0 < low <= high")
+        require(0 <= self.rotation <= 180, self, "rotation", "0 to 180")
+        require_choices(self)
+        for name in ("flip", "jitter", "greyscale", "blur"):
+            require(0 <= getattr(self, name) <= 1, self, name, "a probability, 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            require(0 <= getattr(self, name) <= 1, self, name, "0 to 1")
+        require(0 <= self.hue <= 0.5, self, "hue", "0 to 0.5")
+        low, high = self.blur_sigma
+        require(0 < low <= high, self, "blur_sigma", "0 < low <= high")
+        require(0 <= self.noise <= 1, self, "noise", "0 to 1")
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything but the flip changes the geometry."""
+        return not (self.scale == self.ratio == (1, 1) and self.rotation == 0)
 
 
 @dataclass(frozen=True, kw_only=True)

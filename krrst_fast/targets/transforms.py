@@ -1,13 +1,12 @@
 """Image transforms over a batch [B, C, H, W] in [0, 1], with one parameter an image, [B]."""
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Fill = Literal["zeros", "border", "reflection"]
+from krrst_fast.targets.config import Fill
 
 
 def warp(x: Tensor, matrix: Tensor, fill: Fill) -> Tensor:

@@ -1,0 +1,54 @@
+"""What the command line does before it computes: it answers without importing torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_CHECK = """
+import sys
+from krrst_fast.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code or 0
+print("torch" in sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--version", 0, "krrst "),
+        ("--help", 0, "COMMAND"),
+        ("distill --help", 0, "--num_images"),
+        ("distill --wrong 1", 2, "no flag --wrong"),
+        ("distill --store X --target Y --out Z --num_images 0", 2, "at least 1"),
+        ("distill --store nowhere --target Y --out Z --num_images 3", 2, "nowhere"),
+        ("target --store nowhere --out Z", 2, "nowhere"),
+        ("evaluate nowhere --store X", 2, "nowhere"),
+        ("prepare nowhere OUT", 2, "nowhere"),
+        ("report nowhere", 2, "nowhere"),
+        ("info nowhere", 2, "nowhere"),
+        ("distil", 2, "distill"),
+        ("distill --model resnet10", 2, "did you mean --pool.model.kind"),
+        ("distill --momentum 0", 2, "did you mean --pool.momentum?"),
+        ("target --model resnet10 --num_im 3", 2, "did you mean --model.kind?"),
+        ("distill --num_im 3", 2, "did you mean --num_images?"),
+        ("evaluate R --store S --methods distiled", 2, "'distiled'; did you mean distilled?"),
+        ("evaluate R --store S --methods distilled", 2, "a list such as [distilled]"),
+    ],
+)
+def test_answers_and_refusals_do_without_torch(words: str, code: int, says: str, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", _CHECK, *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )
+    *errors, imported = done.stderr.splitlines()
+    assert (done.returncode, imported) == (code, "False"), done.stderr
+    assert says in done.stdout + "\n".join(errors)
