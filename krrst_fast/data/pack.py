@@ -16,6 +16,7 @@ from krrst_fast.data import decode
 from krrst_fast.data.source import Item, Source, Split, summary
 from krrst_fast.data.store import StoreWriter
 from krrst_fast.errors import DataError
+from krrst_fast.runs.progress import progress_bar
 
 _CHUNK = 256
 _NAMED = 20
@@ -69,13 +70,13 @@ class Packer:
         self._warn(writer.count + len(self.skipped))
 
     def _wanted(self, split: Split) -> Iterator[Item]:
-        items = islice(split.items, self.limit)
-        if not self.progress:
-            return items
-        from tqdm import tqdm
-
         total = split.count if self.limit is None else min(self.limit, split.count or self.limit)
-        return iter(tqdm(items, desc=f"prepare {split.name}", unit="img", total=total))
+        with progress_bar(
+            self.progress, total=total, desc=f"prepare {split.name}", unit="image"
+        ) as bar:
+            for item in islice(split.items, self.limit):
+                yield item
+                bar.update()
 
     def _decoded(self, chunk: list[Item], pool: ThreadPoolExecutor) -> list[tuple[Pixels, int]]:
         """Return pixels and labels of the images that can be decoded, in their order."""

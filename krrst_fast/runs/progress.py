@@ -31,7 +31,9 @@ class _NoBar:
 class _Lines(_NoBar):
     """Prints a line to standard error at most every `LINE_SECONDS`: for logs of batch jobs."""
 
-    def __init__(self, total: int, initial: int = 0, desc: str = "", unit: str = "it") -> None:
+    def __init__(
+        self, total: int | None, initial: int = 0, desc: str = "", unit: str = "it"
+    ) -> None:
         self._total, self._initial, self._done = total, initial, initial
         self._desc, self._unit = desc, unit
         self._shown: Mapping[str, Any] = {}
@@ -51,10 +53,13 @@ class _Lines(_NoBar):
         self._shown = shown
 
     def _line(self, seconds: float) -> str:
-        left = (self._total - self._done) * seconds / max(self._done - self._initial, 1)
         values = [f"{name} {value}" for name, value in self._shown.items()]
         about = f"{self._desc}: " if self._desc else ""
-        parts = [f"{about}{self._unit} {self._done} of {self._total}", *values, _remaining(left)]
+        parts = [f"{about}{self._unit} {self._done}", *values]
+        if self._total is not None:
+            left = (self._total - self._done) * seconds / max(self._done - self._initial, 1)
+            parts[0] += f" of {self._total}"
+            parts.append(_remaining(left))
         return ", ".join(parts)
 
 
