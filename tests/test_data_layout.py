@@ -12,6 +12,7 @@ from PIL import Image
 
 from krrst_fast.data import PrepareConfig, kinds, prepare
 from krrst_fast.errors import DataError
+from krrst_fast.runs.files import read_json, write_json
 
 
 def image(path: Path, level: int = 0) -> Path:
@@ -365,9 +366,10 @@ def test_a_store_without_the_newer_entries_is_still_read(tmp_path):
     image(tmp_path / "a" / "0.png")
     store = prepare(PrepareConfig(source=str(tmp_path / "a"), out=tmp_path / "out", size=4))
     path = store.path / "index.json"
-    index = json.loads(path.read_text())
+    index = read_json(path)
     assert index["pixels"] == {"fit": "crop", "background": [255, 255, 255], "upright": True}
-    path.write_text(json.dumps({k: v for k, v in index.items() if k not in ("pixels", "left_out")}))
+    older = {k: v for k, v in index.items() if k not in ("pixels", "left_out")}
+    write_json(path, older, sealed=True)
     from krrst_fast.data import open_store
 
     assert open_store(store.path, verify=True).left_out == {}

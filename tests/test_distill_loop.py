@@ -291,7 +291,7 @@ def test_a_set_that_went_bad_does_not_replace_the_checkpoint(config, monkeypatch
         ),
         ({"store": Path("nowhere")}, DataError, "nowhere: not an image store"),
         ({"target": Path("nowhere")}, CheckpointError, "nowhere"),
-        ({"device": "tpu"}, ConfigError, "device: must be auto, cpu or cuda"),
+        ({"device": "tpu"}, ConfigError, "device: must be auto, cpu, cuda"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_no_folder(config, change, error, message):

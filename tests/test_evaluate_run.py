@@ -365,5 +365,8 @@ def test_diverged_pretraining_names_method_and_seed(config: EvaluateConfig) -> N
 def test_a_result_file_that_is_something_else(config: EvaluateConfig) -> None:
     (config.run / "evaluation").mkdir()
     (config.run / "evaluation" / "digits.json").write_text("[1, 2]")
-    with pytest.raises(DataError, match="digits.json: not a result of krrst evaluate"):
+    with (
+        pytest.warns(UserWarning, match="written without a checksum"),
+        pytest.raises(DataError, match="digits.json: not a result of krrst evaluate"),
+    ):
         evaluate(replace(config, methods=("distilled",)), progress=False)

@@ -157,7 +157,7 @@ def test_atomic_folder_replaces_only_with_overwrite_and_only_its_own(tmp_path: P
     with files.atomic_folder(out, overwrite=True, marker="index.json") as temporary:
         (temporary / "other").write_text("2")
     assert [p.name for p in out.iterdir()] == ["other"]
-    with pytest.raises(ConfigError, match="--overwrite replaces one that holds other"):
+    with pytest.raises(ConfigError, match="is not empty; --overwrite replaces it"):
         files.atomic_folder(out, marker="other").__enter__()
     with pytest.raises(ConfigError, match="holds no index.json"):
         files.atomic_folder(out, overwrite=True, marker="index.json").__enter__()

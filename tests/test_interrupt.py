@@ -224,7 +224,7 @@ def test_commands_killed_at_any_moment_go_on_to_the_same_bits(tmp_path):
     store = tmp_path / "store"
     assert krrst("prepare", "digits", store, "--size", 8).wait() == 0
     target = ["target", "--store", store, "--steps", 40, "--batch_size", 32]
-    target += ["--projector", "16", "--model.kind", "convnet", "--model.widths", "4,8"]
+    target += ["--projector", "[16]", "--model.kind", "convnet", "--model.widths", "[4,8]"]
     assert krrst(*target, "--out", tmp_path / "whole").wait() == 0
     out, delay = tmp_path / "killed", 1.0
     while True:

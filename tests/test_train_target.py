@@ -12,6 +12,7 @@ import torch
 
 from krrst_fast.data import PrepareConfig, open_store, prepare
 from krrst_fast.data.augment import plain_views
+from krrst_fast.data.store import checksum
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from krrst_fast.models import ModelConfig, build
 from krrst_fast.runs.config import from_dict, to_dict
@@ -302,6 +303,7 @@ def test_images_that_do_not_suit_are_refused_before_anything_is_written(config, 
     index |= {"channels": 1, "count": 3 * index["count"], "mean": [0.3], "std": [0.3]}
     index["splits"] = {name: [3 * a, 3 * b] for name, (a, b) in index["splits"].items()}
     (grey / "labels.i64").write_bytes(3 * (grey / "labels.i64").read_bytes())
+    index["crc32"] = {name: checksum(grey / name) for name in index["crc32"]}
     write_json(grey / "index.json", index, sealed=True)
     assert open_store(grey).channels == 1
     with pytest.raises(ConfigError, match="hue needs images of 3 channels, got 1"):

@@ -168,7 +168,7 @@ def _torch(path: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return load_torch(path, what="tensor file", failure=DataError)
     except DataError as error:
-        if "Weights only load failed" not in str(error) and "Unsupported" not in str(error):
+        if "holds more than tensors" not in str(error):
             raise
         raise DataError(
             f"{path}: holds Python objects, which could run code and are not unpickled; load it "
