@@ -3,6 +3,7 @@
 import io
 import pickle
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from krrst_fast.data import ImageStore, PrepareConfig, open_store, prepare
+from krrst_fast.errors import ConfigError
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": 23, "test": 9}
@@ -304,3 +306,34 @@ def test_the_digits_are_embedded_stratified_and_always_the_same(tmp_path):
     assert torch.equal(stored[:, 0], stored[:, 1]) and torch.equal(stored[:, 0], stored[:, 2])
     expected = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     assert sorted(map(bytes, stored[:, 0].numpy())) == sorted(map(bytes, expected))
+
+
+@pytest.mark.parametrize("fraction,held", [(0.2, [4, 9]), (0.5, [1, 3, 5, 7, 9]), (0.05, [])])
+def test_a_fraction_of_each_class_is_held_out(
+    tmp_path: Path, fraction: float, held: list[int]
+) -> None:
+    pixels = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    labels = np.array([0, 1] * 10)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=labels)
+    config = {"source": str(tmp_path / "a.npz"), "size": 4, "test_fraction": fraction}
+    with (
+        nullcontext() if held else pytest.warns(UserWarning, match="0.05 of so few images is none")
+    ):
+        store = prepare(PrepareConfig(**config, out=tmp_path / "out"))
+    # Of each class the fifth and the tenth, and so on: no class gives more than another.
+    test = sorted(2 * i + label for i in held for label in (0, 1))
+    train = [i for i in range(20) if i not in test]
+    assert store.images("train")[:, 0, 0, 0].tolist() == train
+    assert store.labels("train").tolist() == [i % 2 for i in train]
+    if held:
+        assert store.images("test")[:, 0, 0, 0].tolist() == test
+    else:
+        assert "test" not in store.splits
+
+
+def test_a_fraction_of_what_has_splits_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=np.zeros((3, 4, 4, 3), np.uint8))
+    config = PrepareConfig(source=str(tmp_path), out=tmp_path / "o", size=4, test_fraction=0.1)
+    with pytest.raises(ConfigError, match="test_fraction must be 0 .* has train, test"):
+        prepare(config)

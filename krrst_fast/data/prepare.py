@@ -1,10 +1,11 @@
 """`krrst prepare`: decode an image set once into a packed store that the other commands read."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout
+from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout, hold_out
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.runs.config import require, require_choices
 
@@ -38,6 +39,8 @@ class PrepareConfig:
     """Colour behind transparent pixels and, with fit pad, beside the image: a name or #rrggbb."""
     max_pixels: int = MAX_PIXELS
     """Images that declare more pixels are not decoded: refused, or skipped, by name and size."""
+    test_fraction: float = 0.0
+    """Hold out this fraction of each class as a test split, where the source has none."""
     limit: int | None = None
     """Take the first images of each split only."""
     overwrite: bool = False
@@ -50,6 +53,7 @@ class PrepareConfig:
         require(self.max_pixels >= 1, self, "max_pixels", "at least 1")
         both = self.strict and self.on_error == "skip"
         require(not both, self, "on_error", "refuse where strict is true")
+        require(0 <= self.test_fraction < 1, self, "test_fraction", "from 0 to below 1")
         require(self.limit is None or self.limit >= 1, self, "limit", "at least 1")
 
 
@@ -79,6 +83,15 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> "ImageStore":
             f"prepare: {config.source}: {len(source.left_out)} files would be left out, which "
             f"--strict refuses; the first, {first.name}: {first.reason}"
         )
+    if config.test_fraction > 0:
+        if [split.name for split in source.splits] != ["train"]:
+            names = ", ".join(split.name for split in source.splits)
+            raise ConfigError(
+                f"prepare: test_fraction must be 0 where the source has splits already, and "
+                f"{config.source} has {names}"
+            )
+        again = formats.open_source(config.source, config.size, config.layout)
+        source = hold_out(source, again, config.test_fraction)
     decoder = decode.Decoder(
         size=config.size,
         fit=config.fit,
@@ -88,7 +101,14 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> "ImageStore":
     packer = pack.Packer(decoder, config.on_error, config.limit, progress)
     with atomic_folder(config.out, overwrite=config.overwrite, marker=INDEX) as folder:
         packer.pack(source, config.source, folder)
-    return open_store(config.out)
+    store = open_store(config.out)
+    if config.test_fraction > 0 and "test" not in store.splits:
+        warnings.warn(
+            f"prepare: test_fraction {config.test_fraction} of so few images is none of any class: "
+            "there is no test split",
+            stacklevel=2,
+        )
+    return store
 
 
 def _refuse_output(config: PrepareConfig) -> None:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import floor
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +128,33 @@ def held_out_as_test(source: Source) -> Source:
     rename = {"val": "test"} if "test" not in names else {}
     splits = [replace(split, name=rename.get(split.name, split.name)) for split in source.splits]
     return replace(source, splits=tuple(sorted(splits, key=lambda s: SPLITS.index(s.name))))
+
+
+def hold_out(source: Source, again: Source, fraction: float) -> Source:
+    """Make a test split of a fraction of each class, spread evenly; the same images every time.
+
+    Args:
+        source: With a train split alone.
+        again: The same source, opened once more: its items can be walked through once.
+        fraction: Between 0 and 1. Images without labels count as one class.
+    """
+    (train,), (test,) = source.splits, again.splits
+    splits = (
+        Split("train", _every(train.items, fraction, held=False)),
+        Split("test", _every(test.items, fraction, held=True)),
+    )
+    return replace(source, splits=splits)
+
+
+def _every(items: Iterator[Item], fraction: float, *, held: bool) -> Iterator[Item]:
+    """Yield the images that are held out, or the others."""
+    seen: Counter[int] = Counter()
+    for item in items:
+        # The first of a class is never held out.
+        before, after = (floor((seen[item.label] + i) * fraction + 1e-9) for i in (0, 1))
+        seen[item.label] += 1
+        if (after > before) == held:
+            yield item
 
 
 def natural(text: str) -> tuple[list[str | int], str]:

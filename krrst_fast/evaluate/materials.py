@@ -193,7 +193,7 @@ def _test_split(store: ImageStore) -> str:
             return name
     raise DataError(
         f"{store.path}: an evaluation needs images in a train split and in a test or val split, "
-        f"got {', '.join(filled) or 'none'}"
+        f"got {', '.join(filled) or 'none'}; krrst prepare --test_fraction 0.2 makes one"
     )
 
 
