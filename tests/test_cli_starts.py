@@ -8,6 +8,7 @@ import pytest
 
 _CHECK = """
 import sys
+from importlib import import_module
 from krrst_fast.cli.main import main
 try:
     code = main(sys.argv[1:])
@@ -52,3 +53,23 @@ def test_answers_and_refusals_do_without_torch(words: str, code: int, says: str,
     *errors, imported = done.stderr.splitlines()
     assert (done.returncode, imported) == (code, "False"), done.stderr
     assert says in done.stdout + "\n".join(errors)
+
+
+_NAMES = """
+import sys
+from importlib import import_module
+from pathlib import Path
+for name in ("data", "distill", "evaluate", "models", "targets"):
+    package = import_module(f"krrst_fast.{name}")
+    submodules = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
+    lazy = set(package.__all__) - set(vars(package))
+    assert not lazy & submodules, (name, lazy & submodules)
+    assert set(package.__all__) <= set(dir(package)), name
+    assert all(getattr(package, one) is not None for one in package.__all__), name
+"""
+
+
+def test_no_lazy_name_of_a_package_is_that_of_a_submodule() -> None:
+    """Importing the submodule would take the place of what is imported when it is first used."""
+    done = subprocess.run([sys.executable, "-c", _NAMES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

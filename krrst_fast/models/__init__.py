@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from krrst_fast.runs.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from krrst_fast.models.build import (
+    from krrst_fast.models.builder import (
         build,
         check,
     )
@@ -22,7 +22,7 @@ __all__ = ["ModelConfig", "Network", "build", "check", "place"]
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "krrst_fast.models.build": ("build", "check"),
+        "krrst_fast.models.builder": ("build", "check"),
         "krrst_fast.models.config": ("ModelConfig",),
         "krrst_fast.models.network": (
             "Network",
