@@ -8,7 +8,6 @@ import pytest
 
 _CHECK = """
 import sys
-from importlib import import_module
 from krrst_fast.cli.main import main
 try:
     code = main(sys.argv[1:])
