@@ -47,9 +47,11 @@ def config(tiny_store, tiny_target, tmp_path) -> DistillConfig:
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Pytest runs some of its processes with SIGINT ignored."""
+    """Pytest runs some of its processes with SIGINT ignored, nohup all of them with SIGHUP."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -157,8 +157,9 @@ def _read_target(run: Run) -> None:
         run.target_config = _object(folder / "config.json")
     if (folder / "summary.json").exists():
         run.target_summary = _object(folder / "summary.json")
-    # A target made of existing weights has no curves to miss.
-    if not run.target_rows and not run.target_config.get("weights"):
+    # A target of existing weights, or an encoder, has no curves to miss.
+    made = run.target_config.get("weights") or run.target_config.get("encoder")
+    if not run.target_rows and not made:
         run.lacks(
             f"The pre-training curves of the target network ({folder / 'metrics.jsonl'}).",
             "krrst target",

@@ -72,7 +72,8 @@ def loss_at_end(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
     One outer loss says little: it depends on the network that was drawn.
     """
-    losses = [row["loss"] for row in rows if math.isfinite(row.get("loss", math.nan))]
+    found = (row.get("loss") for row in rows)
+    losses = [x for x in found if isinstance(x, int | float) and math.isfinite(x)]
     last = losses[-max(10, len(losses) // 10) :]
     return math.fsum(last) / len(last) if last else None
 
