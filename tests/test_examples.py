@@ -38,9 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_your_encoder_then_pretrain_and_finetune(folder: Path, tmp_path: Path) -> None:
-    out = _run(EXAMPLES / "your_encoder.py", folder, tmp_path, "--size", 16, "--images", 8)
-    assert "DistilledSet(8 images of 3x16x16, 64 targets" in out
-    words = (tmp_path / "set.safetensors", tmp_path / "store", "--epochs", 10)
+    small = ("--size", 16, "--images", 8, "--outputs", 6, "--steps", 4, "--batch_size", 8)
+    small += ("--pool", 2, "--online_steps", 4, "--widths", 8, 8)
+    out = _run(EXAMPLES / "your_encoder.py", folder, tmp_path, *small)
+    assert "DistilledSet(8 images of 3x16x16, 6 targets" in out
+    words = (tmp_path / "run", tmp_path / "store", "--epochs", 10)
     out = _run(EXAMPLES / "pretrain_and_finetune.py", *words)
     assert "pre-trained" in out and "fine-tuned" in out
 
