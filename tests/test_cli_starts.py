@@ -39,9 +39,17 @@ sys.exit(code)
         ("distill --num_im 3", 2, "did you mean --num_images?"),
         ("evaluate R --store S --methods distiled", 2, "'distiled'; did you mean distilled?"),
         ("evaluate R --store S --methods distilled", 2, "a list such as [distilled]"),
+        ("prepare images used", 2, "used: the output folder exists and is not empty"),
+        ("prepare images images --overwrite true", 2, "holds no index.json"),
+        ("target --store images --out used", 2, "used: the output folder exists and is not"),
+        ("distill --store images --target images --out used --num_images 3", 2, "is not empty"),
+        ("distill --store images --target images --out used --num_images 3 --resume", 2, "no run"),
     ],
 )
 def test_answers_and_refusals_do_without_torch(words: str, code: int, says: str, tmp_path: Path):
+    for name in ("images", "used"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     done = subprocess.run(
         [sys.executable, "-c", _CHECK, *words.split()],
         capture_output=True,

@@ -19,7 +19,8 @@ from krrst_fast.distill.step import LinearDecay
 from krrst_fast.errors import CheckpointError
 from krrst_fast.runs.checkpoint import cut_metrics, load_checkpoint, require_same_run
 from krrst_fast.runs.config import from_dict
-from krrst_fast.runs.files import append_jsonl, load_state, read_jsonl, save_state
+from krrst_fast.runs.files import append_jsonl, read_jsonl
+from krrst_fast.runs.tensors import load_state, save_state
 from krrst_fast.targets import load_target
 
 PROGRAM = """
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # what the first optimiser would import, in every child
 import safetensors.torch
-from krrst_fast.runs import files, log
+from krrst_fast.runs import files, log, tensors
 from krrst_fast.data import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill, loop
 from krrst_fast.models import ModelConfig
@@ -97,7 +98,7 @@ def live(out, prepare_death=None, after=None):
 
 def readable(out):
     path = out / "checkpoint.pt"
-    return files.load_state(path)["state"]["step"] if path.exists() else -1
+    return tensors.load_state(path)["state"]["step"] if path.exists() else -1
 
 
 began = time.perf_counter()

@@ -17,7 +17,7 @@ from krrst_fast.distill import DistillConfig, PoolConfig, distill
 from krrst_fast.errors import CheckpointError, ConfigError
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import from_dict
-from krrst_fast.runs.files import load_state, save_state
+from krrst_fast.runs.tensors import load_state, save_state
 from krrst_fast.targets import load_target
 
 

@@ -17,7 +17,8 @@ from krrst_fast.distill.distilled_set import load_distilled
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import from_dict
-from krrst_fast.runs.files import load_state, read_jsonl
+from krrst_fast.runs.files import read_jsonl
+from krrst_fast.runs.tensors import load_state
 from krrst_fast.targets import load_target
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError
-from krrst_fast.runs import files
+from krrst_fast.runs import files, tensors
 from krrst_fast.runs.seal import KEY
 
 STATE = {"weight": torch.arange(6.0), "step": 7, "names": ["a", "b"], "none": None}
@@ -19,7 +19,8 @@ STATE = {"weight": torch.arange(6.0), "step": 7, "names": ["a", "b"], "none": No
 
 def _run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     prelude = (
-        "import os, signal, sys; from pathlib import Path; from krrst_fast.runs import files\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from krrst_fast.runs import files, tensors\n"
     )
     return subprocess.run(
         [sys.executable, "-c", prelude + code, *map(str, args)],
@@ -30,8 +31,8 @@ def _run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
-    files.save_state(tmp_path / "c.pt", STATE)
-    back = files.load_state(tmp_path / "c.pt")
+    tensors.save_state(tmp_path / "c.pt", STATE)
+    back = tensors.load_state(tmp_path / "c.pt")
     assert torch.equal(back.pop("weight"), STATE["weight"])
     assert back == {"step": 7, "names": ["a", "b"], "none": None}
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
@@ -194,14 +195,14 @@ def test_full_disk_is_an_oserror_and_keeps_the_old_file(tmp_path: Path, kind: st
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "big = {'x': torch.zeros(100_000)}\n"
         "try:\n"
-        "    if sys.argv[2] == 'save_state': files.save_state(Path(sys.argv[1]), big)\n"
-        "    if sys.argv[2] == 'save_tensors': files.save_tensors(Path(sys.argv[1]), big, {})\n"
+        "    if sys.argv[2] == 'save_state': tensors.save_state(Path(sys.argv[1]), big)\n"
+        "    if sys.argv[2] == 'save_tensors': tensors.save_tensors(Path(sys.argv[1]), big, {})\n"
         "    if sys.argv[2] == 'write_json': files.write_json(Path(sys.argv[1]), [0] * 100_000)\n"
         "except OSError as error:\n"
         "    print('OSError', error.errno)\n"
     )
     assert big["x"].nbytes > 50_000 > small["x"].nbytes
-    files.save_state(path, small)
+    tensors.save_state(path, small)
     before = path.read_bytes()
     done = _run(code, path, kind)
     assert done.stdout.startswith("OSError 27"), done.stdout + done.stderr
@@ -213,7 +214,7 @@ def test_full_disk_is_an_oserror_and_keeps_the_old_file(tmp_path: Path, kind: st
 def test_tensors_round_trip(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     path = tmp_path / "t.safetensors"
-    files.save_tensors(path, {"x": torch.eye(3).T[:, :2]}, {"format_version": "1"})
+    tensors.save_tensors(path, {"x": torch.eye(3).T[:, :2]}, {"format_version": "1"})
     with safetensors.safe_open(path, "pt") as file:
         assert torch.equal(file.get_tensor("x"), torch.eye(3)[:, :2])
         metadata = file.metadata()
@@ -224,18 +225,18 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     with pytest.raises(CheckpointError, match="c.pt: there is no such checkpoint"):
-        files.load_state(path)
-    files.save_state(path, STATE)
+        tensors.load_state(path)
+    tensors.save_state(path, STATE)
     whole = path.read_bytes()
     middle = bytearray(whole)
     middle[20:200] = b"\xff" * 180
     for damaged in (b"", b"hello", whole[:100], whole[:-1], bytes(middle), bytes(500)):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="c.pt: not a readable checkpoint"):
-            files.load_state(path)
+            tensors.load_state(path)
     torch.save(torch.zeros(2), path)
     with pytest.raises(CheckpointError, match="holds a Tensor"):
-        files.load_state(path)
+        tensors.load_state(path)
 
 
 def test_checkpoint_runs_no_code(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_checkpoint_runs_no_code(tmp_path: Path) -> None:
 
     torch.save({"x": Evil()}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
-        files.load_state(tmp_path / "c.pt")
+        tensors.load_state(tmp_path / "c.pt")
     assert not (tmp_path / "owned").exists()
 
 
@@ -287,7 +288,7 @@ def test_an_interrupt_while_saving_is_an_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.pt"
-    files.save_state(path, {"x": torch.ones(1000)})
+    tensors.save_state(path, {"x": torch.ones(1000)})
     before, written = path.read_bytes(), []
 
     def write(self: object, data: bytes) -> int:
@@ -296,8 +297,8 @@ def test_an_interrupt_while_saving_is_an_interrupt(
             raise KeyboardInterrupt
         return len(data)
 
-    monkeypatch.setattr(files.Sink, "write", write)
+    monkeypatch.setattr(tensors.Sink, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        files.save_state(path, {"x": torch.zeros(1000)})
+        tensors.save_state(path, {"x": torch.zeros(1000)})
     assert len(written) >= 3 and path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -16,8 +16,9 @@ from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import CheckpointError, DataError, KrrstError
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs.checkpoint import load_checkpoint
-from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, save_state, write_json
+from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, write_json
 from krrst_fast.runs.seal import KEY
+from krrst_fast.runs.tensors import save_state
 from krrst_fast.targets import load_target
 
 
@@ -198,7 +199,7 @@ def test_a_thing_in_the_place_of_another_is_called_what_it_is(run, tmp_path):
 
 
 def test_advice_to_run_code_is_not_relayed(tmp_path):
-    from krrst_fast.runs.files import load_state
+    from krrst_fast.runs.tensors import load_state
 
     torch.save({"x": Path("a")}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="holds more than tensors and plain values") as caught:

@@ -20,9 +20,10 @@ from krrst_fast.errors import ConfigError
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs import environment
 from krrst_fast.runs.checkpoint import Saves
-from krrst_fast.runs.files import load_state, read_json, read_jsonl
+from krrst_fast.runs.files import read_json, read_jsonl
 from krrst_fast.runs.interrupt import Interrupted, Interrupts, raised_signals
 from krrst_fast.runs.lock import locked
+from krrst_fast.runs.tensors import load_state
 from krrst_fast.targets import SSLAugmentConfig, TargetConfig, train_target
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -26,7 +26,8 @@ from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.trial import Trials
 from krrst_fast.models import ModelConfig, build, source
 from krrst_fast.runs.config import to_dict
-from krrst_fast.runs.files import load_state, read_json
+from krrst_fast.runs.files import read_json
+from krrst_fast.runs.tensors import load_state
 from krrst_fast.targets import FrozenTarget, TargetConfig, load_target
 
 NETS = """

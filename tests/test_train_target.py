@@ -16,7 +16,8 @@ from krrst_fast.data.store import checksum
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from krrst_fast.models import ModelConfig, build
 from krrst_fast.runs.config import from_dict, to_dict
-from krrst_fast.runs.files import load_state, read_json, read_jsonl, write_json
+from krrst_fast.runs.files import read_json, read_jsonl, write_json
+from krrst_fast.runs.tensors import load_state
 from krrst_fast.targets import SSLAugmentConfig, TargetConfig, load_target, train_target
 from krrst_fast.targets import train as train_module
 from krrst_fast.targets.diagnose import collapse_metrics
@@ -116,7 +117,8 @@ import os, signal, sys, warnings
 from pathlib import Path
 import torch, torch._dynamo, safetensors.torch
 from krrst_fast.runs.config import from_dict
-from krrst_fast.runs.files import load_state, read_json
+from krrst_fast.runs.files import read_json
+from krrst_fast.runs.tensors import load_state
 from krrst_fast.targets import TargetConfig, train_target
 
 config = from_dict(TargetConfig, read_json(Path(sys.argv[1])))

@@ -10,8 +10,9 @@ from krrst_fast import operators
 from krrst_fast.errors import DataError
 from krrst_fast.planner.limits import free_memory
 from krrst_fast.runs import environment
-from krrst_fast.runs.files import load_state, read_json, read_jsonl, recover_folder
+from krrst_fast.runs.files import read_json, read_jsonl, recover_folder
 from krrst_fast.runs.log import loss_at_end
+from krrst_fast.runs.tensors import load_state
 
 
 def about_this_machine() -> dict[str, str]:

@@ -30,6 +30,8 @@ class Stage:
     switches: Mapping[str, str]
     inputs: tuple[str, ...]
     """Settings that are files or folders to be read, if they are given."""
+    refuse: Callable[[Any, frozenset[str]], None]
+    """Raises an error if the output cannot be written; takes the config and the switches."""
     call: Callable[[Any, frozenset[str], str], None]
     """Does it and prints: takes the config, the switches, and ` --run NAME` or nothing."""
 
@@ -160,6 +162,7 @@ def _run_stage(stage: Stage, argv: list[str]) -> None:
             if (path := getattr(config, field)) is not None and str(path) != "digits":
                 shown = field.upper() if field in stage.positionals else f"--{field}"
                 _require_there(f"{stage.name}: {shown}: {path}", Path(path))
+        stage.refuse(config, parsed.switches)
         stage.call(config, parsed.switches, run)
 
 
@@ -168,6 +171,19 @@ def _require_there(where: str, path: Path) -> None:
     # A folder whose replacement was killed is still there under another name, and is put back.
     if not path.exists() and not any(path.parent.glob(f".{glob.escape(path.name)}.*")):
         raise DataError(f"{where}: there is no such file or folder")
+
+
+def _refuse_store(config: Any, switches: frozenset[str]) -> None:
+    from krrst_fast.data.prepare import refuse_output
+
+    refuse_output(config)
+
+
+def _refuse_run(config: Any, switches: frozenset[str]) -> None:
+    from krrst_fast.runs.folder import check_folder
+
+    free = import_module(type(config).__module__).FREE_SETTINGS
+    check_folder(config.out, config, resume="resume" in switches, free=free)
 
 
 def _progress(switches: frozenset[str]) -> bool:
@@ -288,6 +304,7 @@ _STAGES = {
             positionals=("source", "out"),
             switches=_QUIET,
             inputs=("source",),
+            refuse=_refuse_store,
             call=_prepare,
         ),
         Stage(
@@ -297,6 +314,7 @@ _STAGES = {
             positionals=(),
             switches=_RESUME,
             inputs=("store", "weights"),
+            refuse=_refuse_run,
             call=_target,
         ),
         Stage(
@@ -306,6 +324,7 @@ _STAGES = {
             positionals=(),
             switches=_RESUME,
             inputs=("store", "target"),
+            refuse=_refuse_run,
             call=_distill,
         ),
         Stage(
@@ -315,6 +334,7 @@ _STAGES = {
             positionals=("run",),
             switches=_QUIET,
             inputs=("run", "store", "source", "target"),
+            refuse=lambda config, switches: None,
             call=_evaluate,
         ),
     )

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from krrst_fast.runs.config import require
 
+INDEX = "index.json"
+"""The file that makes a folder a store."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:

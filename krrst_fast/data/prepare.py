@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from krrst_fast.data.config import INDEX
 from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout, hold_out
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.runs.config import require, require_choices
+from krrst_fast.runs.files import atomic_folder, refuse_existing
 
 if TYPE_CHECKING:
     from krrst_fast.data.store import ImageStore
@@ -65,10 +67,9 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> "ImageStore":
         ConfigError: `out` exists, or what decodes images is not installed.
     """
     # Here, as these import torch, which the settings above do without.
-    from krrst_fast.data.store import INDEX, open_store
-    from krrst_fast.runs.files import atomic_folder
+    from krrst_fast.data.store import open_store
 
-    _refuse_output(config)
+    refuse_output(config)
     try:
         # Pillow is needed to prepare a store, not to read one.
         from krrst_fast.data import decode, formats, pack
@@ -111,11 +112,8 @@ def prepare(config: PrepareConfig, *, progress: bool = False) -> "ImageStore":
     return store
 
 
-def _refuse_output(config: PrepareConfig) -> None:
+def refuse_output(config: PrepareConfig) -> None:
     """Check that the output replaces a store, never the images that it is made from."""
-    from krrst_fast.data.store import INDEX
-    from krrst_fast.runs.files import refuse_existing
-
     refuse_existing(config.out, overwrite=config.overwrite, marker=INDEX)
     if config.source == DIGITS:
         return

@@ -11,13 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from krrst_fast.data.config import INDEX
 from krrst_fast.data.source import MOST_CLASSES, UNLABELLED
 from krrst_fast.errors import DataError
 from krrst_fast.runs.files import read_json, recover_folder, write_json
 
 FORMAT_VERSION = 1
 CHANNELS = 3
-INDEX, IMAGES, LABELS = "index.json", "images.u8", "labels.i64"
+IMAGES, LABELS = "images.u8", "labels.i64"
 _CHUNK = 1 << 22
 
 

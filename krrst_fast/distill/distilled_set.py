@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from krrst_fast.errors import DataError
 from krrst_fast.runs.config import flat
-from krrst_fast.runs.files import load_torch, read_json, save_tensors
+from krrst_fast.runs.files import read_json
 from krrst_fast.runs.seal import check_safetensors, warn_unsealed
+from krrst_fast.runs.tensors import load_torch, save_tensors
 
 FORMAT_VERSION = 1
 FILE_NAME = "distilled.safetensors"

@@ -16,7 +16,8 @@ from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.exchange.labels import Kind, Labels, as_labels, targets_of
 from krrst_fast.exchange.write import FORMAT_VERSION, SIDECAR, TARGETS
-from krrst_fast.runs.files import load_torch, read_json
+from krrst_fast.runs.files import read_json
+from krrst_fast.runs.tensors import load_torch
 
 
 @dataclass(frozen=True)

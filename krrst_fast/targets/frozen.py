@@ -16,8 +16,9 @@ from krrst_fast.data.store import ImageStore
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from krrst_fast.models import ModelConfig, Network, build
 from krrst_fast.runs.config import from_dict, to_dict
-from krrst_fast.runs.files import atomic_path, save_tensors
+from krrst_fast.runs.files import atomic_path
 from krrst_fast.runs.seal import KEY, warn_unsealed
+from krrst_fast.runs.tensors import save_tensors
 from krrst_fast.targets.encoder import Encoder, EncoderInfo, FeatureTable
 from krrst_fast.targets.open_encoder import digest_of_file, file_of, open_encoder
 from krrst_fast.targets.weights import check_finite, read_safetensors

@@ -13,7 +13,6 @@ from krrst_fast.models import Network, build, place
 from krrst_fast.runs import environment
 from krrst_fast.runs.checkpoint import (
     Saves,
-    check_folder,
     cut_metrics,
     load_checkpoint,
     require_same_inputs,
@@ -21,6 +20,7 @@ from krrst_fast.runs.checkpoint import (
 )
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.folder import check_folder
 from krrst_fast.runs.interrupt import Interrupts
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.log import RunLog, due, summary

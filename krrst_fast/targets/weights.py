@@ -8,8 +8,8 @@ from torch import Tensor
 
 from krrst_fast.errors import CheckpointError, NonFiniteError
 from krrst_fast.models import Network
-from krrst_fast.runs.files import load_state
 from krrst_fast.runs.seal import check_safetensors
+from krrst_fast.runs.tensors import load_state
 
 _PREFIXES = (
     *("module.", "_orig_mod.", "model."),

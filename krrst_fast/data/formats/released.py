@@ -11,7 +11,7 @@ from torch import Tensor
 from krrst_fast.data.formats import arrays
 from krrst_fast.data.source import Item, Source, Split
 from krrst_fast.errors import DataError
-from krrst_fast.runs.files import load_torch
+from krrst_fast.runs.tensors import load_torch
 
 _NAME = re.compile(r"X_(tr|te)(?:_(\d+))?\.pth")
 _SPLIT = {"tr": "train", "te": "test"}
