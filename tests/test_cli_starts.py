@@ -80,3 +80,17 @@ def test_no_lazy_name_of_a_package_is_that_of_a_submodule() -> None:
     """Importing the submodule would take the place of what is imported when it is first used."""
     done = subprocess.run([sys.executable, "-c", _NAMES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_streams_that_a_shell_has_closed(tmp_path: Path, closed: str) -> None:
+    command = f'"{sys.executable}" -m krrst_fast prepare digits out --size 8 --limit 5 {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )
+    assert done.returncode == 0 and (tmp_path / "out" / "index.json").exists(), done.stderr
+    assert "Traceback" not in done.stderr

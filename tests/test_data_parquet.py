@@ -154,5 +154,5 @@ def test_a_flipped_byte_is_not_read_as_another_image(tmp_path: Path) -> None:
 def test_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'krrst_fast\[parquet\]'"):
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'krrst-fast\[parquet\]'"):
         prepared(tmp_path / "x.parquet", tmp_path)

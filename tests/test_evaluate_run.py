@@ -27,6 +27,7 @@ from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.trial import Trials
 from krrst_fast.models import ModelConfig, build
 from krrst_fast.runs.files import read_json, read_jsonl
+from krrst_fast.runs.lock import locked
 from krrst_fast.targets import FrozenTarget, load_target
 
 NETWORK = ModelConfig(widths=(8, 16))
@@ -370,3 +371,13 @@ def test_a_result_file_that_is_something_else(config: EvaluateConfig) -> None:
         pytest.raises(DataError, match="digits.json: not a result of krrst evaluate"),
     ):
         evaluate(replace(config, methods=("distilled",)), progress=False)
+
+
+def test_a_refused_evaluation_leaves_the_lock_of_the_running_one(config: EvaluateConfig) -> None:
+    """The file of the running one is empty until its first row."""
+    partial = config.run / "evaluation" / "digits.partial.jsonl"
+    partial.parent.mkdir()
+    partial.touch()
+    with locked(partial), pytest.raises(ConfigError, match="another process is writing"):
+        evaluate(replace(config, methods=("none",)), progress=False)
+    assert partial.exists()

@@ -245,3 +245,25 @@ def test_commands_killed_at_any_moment_go_on_to_the_same_bits(tmp_path):
     assert {path.name for path in out.iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }
+
+
+def test_a_closed_terminal_sends_its_signal_twice(config, monkeypatch):
+    """The kernel does, and the shell: the step is saved all the same."""
+    _send_in_call(monkeypatch, loop, "outer_step", signal.SIGHUP, call=4, times=2)
+    with pytest.raises(Interrupted, match="SIGHUP after step 5 of 8, which is saved"):
+        distill(config, progress=False)
+    assert load_state(config.out / "checkpoint.pt")["state"]["step"] == 5
+
+
+def test_the_lock_of_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """A writer that ends removes its file: who opened it before must not lock what is gone."""
+    path, real = tmp_path / "x.jsonl", fcntl.flock
+    path.touch()
+
+    def removed(descriptor: int, how: int) -> None:
+        path.unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with pytest.raises(ConfigError, match="has just ended writing"), locked(path):
+        pass

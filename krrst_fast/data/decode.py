@@ -138,6 +138,11 @@ class Decoder:
             raise DataError("holds floating-point pixels, whose range is not known")
         if image.mode.startswith("I"):
             levels = np.asarray(image)
+            if image.mode == "I" and 0 < levels.max() < 256:
+                raise DataError(
+                    "holds 32-bit integers of which none is above 255: whether they are of 8 or of "
+                    "16 bits is not known"
+                )
             image = Image.fromarray(_upper_byte(levels))
             if isinstance(transparent, int):
                 alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))

@@ -55,7 +55,7 @@ class PrepareConfig:
         require(self.max_pixels >= 1, self, "max_pixels", "at least 1")
         both = self.strict and self.on_error == "skip"
         require(not both, self, "on_error", "refuse where strict is true")
-        require(0 <= self.test_fraction < 1, self, "test_fraction", "from 0 to below 1")
+        require(0 <= self.test_fraction <= 0.9, self, "test_fraction", "from 0 to 0.9")
         require(self.limit is None or self.limit >= 1, self, "limit", "at least 1")
 
 

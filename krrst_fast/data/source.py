@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy.typing as npt
 
@@ -157,17 +157,23 @@ def _every(items: Iterator[Item], fraction: float, *, held: bool) -> Iterator[It
             yield item
 
 
-def natural(text: str) -> tuple[list[str | int], str]:
+def natural(text: str) -> tuple[list[Any], str]:
     """Return a sort key that puts image_10 after image_9; no two texts have the same one."""
     parts = re.split(r"(\d+)", text)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+    return [_number(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def sample_order(path: Path) -> tuple[int, tuple[list[str | int], str]]:
+def _number(digits: str) -> tuple[int, str]:
+    """Return a sort key of a number that may have more digits than Python turns into an int."""
+    digits = digits.lstrip("0")
+    return len(digits), digits
+
+
+def sample_order(path: Path) -> tuple[tuple[int, str], tuple[list[Any], str]]:
     """Return the sort key of an image file: the last number in its name, then its path.
 
     The same samples then come in the same order whatever the format, and a prefix of the set holds
     every class: `n01440764_0.JPEG` of each class comes before any `n01440764_1.JPEG`.
     """
     numbers = re.findall(r"\d+", path.stem)
-    return (int(numbers[-1]) if numbers else -1, natural(path.as_posix()))
+    return (_number(numbers[-1]) if numbers else (-1, "")), natural(path.as_posix())

@@ -1,6 +1,7 @@
 """The result of a distillation: a few images and their target representations."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,11 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             raise DataError(
                 f"DistilledSet: mean and std must have {images[1]} items, one a channel, "
                 f"got {len(self.mean)} and {len(self.std)}"
+            )
+        if not all(map(math.isfinite, self.mean)) or not all(0 < x < math.inf for x in self.std):
+            raise DataError(
+                "DistilledSet: mean must be finite and std positive, "
+                f"got {self.mean} and {self.std}"
             )
         for name, tensor in (("images", self.images), ("targets", self.targets)):
             if not torch.isfinite(tensor).all():

@@ -111,7 +111,9 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
         run = _Run(config, inputs, state, verification)
         with run.interrupts.noted():
             run.take_up(progress)
-            source = make_source(config, store, target, device, progress=progress)
+        # A signal ends this at once: the warm-up is saved, and so are the outputs of an encoder.
+        source = make_source(config, store, target, device, progress=progress)
+        with run.interrupts.noted():
             run.go_on(source, progress)
 
         written = summary(run.totals, config.steps, config.batch_size)

@@ -53,8 +53,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
 
     folder.mkdir(parents=True, exist_ok=True)
     partial.touch()
-    try:
-        with locked(partial):
+    with locked(partial):
+        try:
             rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
             missing = [job for job in jobs if job not in rows]
             total = sum(_ticks(config, method) for method, _ in missing)
@@ -80,10 +80,10 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
             write_json(folder / f"{name}.json", evaluation.to_json(), sealed=True)
             partial.unlink(missing_ok=True)
             return evaluation
-    finally:
-        # Held no row yet; another process's would be refused before it could begin one.
-        if partial.exists() and partial.stat().st_size == 0:
-            partial.unlink()
+        finally:
+            # It holds no row yet. Only the process that has the lock removes it.
+            if partial.exists() and partial.stat().st_size == 0:
+                partial.unlink()
 
 
 def _rows_at_hand(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from krrst_fast.data.source import natural
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.exchange.labels import Kind, Labels, as_labels, targets_of
@@ -100,12 +101,23 @@ def import_set(
         mean, std = (0.0,) * channels, (1.0,) * channels
     elif layout.unit:
         raise ConfigError(f"import: images of {source} are pixels; leave out --mean and --std")
+    if max(*mean, *std) > 1 or min(mean) < 0:
+        raise ConfigError(
+            "import: --mean and --std must be in units of [0, 1] pixels: divide those of 0 to 255 "
+            f"by 255; got {tuple(mean)} and {tuple(std)}"
+        )
     found = labels or got.labels
     if found is None:
         raise DataError(f"{path}: holds no labels; give them with --labels")
     if len(found.values) != len(got.images):
         raise DataError(f"{path}: {len(got.images)} images, and {len(found.values)} labels")
     names = tuple(classes) or got.classes
+    if classes and got.classes and labels is None:
+        # Folders have names already: these say which number each of them gets.
+        if missing := set(got.classes) - set(classes):
+            raise ConfigError(f"import: --classes lacks {', '.join(sorted(missing))}")
+        order = torch.tensor([names.index(name) for name in got.classes])
+        found = Labels(found.kind, order[found.values]) if found else found
     meta = {"method": f"imported from {source}", "label_kind": found.kind}
     if names:
         meta["classes"] = json.dumps(names)
@@ -283,13 +295,15 @@ def _imagefolder(path: Path, floats: Kind) -> _Read:
     root = path / "train" if (path / "train").is_dir() else path
     if not root.is_dir():
         raise DataError(f"{path}: imagefolder is a folder, and this is a file")
-    files = sorted(root.rglob("*.png"), key=lambda file: (file.name, str(file)))
+    files = sorted(root.rglob("*.png"), key=lambda file: (natural(file.name), natural(str(file))))
     if not files:
         raise DataError(f"{path}: there is no .png file")
     pixels = []
     for file in files:
         try:
             with Image.open(file) as image:
+                if image.mode not in ("L", "RGB"):
+                    raise DataError(f"{file}: must be a grey or RGB image, got {image.mode}")
                 pixels.append(np.atleast_3d(np.array(image)))
         except OSError as error:
             raise DataError(f"{file}: not a readable image ({error})") from None
@@ -301,7 +315,7 @@ def _imagefolder(path: Path, floats: Kind) -> _Read:
     folders = [file.parent.relative_to(root).as_posix() for file in files]
     if "." in folders:
         return _Read(images, None, left)
-    names = tuple(sorted(set(folders)))
+    names = tuple(sorted(set(folders), key=natural))
     numbered = [re.match(r"(\d{4})(?:_|$)", name) for name in names]
     if (path / SIDECAR).exists() and all(numbered):
         # A class without an image has no folder: the number counts, not the place.

@@ -1,5 +1,6 @@
 """One network from its settings and a seed."""
 
+import warnings
 from typing import cast, get_args
 
 import torch
@@ -52,17 +53,24 @@ def check(
 ) -> None:
     """Raise ConfigError unless such networks can be built and trained; one is, for a step."""
 
-    def fresh() -> Network:
+    def fresh(seed: int = 0) -> Network:
         return build(
-            config, image_size=image_size, num_outputs=num_outputs, seed=0, channels=channels
+            config, image_size=image_size, num_outputs=num_outputs, seed=seed, channels=channels
         )
 
     network = fresh()
     if isinstance(network, OwnNetwork):
-        twin = fresh()
-        assert isinstance(twin, OwnNetwork)
+        twin, other = fresh(), fresh(1)
+        assert isinstance(twin, OwnNetwork) and isinstance(other, OwnNetwork)
         with seeded(0, torch.device(device)):
             check_own(place(network, device, dtype), twin)
+        pairs = zip(twin.net.parameters(), other.net.parameters(), strict=True)
+        if all(torch.equal(a, b) for a, b in pairs):
+            warnings.warn(
+                f"{config.kind}: its parameters are the same for every seed, so all networks of a "
+                "pool, and all seeds of an evaluation, begin alike; is there a manual_seed in it?",
+                stacklevel=2,
+            )
 
 
 def _require_pixels(config: ModelConfig, image_size: int) -> None:

@@ -132,7 +132,7 @@ class OwnNetwork(Network):
         spec = self._source.spec
         what = "embed" if self._layer is None else f"the input of layer {self._layer!r}"
         with self._source.running("computing features"):
-            features, again = self._features(x), self._features(x)
+            features, again, alone = (self._features(part) for part in (x, x, x[:1]))
         if not isinstance(features, Tensor):
             kind = type(features).__name__
             raise ConfigError(f"{spec}: {what} must be a tensor of features, got a {kind}")
@@ -149,6 +149,15 @@ class OwnNetwork(Network):
             raise ConfigError(
                 f"{spec}: {what} is random in evaluation mode: the same images gave two results "
                 "(F.dropout needs training=self.training)"
+            )
+        size = float(features.detach().abs().max())
+        near = isinstance(alone, Tensor) and alone.shape == (1, *shape[1:])
+        if not near or not torch.allclose(
+            alone, features[:1], rtol=0, atol=1e-3 * size + 1e-6, equal_nan=True
+        ):
+            raise ConfigError(
+                f"{spec}: {what} of an image depends on the other images of its batch in "
+                "evaluation mode (track_running_stats=False?)"
             )
         return features[0].numel()
 

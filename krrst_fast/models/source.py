@@ -82,7 +82,7 @@ class NetworkSource:
     def running(self, doing: str) -> Iterator[None]:
         """Run the user's code; what it raises becomes a ConfigError that names its line."""
         try:
-            with _importable(self.folder):
+            with importable(self.folder):
                 yield
         except ConfigError:
             raise
@@ -133,7 +133,7 @@ def _run_file(spec: str, path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there
     try:
         # Not through Python's cache of compiled files, which takes two edits in a second for one.
-        with _importable(path.parent):
+        with importable(path.parent):
             exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
@@ -144,7 +144,7 @@ def _run_file(spec: str, path: Path) -> ModuleType:
 def _import(spec: str, place: str, folder: Path) -> ModuleType:
     importlib.invalidate_caches()
     try:
-        with _importable(folder):
+        with importable(folder):
             return importlib.import_module(place)
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -206,7 +206,7 @@ def _failed(spec: str, doing: str, error: BaseException, files: tuple[Path, ...]
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
     """Look for modules in `folder` first, as Python does for a script in it."""
     entry = str(folder)
     sys.path.insert(0, entry)

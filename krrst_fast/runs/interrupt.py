@@ -66,6 +66,9 @@ class Interrupts:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
+            # A terminal that is closed sends SIGHUP twice, by the kernel and by the shell.
+            if signum == self.signum == signal.SIGHUP:
+                return
             raise Interrupted(signum)
         self.signum = signum
         if os.isatty(2):

@@ -58,4 +58,8 @@ def _lock(file: Path, path: Path, flags: int) -> int:
     except BaseException:
         os.close(descriptor)
         raise
+    # The last writer may have removed it meanwhile: a lock on what has no name holds nobody off.
+    if not file.exists() or not os.path.samestat(os.fstat(descriptor), file.stat()):
+        os.close(descriptor)
+        raise ConfigError(f"{path}: another process has just ended writing here; try again")
     return descriptor

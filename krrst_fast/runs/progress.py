@@ -78,7 +78,7 @@ def progress_bar(show: bool, **options: Any) -> Any:
         show: False draws nothing anywhere.
         options: Options of tqdm: `total`, `initial`, `desc`, `unit`.
     """
-    if not show:
+    if not show or sys.stderr is None:  # it is None where a shell has closed it
         return _NoBar()
     if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
         return _Lines(**options)

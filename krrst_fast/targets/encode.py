@@ -40,6 +40,8 @@ FITTED_BY = 10_000
 """Images, all over the store, that the principal components are fitted by."""
 _CHECKED_IMAGES = 1024
 _CHUNK = 256
+_SAME = 1e-2
+"""How far features of one image may be apart, of the largest: batches round differently."""
 _FEATURES = "encoder_features"
 
 
@@ -259,7 +261,8 @@ def _features(
         (len(index), model.feature_dim),
         {
             "store": store.identity(),
-            "encoder": ready.digest,
+            # Two of one digest may differ in what they compute: the name, and the code of a file.
+            "encoder": f"{ready.digest} {ready.name} {_code(ready.name)}",
             "settings": str(ready.settings),
             "device": device.type,
         },
@@ -268,6 +271,12 @@ def _features(
         what="features",
         progress=progress,
     )
+
+
+def _code(name: str) -> str:
+    """Return a fingerprint of the file that `my.py:callable` names, else nothing."""
+    path = Path(name.rpartition(":")[0])
+    return digest_of_file(path) if path.suffix == ".py" and path.is_file() else ""
 
 
 def _outputs(head: nn.Linear, features: Tensor) -> Tensor:
@@ -306,6 +315,11 @@ def _settings(
                 f"encoder {name}: {key} must be {store.channels} numbers, got {list(values)}"
             )
         chosen[key] = values
+    if max(*chosen["mean"], *chosen["std"]) > 2:  # type: ignore[misc]
+        raise ConfigError(
+            f"encoder {name}: mean and std must be in units of [0, 1] pixels: divide those of 0 to "
+            f"255 by 255; got {chosen['mean']} and {chosen['std']}"
+        )
     if min(chosen["std"]) <= 0 or chosen["input_size"] < 1:  # type: ignore[arg-type, operator]
         raise ConfigError(
             f"encoder {name}: std and input_size must be positive, got {chosen['std']} and "
@@ -326,10 +340,10 @@ def _behind_store(
     module = opened.module.to(device)
     try:
         with torch.no_grad():
-            widths = [
-                pooled(module(torch.zeros(n, channels, size, size, device=device))).shape
-                for n in (3, 2, 1)
-            ]
+            noise = torch.Generator().manual_seed(0)
+            x = torch.randn(3, channels, size, size, generator=noise).to(device)
+            found = [pooled(module(part)) for part in (x, x, x[:2], x[:1])]
+            widths = [features.shape for features in found[1:]]
     except KrrstError:
         raise
     except Exception as error:  # the encoder is anybody's code
@@ -343,6 +357,14 @@ def _behind_store(
             f"encoder {name}: batches of 3, 2 and 1 images give features of shapes "
             f"{[list(shape) for shape in widths]}, and a row an image is needed"
         )
+    allowed = _SAME * float(found[0].abs().max()) + 1e-6
+    for features, what in (
+        (found[1], "are random: the same images gave two results"),
+        (found[2], "depend on the other images of a batch (BatchNorm in training mode?)"),
+        (found[3], "depend on the other images of a batch (BatchNorm in training mode?)"),
+    ):
+        if not torch.allclose(features, found[0][: len(features)], rtol=0, atol=allowed):
+            raise ConfigError(f"encoder {name}: its features {what}; put it in evaluation mode")
     return Encoder(
         module,
         dim=widths[0][1],

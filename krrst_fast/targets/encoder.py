@@ -122,6 +122,8 @@ def pooled(output: object) -> Tensor:
         output = output if found is None else found
     if isinstance(output, list | tuple) and len(output) == 1:
         output = output[0]
+    if isinstance(output, Tensor) and not output.is_floating_point():
+        raise ConfigError(f"encoder: must give floats, got {output.dtype}")
     if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(

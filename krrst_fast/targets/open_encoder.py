@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, KrrstError
+from krrst_fast.models.source import importable
 from krrst_fast.targets.encoder import pooled
 
 FILES = {".pt": "torchscript", ".pt2": "export", ".onnx": "onnx"}
@@ -93,8 +94,10 @@ def read_features(path: Path, count: int) -> Tensor:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({error})") from None
+    except (ValueError, EOFError):
+        raise DataError(f"{path}: not a readable .npy file of numbers") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: holds several arrays; save the features alone with numpy.save")
     three = array.ndim == 3 and array.shape[1] == 2
     if not (array.ndim == 2 or three) or array.dtype.kind != "f" or not array.size:
         raise DataError(
@@ -144,11 +147,14 @@ def _of_callable(spec: str) -> Opened:
     with torch.random.fork_rng(devices=[]):
         # A callable that draws its weights without a seed is to differ from call to call.
         torch.seed()
+        is_file = source.endswith(".py")
         try:
-            make: Any = _file_module(Path(source)) if source.endswith(".py") else _module(source)
-            for word in name.split("."):
-                make = getattr(make, word)
-            module = make()
+            # What it imports may lie beside it, and a module in the current folder.
+            with importable(Path(source).resolve().parent if is_file else Path.cwd()):
+                make: Any = _file_module(Path(source)) if is_file else _module(source)
+                for word in name.split("."):
+                    make = getattr(make, word)
+                module = make()
         except KrrstError:
             raise
         except Exception as error:  # the user's code may raise anything
@@ -261,10 +267,16 @@ class _Onnx(nn.Module):
         if len(inputs) != 1:
             raise ValueError(f"it must have one input, got {len(inputs)}")
         self._input = inputs[0].name
+        names = [found.name for found in self._session.get_outputs()]
+        # As of transformers' models in PyTorch.
+        taken = [name for name in names if name == "pooler_output"] or names
+        if len(taken) > 1:
+            raise ValueError(f"which output? It has {', '.join(names)}: export the features alone")
+        self._output = taken[0]
 
     def forward(self, x: Tensor) -> Tensor:
         given = {self._input: np.ascontiguousarray(x.cpu().numpy())}
-        return torch.from_numpy(self._session.run(None, given)[0]).to(x.device)
+        return torch.from_numpy(self._session.run([self._output], given)[0]).to(x.device)
 
 
 def _efficientnet_lite0() -> Opened:

@@ -90,7 +90,8 @@ def unwrapped(path: Path) -> Path:
     folders = sub_folders(path)
     sets = [entry for entry in folders if is_set(entry)]
     if not sets:
-        inner = unwrapped(folders[0]) if len(folders) == 1 and not _bare_images(path) else path
+        filled = [entry for entry in folders if folder.holds_images(entry)]
+        inner = unwrapped(filled[0]) if len(filled) == 1 and not _bare_images(path) else path
         return inner if is_set(inner) else path
     others = [e for e in folders if e not in sets and folder.holds_images(e)] + _bare_images(path)
     if len(sets) == 1 and not others:

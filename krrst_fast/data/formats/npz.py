@@ -34,13 +34,21 @@ def read(files: list[Path]) -> Source:
     """
     files = sorted(files, key=lambda path: natural(path.name))
     labels = {path: _labels(path) for path in files}
-    if all(_counts_from_one(path, labels[path]) for path in files):
+    named = {names: path for path in files if (names := _class_names(path)) is not None}
+    if len(named) > 1:
+        first, other, *_ = named.values()
+        raise DataError(f"{other}: its class_names are not those of {first}")
+    classes = next(iter(named), None)
+    # With a name for 0 and for the largest label they count from 0.
+    known = [values.max() for values in labels.values() if values is not None and len(values)]
+    named_all = classes is not None and all(largest < len(classes) for largest in known)
+    if not named_all and all(_counts_from_one(path, labels[path]) for path in files):
         labels = {path: values - 1 for path, values in labels.items() if values is not None}
     splits = by_split(files, lambda path: path.stem)
     return Source(
         "npz",
         tuple(Split(name, _items(parts, labels)) for name, parts in splits.items()),
-        _class_names(files[0]),
+        classes,
         tuple(entry for path in files for entry in _other_arrays(path)),
     )
 
@@ -174,4 +182,8 @@ def _counts_from_one(path: Path, labels: npt.NDArray[np.int64] | None) -> bool:
 
 def _class_names(path: Path) -> tuple[str, ...] | None:
     names = _array(path, (_NAMES,))
-    return None if names is None else tuple(str(name) for name in names)
+    return None if names is None else tuple(_text(name) for name in names)
+
+
+def _text(name: object) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)

@@ -48,6 +48,8 @@ def read(files: Sequence[Path], root: Path) -> Source:
     for table in tables.values():
         if (table.image, table.label) != (first.image, first.label):
             raise DataError(f"{table.path}: its columns are not those of {first.path}")
+        if (table.has_words, table.classes) != (first.has_words, first.classes):
+            raise DataError(f"{table.path}: its labels or classes are not those of {first.path}")
     classes = first.classes
     numbers = None
     if first.has_words:
@@ -128,6 +130,11 @@ class _Table:
         fit = [name for name in schema.names if _kind(schema, name) in ("number", "words")]
         if named := [name for name in _LABELS if name in fit]:
             return named[0]
+        if unfit := [name for name in _LABELS if name in schema.names]:
+            raise DataError(
+                f"{self.path}: column {unfit[0]} must hold integers or words, got "
+                f"{schema.field(unfit[0]).type}"
+            )
         declared = [name for name in fit if "names" in features.get(name, {})]
         if len(declared) > 1:
             raise DataError(
@@ -144,7 +151,7 @@ class _Table:
             import pyarrow.parquet
         except ImportError:
             raise DataError(
-                f"prepare: {self.path}: reading it needs pyarrow: pip install 'krrst_fast[parquet]'"
+                f"prepare: {self.path}: reading it needs pyarrow: pip install 'krrst-fast[parquet]'"
             ) from None
         try:
             if self.path.suffix == ".parquet":
@@ -202,6 +209,8 @@ def _kind(schema: "pyarrow.Schema", name: str) -> str | None:
     from pyarrow import types
 
     found = schema.field(name).type
+    if types.is_dictionary(found):  # as pandas has its categories
+        found = found.value_type
     if types.is_struct(found):
         inside = [found.field(i) for i in range(found.num_fields)]
         held = [field for field in inside if field.name == "bytes"]

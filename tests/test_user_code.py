@@ -1,0 +1,184 @@
+"""Encoders, networks and sets of other people that would be silently wrong."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from krrst_fast.data import PrepareConfig, open_store, prepare
+from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.distilled_set import DistilledSet
+from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.exchange import import_set
+from krrst_fast.exchange.labels import Labels
+from krrst_fast.models import ModelConfig, check
+from krrst_fast.targets import encoder_target
+from krrst_fast.targets.open_encoder import read_features
+
+SCALE = {"input_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+CODE = """
+import torch, torch.nn.functional as F
+from torch import nn
+
+class Body(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv = kind, nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.kind == "norm":
+            x = F.batch_norm(x, None, None, training=True)
+        if self.kind == "dropout":
+            x = F.dropout(x, 0.5)
+        return x.amax((2, 3)).int() if self.kind == "int" else x.amax((2, 3))
+
+class Net(nn.Module):
+    def __init__(self, image_size, num_outputs, channels):
+        super().__init__()
+        torch.manual_seed(3) if SEEDS else None
+        self.conv = nn.Conv2d(channels, 4, 3)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=TRACKS)
+        self.head = nn.Linear(4, num_outputs)
+
+    def embed(self, x):
+        return self.norm(self.conv(x)).relu().amax((2, 3))
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "train.npz", images=pixels)
+    prepare(PrepareConfig(source=str(tmp_path / "train.npz"), out=tmp_path / "store", size=8))
+    return open_store(tmp_path / "store")
+
+
+def code(tmp_path: Path, name: str, text: str) -> str:
+    (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    return str(tmp_path / f"{name}.py")
+
+
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("norm", "depend on the other images of a batch"),
+        ("dropout", "are random: the same images gave two results"),
+        ("int", "must give floats, got torch.int32"),
+    ],
+)
+def test_an_encoder_whose_features_are_not_of_the_image(
+    store: ImageStore, tmp_path: Path, kind: str, message: str
+) -> None:
+    path = code(tmp_path, f"enc_{kind}", f"{CODE}\ndef make():\n    return Body({kind!r})\n")
+    torch.manual_seed(0)
+    with pytest.raises(ConfigError, match=message):
+        encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t", **SCALE)
+
+
+def test_an_encoder_traced_in_training_mode(store: ImageStore, tmp_path: Path) -> None:
+    """Its modes were fixed when it was traced: evaluation mode does nothing."""
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.AdaptiveAvgPool2d(2)).train()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(norm, torch.rand(4, 3, 8, 8), check_trace=False)
+    traced.save(str(tmp_path / "net.pt"))
+    with pytest.raises(ConfigError, match="depend on the other images of a batch"):
+        encoder_target(
+            str(tmp_path / "net.pt"), store, num_outputs=2, folder=tmp_path / "t", **SCALE
+        )
+
+
+def test_what_a_file_imports_may_lie_beside_it(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    code(tmp_path / "lib", "helper_of_an_encoder", CODE)
+    text = "from helper_of_an_encoder import Body\ndef make():\n    return Body('plain')\n"
+    path = code(tmp_path / "lib", "mine", text)
+    target = encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t", **SCALE)
+    assert target.dim == 2
+
+
+def test_pixels_of_0_to_255_are_no_scale(store: ImageStore, tmp_path: Path) -> None:
+    path = code(tmp_path, "enc", f"{CODE}\ndef make():\n    return Body('plain')\n")
+    scale = {"input_size": 8, "mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
+    with pytest.raises(ConfigError, match=r"in units of \[0, 1\] pixels"):
+        encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t", **scale)
+
+
+def test_features_in_an_archive_are_named(tmp_path: Path) -> None:
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.savez(file, a=np.zeros((3, 2)))
+    with pytest.raises(DataError, match="x.npy: holds several arrays"):
+        read_features(tmp_path / "x.npy", 3)
+    (tmp_path / "x.npy").write_text("1 2 3")
+    with pytest.raises(DataError, match=r"x.npy: not a readable .npy file of numbers$"):
+        read_features(tmp_path / "x.npy", 3)
+
+
+def test_a_network_whose_features_depend_on_the_batch(tmp_path: Path) -> None:
+    text = CODE.replace("SEEDS", "False").replace("TRACKS", "False")
+    kind = f"{code(tmp_path, 'nets_batch', text)}:Net"
+    with pytest.raises(ConfigError, match="depends on the other images of its batch"):
+        check(ModelConfig(kind=kind), image_size=8, num_outputs=2, channels=3)
+
+
+def test_a_network_that_seeds_itself(tmp_path: Path) -> None:
+    text = CODE.replace("SEEDS", "True").replace("TRACKS", "True")
+    kind = f"{code(tmp_path, 'nets_seed', text)}:Net"
+    with pytest.warns(UserWarning, match="the same for every seed"):
+        check(ModelConfig(kind=kind), image_size=8, num_outputs=2, channels=3)
+
+
+def write(path: Path, value: int, mode: str = "RGB") -> None:
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new("RGB", (4, 4), (value,) * 3).convert(mode).save(path)
+
+
+def test_the_order_of_the_classes_of_folders_is_that_of_the_user(tmp_path: Path) -> None:
+    for value, name in ((10, "cat"), (200, "dog"), (90, "ant")):
+        write(tmp_path / name / "0.png", value)
+    names = ("dog", "cat", "ant")
+    made = import_set(tmp_path, source="imagefolder", classes=names).distilled
+    values = (255 * made.images[:, 0, 0, 0]).round().tolist()
+    labels = made.targets.argmax(1).tolist()
+    assert {names[label]: value for label, value in zip(labels, values)} == {
+        "dog": 200.0,
+        "cat": 10.0,
+        "ant": 90.0,
+    }
+    with pytest.raises(ConfigError, match="--classes lacks cat"):
+        import_set(tmp_path, source="imagefolder", classes=("dog", "ant"))
+
+
+@pytest.mark.parametrize("folders", [True, False])
+def test_numbers_in_names_are_counted(tmp_path: Path, folders: bool) -> None:
+    """Twelve of them: 10 comes after 9, not after 1."""
+    for i in range(12):
+        write(tmp_path / (f"{i}/a.png" if folders else f"{i}.png"), 20 * i)
+    made = import_set(
+        tmp_path,
+        source="imagefolder",
+        labels=None if folders else Labels("class", torch.arange(12)),
+    ).distilled
+    values = (255 * made.images[:, 0, 0, 0]).round()
+    assert torch.equal(values, 20.0 * made.targets.argmax(1))
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1"])
+def test_images_whose_numbers_are_no_pixels(tmp_path: Path, mode: str) -> None:
+    write(tmp_path / "a" / "0.png", 200, mode)
+    with pytest.raises(DataError, match=f"must be a grey or RGB image, got {mode}"):
+        import_set(tmp_path, source="imagefolder")
+
+
+@pytest.mark.parametrize("scale", [(0.0, 0.0), (torch.nan, 1.0), (0.0, torch.inf), (0.0, -1.0)])
+def test_a_scale_that_is_none(scale: tuple[float, float]) -> None:
+    mean, std = ((x,) * 3 for x in scale)
+    with pytest.raises(DataError, match="mean must be finite and std positive"):
+        DistilledSet(images=torch.zeros(2, 3, 4, 4), targets=torch.zeros(2, 5), mean=mean, std=std)
