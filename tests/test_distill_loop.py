@@ -84,6 +84,7 @@ def test_the_log_has_a_row_every_few_steps_and_the_summary_the_totals(config):
     for row in rows:
         assert set(row) == {
             *("step", "loss", "ridge", "condition", "retries", "slot", "slot_age", "lr"),
+            "pool_lr",
             *("images_per_second", "seconds", "peak_memory_mb"),
         }
         assert row["slot"] in (0, 1) and 0 <= row["slot_age"] <= 4

@@ -1,6 +1,8 @@
 """Encoders, networks and sets of other people that would be silently wrong."""
 
+import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from krrst_fast.data import PrepareConfig, open_store, prepare
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.exchange import import_set
+from krrst_fast.evaluate.materials import _is_raw
+from krrst_fast.exchange import export_set, import_set
 from krrst_fast.exchange.labels import Labels
 from krrst_fast.models import ModelConfig, check
 from krrst_fast.targets import encoder_target
@@ -168,6 +171,24 @@ def test_numbers_in_names_are_counted(tmp_path: Path, folders: bool) -> None:
     ).distilled
     values = (255 * made.images[:, 0, 0, 0]).round()
     assert torch.equal(values, 20.0 * made.targets.argmax(1))
+
+
+def test_pixels_of_other_projects_are_not_those_of_the_released_code(tmp_path: Path) -> None:
+    """Their networks see the real images as pixels, too."""
+    write(tmp_path / "a" / "0.png", 200)
+    made = import_set(tmp_path, source="imagefolder").distilled
+    assert set(made.mean) == {0.0} and set(made.std) == {1.0}
+    assert not _is_raw(made) and _is_raw(replace(made, meta={"method": "krr-st"}))
+
+
+def test_soft_labels_of_your_own_are_in_the_folder(tmp_path: Path) -> None:
+    made = DistilledSet(
+        images=torch.rand(3, 3, 4, 4), targets=torch.rand(3, 5), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    soft = torch.rand(3, 6)
+    export_set(made, tmp_path / "out", to="imagefolder", labels=Labels("soft", soft))
+    lines = (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()
+    assert torch.equal(torch.tensor([json.loads(line)["label"] for line in lines]), soft)
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1"])

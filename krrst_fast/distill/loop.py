@@ -271,7 +271,9 @@ class _Run:
                 # The row before the checkpoint: a kill between them leaves a row too many, which
                 # is cut, and never one too few.
                 if logs:
-                    bar.set_postfix(_shown(log.write(state.step, _values(report))), refresh=False)
+                    bar.set_postfix(
+                        _shown(log.write(state.step, _values(report, state.pool.lr))), refresh=False
+                    )
                 if saves:
                     log.count_time()
                     self._save(f"step {state.step} of {config.steps}")
@@ -306,7 +308,7 @@ def warm_up(
                 after_step()
 
 
-def _values(report: StepReport) -> dict[str, float]:
+def _values(report: StepReport, pool_lr: float) -> dict[str, float]:
     """Return what the log keeps of a step."""
     solve = report.solve
     return {
@@ -317,6 +319,7 @@ def _values(report: StepReport) -> dict[str, float]:
         "slot": report.slot,
         "slot_age": report.slot_age,
         "lr": report.lr,
+        "pool_lr": pool_lr,
     }
 
 

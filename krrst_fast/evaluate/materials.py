@@ -170,6 +170,9 @@ def open_materials(config: EvaluateConfig) -> Materials:
 
 
 def _is_raw(distilled: DistilledSet) -> bool:
+    """Return whether the images are pixels that their own networks saw beside normalised ones."""
+    if distilled.meta.get("method", "").startswith("imported from "):
+        return False  # those of other projects are pixels, and so are the real ones beside them
     return set(distilled.mean) == {0.0} and set(distilled.std) == {1.0}
 
 

@@ -150,6 +150,8 @@ def _imagefolder(folder: Path, distilled: DistilledSet, given: Labels) -> None:
             # The number leads: readers sort these names, and the sorted order is the classes'.
             name = f"{label:04d}_{_safe(classes[label])}" if classes else f"{label:04d}"
             row = {"file_name": f"train/{name}/{index:06d}.png", "label": label}
+        elif given.kind == "soft":
+            row["label"] = given.values[index].tolist()
         path = folder / str(row["file_name"])
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
