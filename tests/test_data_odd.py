@@ -104,6 +104,19 @@ def test_a_wrapped_set_beside_a_folder_without_images(tmp_path: Path) -> None:
     assert store.classes == ("x", "y")
 
 
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017")])
+def test_folders_that_are_called_nearly_like_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "0.png").write_bytes(png(PIXELS[0]))
+    with pytest.raises(DataError, match="splits or classes. Call them train and test"):
+        prepared(tmp_path / "in", tmp_path)
+    config = PrepareConfig(
+        source=str(tmp_path / "in"), out=tmp_path / "out", size=6, layout="classes"
+    )
+    assert prepare(config).classes == tuple(sorted(names))
+
+
 def test_integers_whose_range_is_not_known(tmp_path: Path) -> None:
     pixels = PIXELS[0, :, :, 0].astype(np.int32)
     Image.fromarray(pixels).save(tmp_path / "a.tif")

@@ -105,7 +105,7 @@ def split_of(word: str) -> str | None:
     return _SPLIT_OF.get(word.lower())
 
 
-def _split_in(name: str) -> str | None:
+def split_in(name: str) -> str | None:
     """Return the split that a word of a file name says: `imagenet-train-000003.tar` is of train."""
     words = re.split(r"[^A-Za-z]+", name)
     return next((split_of(word) for word in words if split_of(word)), None)
@@ -115,7 +115,7 @@ def by_split(files: Iterable[Path], name_of: Callable[[Path], str]) -> dict[str,
     """Group files by the split that a word of their name says; train by default."""
     splits: dict[str, list[Path]] = {}
     for path in files:
-        splits.setdefault(_split_in(name_of(path)) or "train", []).append(path)
+        splits.setdefault(split_in(name_of(path)) or "train", []).append(path)
     return splits
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet
 from krrst_fast.data.kinds import IMAGE_SUFFIXES
-from krrst_fast.data.source import Layout, split_of
+from krrst_fast.data.source import Layout, split_in, split_of
 from krrst_fast.errors import DataError
 
 _DECIDE = "--layout classes or --layout splits decides"
@@ -45,6 +45,7 @@ def splits(path: Path, layout: Layout) -> dict[str, Path]:
             raise DataError(f"prepare: {path}: --layout splits, and no folder train, val or test")
         return _by_name(path, named)
     if not named:
+        _refuse_words_of_splits(path)
         return {}
     others = [e for e in sub_folders(path) if e not in named and folder.holds_images(e)]
     bare = _bare_images(path)
@@ -56,6 +57,19 @@ def splits(path: Path, layout: Layout) -> dict[str, Path]:
     raise DataError(
         f"prepare: {path}: is {named[0].name} a split or a class? It lies beside {other}; {_DECIDE}"
     )
+
+
+def _refuse_words_of_splits(path: Path) -> None:
+    """Raise DataError if all folders are called like training_set and test_set, or val2017."""
+    folders = sub_folders(path)
+    if len(folders) < 2 or not all(split_in(entry.name) for entry in folders):
+        return
+    if sum(folder.holds_images(entry) for entry in folders) > 1:
+        first, second, *_ = (entry.name for entry in folders)
+        raise DataError(
+            f"prepare: {path}: are {first} and {second} splits or classes? Call them train and "
+            "test if they are splits; --layout classes takes them as classes"
+        )
 
 
 def _by_name(path: Path, named: list[Path]) -> dict[str, Path]:
