@@ -309,7 +309,7 @@ def _start(*argv: object) -> "subprocess.Popen[str]":
 
 def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not (path.exists() and path.stat().st_size):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.02)

@@ -267,3 +267,12 @@ def test_the_lock_of_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", removed)
     with pytest.raises(ConfigError, match="has just ended writing"), locked(path):
         pass
+
+
+def test_a_signal_ends_the_targets_outputs_at_once(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        _send_in_call(patch, loop, "make_source", signal.SIGTERM, call=0)
+        with raised_signals(), pytest.raises(Interrupted, match="SIGTERM before step 1 of 8; the"):
+            distill(config, progress=False)
+    assert load_state(config.out / "checkpoint.pt")["state"]["step"] == 0
+    assert len(distill(config, resume=True, progress=False)) == 6

@@ -45,7 +45,7 @@ from krrst_fast.runs.checkpoint import (
 from krrst_fast.runs.config import config_hash, to_dict
 from krrst_fast.runs.files import new_folder, write_json
 from krrst_fast.runs.folder import check_folder
-from krrst_fast.runs.interrupt import Interrupts
+from krrst_fast.runs.interrupt import Interrupted, Interrupts
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.log import RunLog, due, summary
 from krrst_fast.runs.progress import progress_bar
@@ -111,8 +111,11 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
         run = _Run(config, inputs, state, verification)
         with run.interrupts.noted():
             run.take_up(progress)
-        # A signal ends this at once: the warm-up is saved, and so are the outputs of an encoder.
-        source = make_source(config, store, target, device, progress=progress)
+        try:
+            source = make_source(config, store, target, device, progress=progress)
+        except Interrupted as error:  # at once: the outputs of an encoder are saved as they come
+            where = f"before step {state.step + 1} of {config.steps}; the checkpoint is kept"
+            raise Interrupted(error.signum, where) from None
         with run.interrupts.noted():
             run.go_on(source, progress)
 
