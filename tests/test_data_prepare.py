@@ -139,7 +139,7 @@ def either_index(request, monkeypatch):
     if request.param == "native":
         pytest.importorskip("krrst_fast._native", reason="the extension is not built")
     else:
-        monkeypatch.setattr(tars, "members", tars.members_by_tarfile)
+        monkeypatch.setattr(tars, "_entries", tars.entries_by_tarfile)
 
 
 def test_damaged_and_truncated_tars(tmp_path, either_index):

@@ -64,16 +64,23 @@ def _of_file(path: Path, size: int) -> Source:
 
 
 def _of_folder(path: Path, size: int, folders: Layout) -> Source:
+    wrapper = path
     if folders != "classes":
         path = layout.unwrapped(path)
-        source = _of_special(path, size)
-        if source is not None:
-            return source
-    source = folder.read(path, layout.splits(path, folders))
-    if not any(split.count for split in source.splits):
+    source = _of_special(path, size) if folders != "classes" else None
+    if source is None:
+        source = folder.read(path, layout.splits(path, folders), nested=folders != "auto")
+    if path != wrapper:
+        beside = folder.beside(wrapper, {path}, "lies beside the image set")
+        source = replace(source, left_out=(*source.left_out, *beside))
+    if source.format == "image folder" and not any(split.count for split in source.splits):
         for entry in source.left_out:
             if hint := way_in(Path(entry.name)):
-                raise DataError(f"prepare: {path}: there is no image, only {entry.name}; {hint}")
+                alike = sum(other.reason == entry.reason for other in source.left_out) - 1
+                more = f" and {alike} more like it" if alike else ""
+                raise DataError(
+                    f"prepare: {path}: there is no image, only {entry.name}{more}; {hint}"
+                )
     return source
 
 
