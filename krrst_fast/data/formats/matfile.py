@@ -43,14 +43,13 @@ def read(path: Path, names: Sequence[str]) -> dict[str, Any]:
 def integers(path: Path, name: str, value: Any) -> npt.NDArray[np.int64]:
     """Return a variable as a flat int64 array; DataError where it does not hold whole numbers."""
     try:
-        flat = np.array([np.asarray(one).item() for one in np.asarray(value).ravel()])
-        whole = flat.astype(np.int64)
-        exact = bool((whole == flat).all())
+        flat = [np.asarray(one).item() for one in np.asarray(value).ravel()]
+        exact = all(isinstance(x, int | float) and x == int(x) and abs(x) < 2**53 for x in flat)
     except (ValueError, TypeError, OverflowError):
         exact = False
     if not exact:
         raise DataError(f"prepare: {path}: {name} must hold whole numbers")
-    return whole
+    return np.array([int(x) for x in flat], np.int64)
 
 
 def texts(path: Path, name: str, value: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """The sets that transfer is measured on, as their authors publish them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +36,15 @@ def find(path: Path) -> tuple[TransferSet, Path] | None:
     return None
 
 
-def read(known: TransferSet, place: Path) -> Source:
-    """Read a set that was found.
+def read(known: TransferSet, place: Path, path: Path) -> Source:
+    """Read a set that was found at `path`, or below it.
 
     Raises:
         DataError: A file is missing or damaged, or labels and images do not belong together.
     """
     source, used = known.read(place)
-    beside = folder.beside(place, used, f"lies beside {known.name}")
-    return Source(source.format, source.splits, source.classes, (*source.left_out, *beside))
+    beside = folder.beside(path, used, f"lies beside {known.name}")
+    return replace(source, left_out=(*source.left_out, *beside))
 
 
 def aircraft(root: Path) -> tuple[Source, set[Path]]:
@@ -255,7 +256,7 @@ def _numbers(path: Path, values: Iterable[object]) -> Iterable[object]:
     try:
         return [int(str(value)) for value in values]
     except ValueError:
-        raise DataError(f"prepare: {path}: the labels must be whole numbers") from None
+        raise DataError(f"prepare: {path}: the labels must hold whole numbers") from None
 
 
 def _lines(path: Path) -> list[str]:
@@ -286,4 +287,6 @@ SETS = (
     TransferSet("SVHN", ("train_32x32.mat", "test_32x32.mat"), (), svhn),
     TransferSet("STL-10", ("train_X.bin",), ("stl10_binary",), stl10),
 )
+SIGNS = frozenset(name.partition("/")[0] for known in SETS for name in (*known.marks, *known.below))
+"""Names of entries of a folder without which it is none of these sets."""
 NAMES = ", ".join(known.name for known in SETS)
