@@ -50,7 +50,7 @@ AMBIGUOUS = {
     ),
     "one split below a class": (
         images("A/x/y/val", "B"),
-        "would A be one class? .*A/x/y/val holds a folder called val, like a split",
+        "would A be one class? .*A/x/y holds a folder called val, like a split; name .*A/x/y if",
         "classes",
         ("A", "B"),
     ),
@@ -80,7 +80,7 @@ AMBIGUOUS = {
     ),
     "a split in a class of a split": (
         images("train/dogs/test", "test/dogs"),
-        "dogs/test holds a folder called test, like a split",
+        "root/train/dogs holds a folder called test, like a split",
         "splits",
         ("dogs",),
     ),

@@ -101,17 +101,15 @@ def _refuse_nested(files: Files, flag: str) -> None:
     places: dict[str, dict[Path, None]] = {}
     for file, group in files.images:
         if group is not None:
-            places.setdefault(group, {})[file.parent.relative_to(files.root / group)] = None
-    for group, found in places.items():
+            places.setdefault(group, {})[file.parent] = None
+    for group, folders in places.items():
         top = files.root / group
-        # What all of them lie in: a/data of a/data/train and a/data/test.
+        found = [place.relative_to(top) for place in folders]
+        # What all of them lie in: a/data of a/data/cat and a/data/dog.
         shared = Path(os.path.commonpath(found))
-        inner = dict.fromkeys(
-            place.parts[len(shared.parts)] if place != shared else "" for place in found
-        )
-        split = next((word for place in found for word in place.parts if split_of(word)), None)
-        if split is not None:
-            what = f"a folder called {split}, like a split"
+        inner = {place.parts[len(shared.parts)] if place != shared else "" for place in found}
+        if split := next((part for place in found for part in _called_splits(place)), None):
+            shared, what = split.parent, f"a folder called {split.name}, like a split"
         elif len(inner) > 1 and "" not in inner:
             names = " and ".join(sorted(inner)[:2])
             what = f"{len(inner)} folders of images, such as {names}"
@@ -122,6 +120,11 @@ def _refuse_nested(files: Files, flag: str) -> None:
             f"name {top / shared} if that is the image set, or --layout {flag} takes each folder "
             f"of {files.root} for one class"
         )
+
+
+def _called_splits(place: Path) -> list[Path]:
+    """Return the folders on a relative path, its last one included, that are called like splits."""
+    return [part for part in (*reversed(place.parents), place) if split_of(part.name)]
 
 
 def _sort_in(files: Files, entry: Path | LeftOut, group: str | None) -> None:
