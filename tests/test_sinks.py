@@ -61,8 +61,10 @@ def _tensorboard(out: Path) -> dict[str, list[tuple[int, float]]]:
 def _wandb(out: Path) -> list[dict[str, float]]:
     """Return the rows in the one file that `wandb sync` would send."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its process writes a little longer than `finish`, and a program waits for it
     (path,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
     rows = []
     for data in _records(path.read_bytes()):

@@ -194,8 +194,7 @@ class _Wandb:
                 console="off",
                 disable_git=True,
                 disable_code=True,
-                # With one, an offline run is given up before its file is whole.
-                finish_timeout=0.0 if mode == "offline" else _FINISH_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
                 init_timeout=_INIT_SECONDS,
                 silent=True,
                 x_disable_machine_info=True,
