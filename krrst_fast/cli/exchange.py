@@ -36,7 +36,9 @@ def run_import(argv: Sequence[str], about: str) -> None:
     """Read what another project wrote, as a distilled set."""
     parser = Parser(prog="krrst import", description=about, allow_abbrev=False)
     parser.add_argument("path", type=Path, help="the file, or the folder of the files")
-    parser.add_argument("--from", dest="source", choices=FROM, required=True, help="the format")
+    parser.add_argument(
+        "--from", dest="source", choices=FROM, help="the format, where the files do not tell"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     for name in ("mean", "std"):
         parser.add_argument(
@@ -60,6 +62,8 @@ def run_import(argv: Sequence[str], about: str) -> None:
         labels=None if given.labels is None else read_labels(given.labels),
         classes=() if given.classes is None else read_classes(given.classes),
     )
+    if read.why:
+        print(f"took {given.path} for {read.source}: {read.why}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     read.distilled.save(given.out)
     print(f"wrote {given.out}: {read.distilled!r}")

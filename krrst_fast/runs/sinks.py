@@ -196,6 +196,7 @@ class _Wandb:
                 disable_code=True,
                 finish_timeout=_FINISH_SECONDS,
                 init_timeout=_INIT_SECONDS,
+                login_timeout=_INIT_SECONDS,
                 silent=True,
                 x_disable_machine_info=True,
                 x_disable_stats=True,
