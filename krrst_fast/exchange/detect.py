@@ -65,8 +65,8 @@ def detect(path: Path) -> Detected:
         raise ConfigError(f"{path}: holds several sets; give the path of one: {choices}")
     if found:
         one = _of_file(path / found[0])
-        # A reader of tensor files sees what else is in the folder.
-        return Detected(path if one.source in _OF_FOLDERS else one.path, one.source, one.why)
+        # Readers of pairs of files see what else is in the folder.
+        return Detected(path if one.source in _PAIRS else one.path, one.source, one.why)
     root = path / "train" if (path / "train").is_dir() else path
     if any(x.suffix.lower() in IMAGE_ENDINGS for x in root.rglob("*")):
         return Detected(path, "imagefolder", "it holds image files")
@@ -74,7 +74,7 @@ def detect(path: Path) -> Detected:
     raise DataError(f"{path}: holds no distilled set of a known layout, but {listed}")
 
 
-_OF_FOLDERS = ("lgm", "ddranking", "npz", "mtt", "mkdt", "datm", "dcbench")
+_PAIRS = ("ddranking", "mtt", "datm", "dcbench")
 
 
 def _of_file(path: Path) -> Detected:
