@@ -7,7 +7,7 @@ from typing import Literal
 from krrst_fast.data.config import ViewConfig
 from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import RidgeOf, Solver
-from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.config import require, require_at_least, require_positive, settle
 from krrst_fast.runs.sinks import SinkName
 
 
@@ -20,8 +20,8 @@ class PoolConfig:
     online_steps: int = 1000
     """SGD steps a network gets before a fresh one takes its slot (the paper's T)."""
     lr: float = 0.1
-    """Of the SGD steps. It is halved, with a warning, when a network diverges, unless `size` of them
-    have had all their steps since one did."""
+    """Of the SGD steps. It is halved, with a warning, when a network diverges, unless `size` of
+    them have had all their steps since one did."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     reset: Literal["paper", "released"] = "paper"
@@ -30,7 +30,7 @@ class PoolConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         require_at_least(1, self, "size")
         require_at_least(2, self, "online_steps")
         require_positive(self, "lr")
@@ -111,7 +111,7 @@ class DistillConfig:
     offline unless WANDB_MODE says online), each an extra of its name."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         require_at_least(
             *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
         )
