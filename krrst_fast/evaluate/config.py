@@ -9,8 +9,19 @@ from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import Solver
 from krrst_fast.runs.config import require, require_at_least, require_positive, settle
 
-Method = Literal["none", "random_labels", "random_target", "distilled", "target"]
+Method = Literal[
+    "none",
+    "random_labels",
+    "random_target",
+    "random_early",
+    "kmeans",
+    "herding",
+    "k_centre",
+    "distilled",
+    "target",
+]
 METHODS: tuple[Method, ...] = get_args(Method)
+USUAL: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +114,12 @@ class EvaluateConfig:
     """The target network; None reads the run's config.json."""
     name: str | None = None
     """Of the result, `evaluation/NAME.json`; None takes the name of the store."""
-    methods: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
-    """All of them, if the source has labels; if it has none, all but random_labels."""
+    methods: tuple[Method, ...] = USUAL
+    """How networks are pre-trained: not at all; on random real images with labels, or with the
+    target's outputs (random_early: for the number of steps, up to pretrain.steps, that is best on
+    labelled images held out of the training ones); on real images chosen in the space of these
+    outputs by k-means, herding or k-centre; on the distilled set; or the target itself. Left out, a
+    source without labels leaves out random_labels."""
     seeds: int = 5
     """Every method runs once for each seed, from the same weights, labels and batch order."""
     first_seed: int = 0

@@ -24,11 +24,23 @@ LABELS = {
     "none": "No pre-training",
     "random_labels": "Random, labels",
     "random_target": "Random, targets",
+    "random_early": "Random, targets, best stop",
+    "kmeans": "k-means, targets",
+    "herding": "Herding, targets",
+    "k_centre": "k-centre, targets",
     "distilled": "Distilled",
     "target": "Target network",
 }
-TASKS = {"probe": "Linear probe", "finetune": "Fine-tuning"}
-WORDS = {"probe": "linear-probe accuracy", "finetune": "accuracy after fine-tuning"}
+TASKS = {
+    "probe": "Linear probe",
+    "outputs": "Linear probe on the outputs",
+    "finetune": "Fine-tuning",
+}
+WORDS = {
+    "probe": "linear-probe accuracy",
+    "outputs": "accuracy of a linear probe on the outputs",
+    "finetune": "accuracy after fine-tuning",
+}
 ROLES = {"random_target": RIVAL_BLUE, "distilled": ACCENT, "target": INK}
 
 
