@@ -115,6 +115,11 @@ def test_the_card_begins_with_yaml(tmp_path: Path) -> None:
     values = yaml.safe_load(header)
     assert values["size_categories"] == ["n<1K"] and "dataset-distillation" in values["tags"]
     assert values["configs"][0]["data_files"] == [{"split": "train", "path": "train/**"}]
+    assert (values["license"], values["library_name"]) == ("unknown", "krrst_fast")
+    # What is uploaded is what lies there: no temporary file, and no link.
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {
+        *("README.md", "krrst.json", "targets.npy", "train")
+    }
     assert "zebra, ant, cow/bull, bee" in page and "sha256:abc" in page
 
 
