@@ -204,6 +204,10 @@ def test_a_package_that_is_not_there_is_refused_before_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require_sinks([])
+    (tmp_path / "krrst_nothing").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="krrst_nothing needs the package"):
+        require_sinks(["krrst_nothing"])
     monkeypatch.setattr("krrst_fast.runs.sinks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"sinks: wandb .*pip install 'krrst-fast\[wandb\]'"):
         require_sinks(["wandb"])

@@ -32,7 +32,8 @@ def require_sinks(names: Sequence[str]) -> None:
         ConfigError: The message names the extra to install.
     """
     for name in names:
-        if find_spec(name) is None:
+        # A folder ./wandb, which wandb leaves where it runs, is a package without origin to Python.
+        if (spec := find_spec(name)) is None or spec.origin is None:
             raise ConfigError(
                 f"sinks: {name} needs the package {name}: pip install 'krrst-fast[{name}]'"
             )
