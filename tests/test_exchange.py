@@ -169,8 +169,10 @@ def test_files_of_other_projects_are_read(tmp_path: Path, source: str) -> None:
     one_hot = torch.nn.functional.one_hot(LABELS, 4).float()
     assert torch.equal(made.targets, one_hot if kind == "class" else torch.arange(24.0).view(6, 4))
     assert made.meta["label_kind"] == kind and json.loads(made.meta["classes"]) == list(NAMES)
-    left = {"dc": "1 earlier trials of data", "mtt": "images_100.pt, another step"}
-    assert read.left_out == ((left[source],) if source in left else read.left_out)
+    of_trials = ("1 earlier trials of data", "accs_all_exps of the file")
+    of_steps = ("images_100.pt, another step",)
+    left = dict.fromkeys(("dc", "dsa", "dm"), of_trials) | dict.fromkeys(("mtt", "mkdt"), of_steps)
+    assert read.left_out == left.get(source, ())
     made.save(tmp_path / FILE_NAME)
     assert torch.equal(load_distilled(tmp_path).targets, made.targets)
 
