@@ -272,14 +272,6 @@ def test_draws_of_labels_are_averaged(config: EvaluateConfig) -> None:
     assert mean == pytest.approx(sum(single) / 3)
 
 
-def test_raw_images_are_used_as_they_are_and_real_ones_normalised(config: EvaluateConfig) -> None:
-    chosen = load_distilled(config.run)
-    raw = replace(chosen, mean=(0.0,) * 3, std=(1.0,) * 3)
-    raw.save(config.run / "distilled.safetensors")
-    materials = open_materials(replace(config, methods=("distilled",)))
-    assert materials.mean_std("distilled") == (chosen.mean, chosen.std)
-
-
 def test_a_distilled_file_without_a_run(config: EvaluateConfig) -> None:
     alone = replace(config, run=config.run / "distilled.safetensors", seeds=1)
     assert evaluate(replace(alone, methods=("distilled",)), progress=False).num_images == 20

@@ -7,7 +7,8 @@ from typing import Literal
 from krrst_fast.data.config import ViewConfig
 from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import RidgeOf, Solver
-from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.config import require, require_at_least, require_positive, settle
+from krrst_fast.runs.sinks import SinkName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class PoolConfig:
     online_steps: int = 1000
     """SGD steps a network gets before a fresh one takes its slot (the paper's T)."""
     lr: float = 0.1
-    """Of the SGD steps. It is halved, with a warning, when a network diverges, unless `size` others
-    have had all their steps since the last one did."""
+    """Of the SGD steps. It is halved, with a warning, when a network diverges, unless `size` of
+    them have had all their steps since one did."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     reset: Literal["paper", "released"] = "paper"
@@ -29,7 +30,7 @@ class PoolConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         require_at_least(1, self, "size")
         require_at_least(2, self, "online_steps")
         require_positive(self, "lr")
@@ -45,6 +46,7 @@ FREE_SETTINGS = (
     "checkpoint_every",
     "checkpoint_minutes",
     "log_every",
+    "sinks",
 )
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
@@ -104,14 +106,18 @@ class DistillConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which there is a checkpoint whatever the step, also of the pool's warm-up."""
     log_every: int = 20
+    sinks: tuple[SinkName, ...] = ()
+    """Who gets the rows of metrics.jsonl too: tensorboard (OUT/tensorboard) and wandb (OUT/wandb,
+    offline unless WANDB_MODE says online), each an extra of its name."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         require_at_least(
             *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
         )
         require_at_least(0, self, "fixed_views")
         require_positive(self, "lr", "ridge", "checkpoint_minutes")
+        require(len(set(self.sinks)) == len(self.sinks), self, "sinks", "given once each")
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
         reference = self.solver.backend == "reference"
         require(not reference, self, "solver", "of another backend than reference")

@@ -6,11 +6,20 @@ from typing import Literal
 
 from krrst_fast.errors import ConfigError
 from krrst_fast.models.config import ModelConfig
-from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.config import require, require_at_least, require_positive, settle
+from krrst_fast.runs.sinks import SinkName
 
 Fill = Literal["zeros", "border", "reflection"]
 
-FREE_SETTINGS = ("store", "out", "device", "checkpoint_every", "checkpoint_minutes", "log_every")
+FREE_SETTINGS = (
+    "store",
+    "out",
+    "device",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "log_every",
+    "sinks",
+)
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
 The images themselves may not change: the identity of the store is compared.
@@ -48,10 +57,10 @@ class SSLAugmentConfig:
     """Standard deviation of Gaussian pixel noise, in units of the full range."""
 
     def __post_init__(self) -> None:
+        settle(self)
         require(0 < self.scale[0] <= self.scale[1] <= 4, self, "scale", "0 < low <= high <= 4")
         require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "0 < low <= high")
         require(0 <= self.rotation <= 180, self, "rotation", "0 to 180")
-        require_choices(self)
         for name in ("flip", "jitter", "greyscale", "blur"):
             require(0 <= getattr(self, name) <= 1, self, name, "a probability, 0 to 1")
         for name in ("brightness", "contrast", "saturation"):
@@ -124,11 +133,14 @@ class TargetConfig:
     """Minutes after which there is a checkpoint whatever the step."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
+    sinks: tuple[SinkName, ...] = ()
+    """Who gets the rows of metrics.jsonl too: tensorboard (OUT/tensorboard) and wandb (OUT/wandb,
+    offline unless WANDB_MODE says online), each an extra of its name."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(kind="resnet18"))
     augment: SSLAugmentConfig = field(default_factory=SSLAugmentConfig)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         if self.model.is_own:
             raise ConfigError(
                 "TargetConfig: model.kind must be built in, since the file of a target never names "
@@ -140,6 +152,9 @@ class TargetConfig:
         require_at_least(1, self, "steps", "checkpoint_every", "log_every")
         require_at_least(2, self, "batch_size")
         require_positive(self, "temperature", "lr", "checkpoint_minutes")
+        require(len(set(self.sinks)) == len(self.sinks), self, "sinks", "given once each")
+        trained = self.encoder is None and self.weights is None
+        require(trained or not self.sinks, self, "sinks", "left out where nothing is trained")
         for other in ("weights", "weights_prefix") if self.encoder is not None else ():
             require(not getattr(self, other), self, other, "left out where there is an encoder")
         plain = self.encoder is not None or not self.input_size

@@ -13,6 +13,7 @@ from krrst_fast.data.formats import (
     released,
     tars,
     tinyimagenet,
+    transfer,
 )
 from krrst_fast.data.kinds import IMAGE_SUFFIXES, way_in
 from krrst_fast.data.source import DIGITS, Layout, Source, held_out_as_test
@@ -20,7 +21,7 @@ from krrst_fast.errors import DataError
 
 KNOWN = (
     "CIFAR pickles, TinyImageNet, an image folder, WebDataset tars, npz archives, "
-    "Parquet and Arrow files, X_tr_SIZE.pth tensors"
+    f"Parquet and Arrow files, X_tr_SIZE.pth tensors, {transfer.NAMES}"
 )
 
 
@@ -88,6 +89,8 @@ def _of_special(path: Path, size: int) -> Source | None:
     """Read a folder that is of another format than image files, and count what lies beside it."""
     if tinyimagenet.matches(path):
         return tinyimagenet.read(path)
+    if found := transfer.find(path):
+        return transfer.read(*found, path)
     if pickles := cifar.find(path):
         source, used = cifar.read(pickles), cifar.files(pickles)
     elif tensors := released.find(path, size):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet
+from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet, transfer
 from krrst_fast.data.kinds import IMAGE_SUFFIXES
 from krrst_fast.data.source import Layout, split_in, split_of
 from krrst_fast.errors import DataError
@@ -135,6 +135,8 @@ def is_set(path: Path) -> bool:
         return False
     if cifar.find(path) or tinyimagenet.matches(path) or released.find_all(path):
         return True
+    if transfer.find(path):
+        return True
     if any(folder.holds_images(entry) for entry in split_folders(path)):
         return True
     found = archives(path, ".tar") or archives(path, ".npz") or parquet.find(path)
@@ -143,6 +145,5 @@ def is_set(path: Path) -> bool:
 
 def _says_something(name: str) -> bool:
     archive = name.endswith((".tar", ".npz", *parquet.SUFFIXES))
-    return (
-        archive or name == "data" or bool(split_of(name)) or name in cifar.NAMES or name[:2] == "X_"
-    )
+    known = name == "data" or name in cifar.NAMES or name in transfer.SIGNS
+    return archive or known or bool(split_of(name)) or name[:2] == "X_"
