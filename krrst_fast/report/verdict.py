@@ -101,6 +101,18 @@ class EvaluationSection:
         return text
 
     @property
+    def explained(self) -> str:
+        """The held-out R2 of each method, in words; empty where there is none."""
+        found = self.evaluation.explained()
+        if not found:
+            return ""
+        values = "; ".join(f"{LABELS[method]} {r2:+.3f}" for method, r2 in found.items())
+        return typographic(
+            "Held-out R2, the share of the variance of the target's outputs on images of the "
+            f"source that no method saw (mean over seeds): {values}."
+        )
+
+    @property
     def measures(self) -> list[Measure]:
         """The tasks that were run, each with the outcome of every method."""
         return [
