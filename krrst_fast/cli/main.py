@@ -208,6 +208,8 @@ def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
 
 
 def _target(config: Any, switches: frozenset[str], run: str) -> None:
+    from krrst_fast.data import open_store
+    from krrst_fast.evaluate.headroom import ENOUGH, headroom
     from krrst_fast.targets import train_target
 
     target = train_target(config, resume="resume" in switches, progress=_progress(switches))
@@ -216,6 +218,15 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
         kind, views = "table of features", " --views.padding 0"
         views += "" if target.table.mirrored else " --views.flip false"
     print(f"wrote {config.out}: a target {kind} with {target.dim} outputs")
+    found = headroom(open_store(config.store), target)
+    if found is not None:
+        print(found)
+        if found.avoided < ENOUGH:
+            print(
+                "krrst: warning: target: it is hardly better than an untrained network, so there "
+                "may be nothing to distil; a stronger encoder helps more than any setting",
+                file=sys.stderr,
+            )
     store, out = (shlex.quote(str(path)) for path in (config.store, config.out))
     print(f"next: krrst distill{run} --store {store} --target {out} --out RUN{views}")
 
