@@ -11,6 +11,7 @@ import torch
 
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
+from krrst_fast.distill.arithmetic import convolutions, storage
 from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
@@ -76,7 +77,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     """
     # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
     held = resume and config.out.is_dir()
-    with locked(config.out) if held else nullcontext():
+    with locked(config.out) if held else nullcontext(), convolutions(tf32=config.tf32):
         return _distill(config, resume, progress, held)
 
 
@@ -150,7 +151,7 @@ def _check_inputs(
         num_outputs=target.dim,
         channels=target.channels,
         device=device,
-        dtype=getattr(torch, config.dtype),
+        dtype=storage(config),
     )
 
 

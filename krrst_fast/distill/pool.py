@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from krrst_fast.distill.arithmetic import PLAIN, Arithmetic
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
+from krrst_fast.models.functional import state_of
 from krrst_fast.runs.seeding import derive, seeded
 
 DIVERGED = 100.0
@@ -35,10 +37,15 @@ class Slot:
 
     def __init__(self, number: int, pool: "Pool") -> None:
         self.number = number
-        self._seed, self._device = pool.seed, pool.device
+        self._pool = pool
         self.network, self.optimizer = pool.fresh(number, 0)
         self.age = 0
         self.generation = 0
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Compute features [B, D] of images [B, C, H, W] by the network at rest."""
+        function = self._pool.at_rest
+        return self.network.embed(x) if function is None else function(state_of(self.network), x)
 
     def fit(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         """Make one full-batch SGD step on mean((W f(x_syn) - y_syn)^2), in training mode.
@@ -54,14 +61,22 @@ class Slot:
             NonFiniteError: The training diverges: the loss is NaN, infinite or far too large.
         """
         with training(self.network, self.optimizer), self._drawing():
-            loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
-            loss.backward()
+            loss = self._backward(x_syn, y_syn)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.age += 1
         # One read of the device; NaN compares as false. 1: what a fresh network gives is about 1.
         if not loss <= DIVERGED * (y_syn.square().mean() + 1):
             raise NonFiniteError(f"the network's own loss is {loss.item()}; lower pool.lr")
+        return loss
+
+    def _backward(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
+        """Compute the loss, and the gradients of what is trained."""
+        function = self._pool.training_loss
+        if function is not None:
+            return function.backward(state_of(self.network), x_syn, y_syn)
+        loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
+        loss.backward()
         return loss.detach()
 
     def _drawing(self) -> AbstractContextManager[None]:
@@ -69,7 +84,7 @@ class Slot:
         if not self.network.draws:
             return nullcontext()
         names = ("fit", self.number, self.generation, self.age)
-        return seeded(derive(self._seed, *names), self._device)
+        return seeded(derive(self._pool.seed, *names), self._pool.device)
 
 
 @contextmanager
@@ -96,6 +111,7 @@ class Pool:
         seed: Seed from which the seed of each network is derived.
         device: Device of the networks.
         dtype: Dtype of the parameters.
+        arithmetic: How the networks compute.
     """
 
     def __init__(
@@ -108,12 +124,16 @@ class Pool:
         seed: int = 0,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        arithmetic: Arithmetic = PLAIN,
     ) -> None:
         self.config = config
         self._shape = {"image_size": image_size, "num_outputs": num_outputs, "channels": channels}
         self.seed, self.device, self._dtype = seed, device, dtype
         self.lr = config.lr
         self.slots = [Slot(number, self) for number in range(config.size)]
+        # Shared by all networks, so that each is compiled once.
+        self.at_rest = arithmetic.at_rest(self.slots[0].network, head=False)
+        self.training_loss = arithmetic.training(self.slots[0].network)
 
     def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
         """Return untrained network number `generation` of a slot, and its optimiser."""

@@ -121,9 +121,9 @@ def outer_step(
     age, lr = slot.age, rate(state.step)
 
     # A network at rest is in evaluation mode and its parameters ask for no gradient.
-    f_syn = slot.network.embed(x_syn)  # [M, D]
+    f_syn = slot.embed(x_syn)  # [M, D]
     with torch.no_grad():
-        f_real = slot.network.embed(x_real)  # [B, D]
+        f_real = slot.embed(x_real)  # [B, D]
 
     solving = solving_device(x_syn.device)
     with located(state.step + 1, slot):
