@@ -74,10 +74,10 @@ class Way(NamedTuple):
     looked_up: bool = False
 
 
-def ways(device: str) -> dict[str, Way]:
-    """Return the measured ways; nothing is compiled on a CPU."""
-    float32 = Arithmetic(compiles=device == "cuda")
-    float16 = Arithmetic(half=True, compiles=device == "cuda")
+def ways(toy: bool) -> dict[str, Way]:
+    """Return the measured ways; in a dry run nothing is compiled."""
+    float32 = Arithmetic(compiles=not toy)
+    float16 = Arithmetic(half=True, compiles=not toy)
     quick = Solver(precision="fast", check="flag")
     return {
         "krrst_fast": Way(PLAIN),
@@ -111,7 +111,7 @@ class Steps:
 
     def __init__(self, run: Run) -> None:
         self.scale = images.TOY if run.toy else images.FULL
-        self.device, self.ways = run.device, ways(run.device)
+        self.device, self.ways = run.device, ways(run.toy)
 
     # No network is renewed while it is measured: every step is the same work.
     def _made(self, arithmetic: Arithmetic = PLAIN) -> images.Distillation:

@@ -54,16 +54,16 @@ def rows(run: Run) -> Rows:
         kept = kept._replace(pixels=kept.pixels[:20])
     first = f"{kept.name}, TF32"
     for name in NAMES:
-        way = ways(run.device)[name]
+        way = ways(run.toy)[name]
         values = len(kept.pixels) * views_per_image(ViewConfig()) * scale.p
-        if way.looked_up and values * (2 if way.arithmetic.half else 4) > most_bytes(run.device):
+        if way.looked_up and values * (2 if way.arithmetic.half else 4) > most_bytes(run):
             continue
         yield f"{kept.name}, {name}", partial(distil, run, scale, kept, way, first)
 
 
-def most_bytes(device: str) -> float:
-    """Return how large a table may be: half of the free memory of a GPU."""
-    return torch.cuda.mem_get_info()[0] / 2 if device == "cuda" else 2**30
+def most_bytes(run: Run) -> float:
+    """Return how large a table may be: half of the free memory of the GPU."""
+    return 2**30 if run.toy else torch.cuda.mem_get_info()[0] / 2
 
 
 def distil(
