@@ -95,7 +95,7 @@ clean:
 .venv/.installed: .venv/.torch pyproject.toml
 	@echo "Installing krrst_fast and the packages it uses."
 	KRRST_FAST_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation \
-		-e '.[cli,data,encoders,onnx,parquet,report,test,bench,dev]' < /dev/null
+		-e '.[cli,data,encoders,onnx,parquet,report,tensorboard,wandb,test,bench,dev]' < /dev/null
 	@touch $@
 
 .venv/.built: .venv/.installed setup.py $(SOURCES)

@@ -70,7 +70,7 @@ def test_the_seed_decides_the_draw(store: ImageStore) -> None:
 
 
 def test_more_images_than_there_are(store: ImageStore) -> None:
-    with pytest.raises(DataError, match="61 random images were asked for, .* train split has 60"):
+    with pytest.raises(DataError, match="61 real images were asked for, .* train split has 60"):
         random_subset(store, make_target(8), 61, seed=0)
 
 

@@ -201,6 +201,37 @@ def test_a_network_that_diverges_starts_again_at_half_the_rate():
     assert again.lr == 25.0
 
 
+def _explode(pool: Pool, number: int) -> None:
+    """Make the next fit of a slot diverge."""
+    with torch.no_grad():
+        for parameter in pool.slots[number].network.parameters():
+            parameter.fill_(math.nan)
+
+
+def test_a_rate_that_many_networks_stood_is_not_lowered_by_one_that_diverges():
+    pool = _pool(size=2, online_steps=2)
+    lives = [slot for slot in pool.slots for _ in range(3)]  # a life of each slot
+    for accident in range(12):  # more than a rate can be halved
+        for slot in lives if accident % 2 else reversed(lives):
+            pool.advance(slot, X, Y)
+        assert [slot.full_lives for slot in pool.slots] == [1, 1]
+        _explode(pool, 0)
+        with pytest.warns(UserWarning, match="rate stays 0.1, as 2 networks before it did not"):
+            pool.fit(pool.slots[0], X, Y)
+        pool.slots[1].age = 0
+        assert pool.lr == 0.1 and [slot.full_lives for slot in pool.slots] == [0, 0]
+    # One that diverges again before that lowers it, and so it does in a pool that was saved.
+    pool.slots[0].full_lives = 1
+    again = _pool(size=2, online_steps=2)
+    again.load_state_dict(pool.state_dict())
+    assert [slot.full_lives for slot in again.slots] == [1, 0]
+    for each in (pool, again):
+        _explode(each, 1)
+        with pytest.warns(UserWarning, match="the whole pool's rate is now 0.05 .pool.lr is 0.1"):
+            each.fit(each.slots[1], X, Y)
+        assert each.lr == 0.05
+
+
 def test_images_that_are_not_finite_are_no_reason_for_a_lower_rate():
     pool = _pool()
     with pytest.raises(NonFiniteError, match="own loss"):

@@ -264,11 +264,51 @@ def test_a_loss_that_is_not_finite_names_step_and_slot():
     before = state.x_syn.detach().clone()
     for slot in state.pool.slots:
         slot.network.blocks[0].conv.weight.data.fill_(torch.nan)
+        slot.age = 0  # so that it is not its training that is to blame
     where = r"distill: step 2, slot \d \(after \d SGD steps\): .+"
     with pytest.raises(NonFiniteError, match=where) as raised:
         _step(state, source)
     assert "\n" not in str(raised.value)
     assert torch.equal(state.x_syn, before) and state.step == 1
+
+
+@pytest.mark.parametrize("scale", [1e10, torch.inf, torch.nan])
+def test_a_network_that_has_exploded_starts_again_and_the_step_is_taken(scale):
+    """Features that are too large to be multiplied, and features that are no numbers."""
+    state, source = _run(dtype=torch.float32)
+    other, _ = _run(dtype=torch.float32)
+    _step(state, source)
+    draws = torch.Generator()
+    draws.set_state(state.generator.get_state())
+    source.draw(state.step, draws)
+    number = state.pool.draw(draws).number
+    slot = state.pool.slots[number]
+    generation = slot.generation = slot.generation + 1
+    with torch.no_grad():
+        for parameter in slot.network.parameters():
+            parameter.mul_(scale)
+    saved = copy.deepcopy(state.state_dict())
+    with pytest.warns(UserWarning, match=rf"network {number} diverged .* rate is now 0.05 .pool.l"):
+        report = _step(state, source)
+    assert (report.slot, report.slot_age, state.pool.lr) == (number, 0, 0.05)
+    assert torch.isfinite(report.loss) and torch.isfinite(state.x_syn).all()
+    assert (slot.generation, slot.age) == (generation, 1)
+    # A run that is taken up at the step before does the same, and goes on so.
+    other.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="diverged"):
+        again = _step(other, source)
+    assert torch.equal(again.loss, report.loss) and torch.equal(other.x_syn, state.x_syn)
+    assert torch.equal(_step(other, source).loss, _step(state, source).loss)
+
+
+def test_no_rate_is_low_enough_for_what_explodes_at_any(monkeypatch):
+    monkeypatch.setattr("krrst_fast.distill.pool.MOST_HALVINGS", 0)
+    state, source = _run()
+    for slot in state.pool.slots:
+        slot.network.blocks[0].conv.weight.data.fill_(torch.nan)
+    where = r"distill: step 1, slot \d \(after \d SGD steps\): .*; lower pool.lr"
+    with pytest.raises(NonFiniteError, match=where.replace("; lower", "diverged: lower")):
+        _step(state, source)
 
 
 def test_a_target_that_is_not_finite_names_step_and_slot():

@@ -183,7 +183,8 @@ def test_an_evaluation_that_was_killed_goes_on(
         return run(self, method, seed, *others)
 
     monkeypatch.setattr(Trials, "run", count)
-    evaluate(config, progress=False)
+    with pytest.warns(UserWarning, match="the last line, 28 bytes, was cut short.*; 3 rows are"):
+        evaluate(config, progress=False)
     assert len(rest) == 7 and not set(rest) & set(ran)
     assert figures(config) == whole
     assert not partial.exists()
@@ -269,14 +270,6 @@ def test_draws_of_labels_are_averaged(config: EvaluateConfig) -> None:
     mean = Trials(open_materials(several))._probe(net, "none", 0, lambda: None)
     assert len(set(single)) > 1
     assert mean == pytest.approx(sum(single) / 3)
-
-
-def test_raw_images_are_used_as_they_are_and_real_ones_normalised(config: EvaluateConfig) -> None:
-    chosen = load_distilled(config.run)
-    raw = replace(chosen, mean=(0.0,) * 3, std=(1.0,) * 3)
-    raw.save(config.run / "distilled.safetensors")
-    materials = open_materials(replace(config, methods=("distilled",)))
-    assert materials.mean_std("distilled") == (chosen.mean, chosen.std)
 
 
 def test_a_distilled_file_without_a_run(config: EvaluateConfig) -> None:

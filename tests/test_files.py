@@ -265,16 +265,42 @@ def test_json(tmp_path: Path) -> None:
         files.read_json(tmp_path / "b.json")
 
 
-def test_log_survives_a_cut_line(tmp_path: Path) -> None:
+def test_a_log_cut_anywhere_keeps_its_whole_rows_and_says_what_is_left_out(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "metrics.jsonl"
     assert files.read_jsonl(path) == []
+    rows = [{"step": 1}, {"step": 2, "name": "\u2028é"}]
+    for row in rows:
+        files.append_jsonl(path, row)
+    good = path.read_bytes()
+    first = good.index(b"\n") + 1
+    added = {"step": 3}
+    for cut in range(len(good)):
+        path.write_bytes(good[:cut])
+        whole = (cut >= first - 1) + (cut >= len(good) - 1)
+        if cut in (0, first - 1, first, len(good) - 1):
+            assert files.read_jsonl(path) == rows[:whole]
+        else:
+            lost = f"the last line, {cut - first * whole} bytes, was cut short.*; {whole} rows"
+            with pytest.warns(UserWarning, match=lost):
+                assert files.read_jsonl(path) == rows[:whole]
+        files.append_jsonl(path, added)
+        assert files.read_jsonl(path) == [*rows[:whole], added]
+
+
+def test_a_damaged_end_of_the_last_line_is_not_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
     files.append_jsonl(path, {"step": 1})
-    files.append_jsonl(path, {"step": 2})
-    with path.open("ab") as file:
-        file.write(b'{"step": 3, "lo')
-    assert files.read_jsonl(path) == [{"step": 1}, {"step": 2}]
-    files.append_jsonl(path, {"step": 3, "name": "\u2028é"})
-    assert files.read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3, "name": "\u2028é"}]
+    good = path.read_bytes()
+    for bit in range(8):
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1 << bit]))
+        for use in (files.read_jsonl, lambda path: files.append_jsonl(path, {"step": 2})):
+            with pytest.raises(DataError, match=r"metrics.jsonl: the end of the last line is '"):
+                use(path)
+    path.write_bytes(good[:-2].replace(b"1", b"2", 1) + good[-2:-1])
+    with pytest.raises(DataError, match=r"metrics.jsonl: line 1: the checksum is wrong"):
+        files.read_jsonl(path)
 
 
 def test_damaged_log_is_named(tmp_path: Path) -> None:

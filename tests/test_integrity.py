@@ -83,14 +83,12 @@ def test_a_flipped_bit_anywhere_and_a_cut_file_are_refused_by_name(run, tmp_path
     for number in range(24):
         place, bit = (len(good) - 1) * number // 23, number % 8
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
-        if name.endswith(".jsonl") and good[place] == 10 and place == len(good) - 1:
-            continue  # The end of the last line: a line that a kill left incomplete.
         with pytest.raises(KrrstError, match=path.name):
             read(path)
     for cut in (0, len(good) // 3, len(good) - 3):
-        path.write_bytes(good[:cut])
         if name.endswith(".jsonl"):
-            continue  # A kill may cut a log anywhere.
+            continue  # A kill may cut a log anywhere; tests/test_files.py cuts one.
+        path.write_bytes(good[:cut])
         with pytest.raises(KrrstError, match=path.name):
             read(path)
 

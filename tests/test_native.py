@@ -12,23 +12,33 @@ import pytest
 import torch
 
 from krrst_fast import reference
-from krrst_fast.data.formats.tars import members_by_tarfile
+from krrst_fast.data.formats.tars import entries_by_tarfile
 from krrst_fast.errors import DataError
 
 native = pytest.importorskip("krrst_fast._native", reason="the extension is not built")
 
 
+OTHERS = [
+    ("folder", tarfile.DIRTYPE, ""),
+    ("link", tarfile.SYMTYPE, "0.jpg"),
+    ("hard", tarfile.LNKTYPE, "größe/0.jpg"),
+    ("far", tarfile.SYMTYPE, "d/" * 90 + "0.jpg"),
+    ("pipe", tarfile.FIFOTYPE, ""),
+]
+
+
 def write_tar(path: Path, names: list[str], tar_format: int = tarfile.PAX_FORMAT) -> None:
-    """Files of growing length, a folder and a link between them."""
+    """Files of growing length, a folder, links of both kinds and a pipe between them."""
     with tarfile.open(path, "w", format=tar_format) as tar:
         for i, name in enumerate(names):
             info = tarfile.TarInfo(name)
             info.size = i * 300
             tar.addfile(info, io.BytesIO(bytes([i]) * info.size))
-        for name, kind in (("folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)):
+        for name, kind, target in OTHERS:
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "0.jpg"
-            tar.addfile(info)
+            info.type, info.linkname = kind, target
+            if len(target) <= 100 or tar_format != tarfile.USTAR_FORMAT:
+                tar.addfile(info)
         tar.addfile(tarfile.TarInfo("last.cls"), io.BytesIO())
 
 
@@ -50,11 +60,15 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 def test_the_index_is_that_of_tarfile(tmp_path, tar_format, kind):
     path, names = tmp_path / "a.tar", NAMES[kind]
     write_tar(path, names, FORMATS[tar_format])
-    found = native.scan_tar(str(path))
-    assert found == members_by_tarfile(path)
-    assert [name for name, _, _ in found] == [*names, "last.cls"]
+    found = native.index_tar(str(path))
+    assert found == entries_by_tarfile(path)
+    others = [(name, target) for name, _, target in OTHERS[1:]]
+    if tar_format == "ustar":
+        others.remove(("far", OTHERS[3][2]))
+    expected = [*((name, "") for name in names), *others, ("last.cls", "")]
+    assert [(name, target) for name, _, _, _, target in found] == expected
     data = path.read_bytes()
-    for i, (_, offset, size) in enumerate(found[:-1]):
+    for i, (_, offset, size, _, _) in enumerate(found[: len(names)]):
         assert data[offset : offset + size] == bytes([i]) * (i * 300)
 
 
@@ -66,33 +80,33 @@ def test_lengths_above_eight_gib_are_read_from_binary_fields(tmp_path):
     with path.open("wb") as file:
         file.write(header)
         file.truncate(512 + info.size + 1024)
-    assert native.scan_tar(str(path)) == [("big.jpg", 512, 9 << 30)]
+    assert native.index_tar(str(path)) == [("big.jpg", 512, 9 << 30, "0", "")]
 
 
-@pytest.mark.parametrize("reader", [native.scan_tar, members_by_tarfile])
+@pytest.mark.parametrize("reader", [native.index_tar, entries_by_tarfile])
 def test_a_tar_cut_anywhere_is_refused(tmp_path, reader):
     whole, cut = tmp_path / "whole.tar", tmp_path / "cut.tar"
     write_tar(whole, ["0.jpg", "1.jpg", "2.jpg"])
     data = whole.read_bytes()
-    end = max(offset for _, offset, _ in native.scan_tar(str(whole)))
+    end = max(offset for _, offset, *_ in native.index_tar(str(whole)))
     for length in (0, 1, 511, 600, 1500, 1536 + 100, end - 512 - 1):
         cut.write_bytes(data[:length])
         with pytest.raises((ValueError, DataError), match="tar|empty|header|end of data"):
-            reader(cut if reader is members_by_tarfile else str(cut))
+            reader(cut if reader is entries_by_tarfile else str(cut))
 
 
 def test_every_damaged_byte_of_a_header_is_noticed(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, ["0.jpg", "1.jpg", "2.jpg"])
     data = bytearray(path.read_bytes())
-    second = native.scan_tar(str(path))[1][1] - 512
+    second = native.index_tar(str(path))[1][1] - 512
     for position in [*range(second, second + 160, 7), *range(second + 257, second + 345, 11)]:
         damaged = data.copy()
         damaged[position] ^= 0x55
         path.write_bytes(damaged)
         if 148 <= position - second < 156:
             continue
-        for read in (lambda: native.scan_tar(str(path)), lambda: members_by_tarfile(path)):
+        for read in (lambda: native.index_tar(str(path)), lambda: entries_by_tarfile(path)):
             with pytest.raises(ValueError, match="tar"):
                 read()
 
@@ -108,17 +122,17 @@ def test_random_damage_never_crashes_the_scanner(tmp_path):
         damaged[places] = draw.integers(0, 256, 4)
         path.write_bytes(damaged.tobytes())
         try:
-            found = native.scan_tar(str(path))
+            found = native.index_tar(str(path))
         except ValueError:
             refused += 1
             continue
-        assert all(offset >= 0 and offset + size <= len(data) for _, offset, size in found)
+        assert all(offset >= 0 and offset + size <= len(data) for _, offset, size, *_ in found)
     assert 0 < refused < 300
 
 
 def test_a_missing_tar_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        native.scan_tar(str(tmp_path / "none.tar"))
+        native.index_tar(str(tmp_path / "none.tar"))
 
 
 def draw(batch: int = 6, padding: int = 2):

@@ -230,6 +230,27 @@ def test_captions_and_stats_count_what_the_log_holds(page: Page) -> None:
     assert cost["Outer steps, in all"] == ["15", "s"]
 
 
+def test_a_run_that_went_on_elsewhere_names_each_place(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    first = read_json(folder / "environment.json")
+    write_json(folder / "environment.2.json", {**first, "torch": "2.9"})
+    third = {"python": "3.12", "gpu": "H", "cpu": "B", "device": "cuda"}
+    write_json(folder / "environment.3.json", third)
+    tables = parse(write_report(folder)).tables
+    assert "What the distillation cost on A <fast> one, 2 threads; then on H" in tables
+    assert ["torch", "2.9"] in tables["environment.2.json"]
+    assert dict(tables["environment.3.json"][1:]) == third
+    write_json(folder / "environment.3.json", {**third, "device": "cpu"})
+    tables = parse(write_report(folder)).tables
+    assert "What the distillation cost on A <fast> one, 2 threads; then on B" in tables
+
+
+def test_a_number_and_its_spread_stay_on_one_line(run: Path) -> None:
+    rules = re.findall(r"([^{}]*)\{([^{}]*)\}", (run / "report.html").read_text(encoding="utf-8"))
+    found = [what for who, what in rules if re.search(r"\.num\b", who)]
+    assert found and all("white-space: nowrap" in what for what in found)
+
+
 def test_page_loads_nothing(run: Path, page: Page) -> None:
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     for tag, name, value in page.attributes:

@@ -39,7 +39,8 @@ def test_a_whole_run_is_read(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path))
     assert run.missing == []
     assert run.name == "run" and run.steps_done == 60
-    assert run.summary == run.environment == {"threads": 2}
+    assert run.summary == {"threads": 2}
+    assert run.environments == {"environment.json": {"threads": 2}}
     assert run.distilled is not None and run.distilled.targets.sum() == 10
     assert [x.evaluation.name for x in run.evaluations] == ["digits"]
     assert run.target_rows == [{"step": 1, "loss": 2.0}]

@@ -113,6 +113,82 @@ def test_pixels_of_0_to_255_are_no_scale(store: ImageStore, tmp_path: Path) -> N
         encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t", **scale)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "net.input_size, net.mean, net.std = 8, (0.5,) * 3, [0.25] * 3",
+        "net.input_size, net.mean, net.std = (3, 8, 8), np.full(3, 0.5), np.full((3, 1, 1), 0.25)",
+        "net.input_size = (8, 8)\n"
+        "    net.register_buffer('mean', torch.full((1, 3, 1, 1), 0.5, dtype=torch.float16))\n"
+        "    net.std = nn.Parameter(torch.full((3, 1, 1), 0.25))",
+    ],
+)
+def test_an_encoder_says_its_scale_in_any_form(
+    store: ImageStore, tmp_path: Path, lines: str
+) -> None:
+    text = f"import numpy as np\n{CODE}\ndef make():\n    torch.manual_seed(0)\n"
+    path = code(tmp_path, "enc", f"{text}    net = Body('plain')\n    {lines}\n    return net\n")
+    target = encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t")
+    plain = code(tmp_path, "plain", f"{text}    return Body('plain')\n")
+    given = encoder_target(f"{plain}:make", store, num_outputs=2, folder=tmp_path / "g", **SCALE)
+    images = torch.arange(4)
+    assert torch.equal(target.plain(store, images), given.plain(store, images))
+
+
+@pytest.mark.parametrize(
+    "lines,message",
+    [
+        (
+            "net.input_size = (3, 8, 9)",
+            r"input_size must be .* of a square, got \(3, 8, 9",
+        ),
+        ("net.input_size = 8.5", "attribute input_size must be a whole number"),
+        ("net.std = torch.tensor([1.0, float('nan'), 1.0])", "attribute std must be a finite numb"),
+        ("net.mean = 'imagenet'", "attribute mean must be a finite number or several, got 'imag"),
+        ("net.mean = torch.ones(2) / 2", r"mean must be 3 numbers, got \[0.5, 0.5\]"),
+        ("net.mean = net.conv", "mean must be given"),
+    ],
+)
+def test_an_encoder_whose_scale_is_no_scale(
+    store: ImageStore, tmp_path: Path, lines: str, message: str
+) -> None:
+    start = "    net.input_size, net.mean, net.std = 8, (0.5,) * 3, (0.25,) * 3\n"
+    text = f"{CODE}\ndef make():\n    net = Body('plain')\n{start}"
+    path = code(tmp_path, "enc", f"{text}    {lines}\n    return net\n")
+    with pytest.raises(ConfigError, match=message):
+        encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "spec,message",
+    [
+        ("{}/no.py:make", "there is no file .*no.py"),
+        ("{}/no:make", "there is no file .*no"),
+        ("{}/code.py:mak", "there is no 'mak' in it; did you mean 'make'?"),
+        ("{}/code.py:NUMBER", "must be a class or function that makes a network, got 3"),
+        ("{}/code.py:nothing", "must make a torch.nn.Module, got a NoneType"),
+        (
+            "{}/code.py:fails",
+            r"making the network without arguments failed: OSError: no .code.py",
+        ),
+        ("{}/stops.py:make", r"running the file failed: it ended the program"),
+        ("krrst_no_such:make", "there is no module 'krrst_no_such' in the current folder"),
+    ],
+)
+def test_networks_and_encoders_are_found_by_one_rule(
+    store: ImageStore, tmp_path: Path, spec: str, message: str
+) -> None:
+    text = "NUMBER = 3\nmake = nothing = lambda: None\ndef fails():\n    raise OSError('no')\n"
+    code(tmp_path, "code", text)
+    code(tmp_path, "stops", "raise SystemExit(3)\n")
+    spec = spec.format(tmp_path)
+    pattern = f"{spec}: {message}".replace("?", r"\?")
+    with pytest.raises(ConfigError, match=f"^{pattern}"):
+        check(ModelConfig(kind=spec), image_size=8, num_outputs=2, channels=3)
+    with pytest.raises(ConfigError, match=f"^encoder {pattern}"):
+        encoder_target(spec, store, num_outputs=2, folder=tmp_path / "t", **SCALE)
+
+
 def test_features_in_an_archive_are_named(tmp_path: Path) -> None:
     with (tmp_path / "x.npy").open("wb") as file:
         np.savez(file, a=np.zeros((3, 2)))

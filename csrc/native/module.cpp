@@ -52,19 +52,24 @@ void gather_views(Array<uint8_t> images, Array<int64_t> index, Array<int64_t> of
   krrst::cpu::views(source, draw, levels.data(), 0, batch, target);
 }
 
-py::list scan_tar(const std::string& path) {
+py::str any_bytes(const std::string& text) {
+  auto* decoded = PyUnicode_DecodeUTF8(text.data(), text.size(), "surrogateescape");
+  if (!decoded) throw py::error_already_set();
+  return py::reinterpret_steal<py::str>(decoded);
+}
+
+py::list index_tar(const std::string& path) {
   std::vector<krrst::native::Member> members;
   {
     py::gil_scoped_release without_gil;
-    members = krrst::native::scan_tar(path);
+    members = krrst::native::index_tar(path);
   }
   py::list rows;
-  for (const auto& member : members) {
-    const auto name = py::reinterpret_steal<py::str>(
-        PyUnicode_DecodeUTF8(member.name.data(), member.name.size(), "surrogateescape"));
-    if (!name) throw py::error_already_set();
-    rows.append(py::make_tuple(name, member.offset, member.size));
-  }
+  for (const auto& member : members)
+    rows.append(py::make_tuple(any_bytes(member.name), member.offset, member.size,
+                               py::reinterpret_steal<py::str>(
+                                   PyUnicode_DecodeLatin1(&member.type, 1, nullptr)),
+                               any_bytes(member.target)));
   return rows;
 }
 
@@ -100,8 +105,9 @@ void translate(std::exception_ptr pending) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Parts of krrst_fast that need no torch: the tar index and views in NumPy memory.";
   py::register_local_exception_translator(&translate);
-  m.def("scan_tar", &scan_tar, py::arg("path"),
-        "(name, offset, length) of each regular file of an uncompressed tar; ValueError if it is "
+  m.def("index_tar", &index_tar, py::arg("path"),
+        "(name, offset, length, type, target) of each member of an uncompressed tar but folders: "
+        "type 0 is a file, 1 a hard link to target, 2 a symbolic one; ValueError if it is "
         "damaged.");
   m.def("gather_views", &gather_views, py::arg("images").noconvert(), py::arg("index").noconvert(),
         py::arg("offset").noconvert(), py::arg("flip").noconvert(), py::kw_only(),

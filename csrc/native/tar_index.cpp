@@ -94,7 +94,7 @@ std::string header_name(const Header& header) {
 
 // Values of extended headers, which hold for the next member.
 struct Extended {
-  std::string name;
+  std::string name, target;
   int64_t size = -1;
 };
 
@@ -112,6 +112,7 @@ void read_pax(std::string_view records, int64_t offset, Extended* next) {
     if (equals == std::string_view::npos) damaged("pax record", offset);
     const std::string_view key = record.substr(0, equals), value = record.substr(equals + 1);
     if (key == "path") next->name = value;
+    if (key == "linkpath") next->target = value;
     if (key == "size") {
       const auto size = std::from_chars(value.data(), value.data() + value.size(), next->size);
       if (size.ec != std::errc() || size.ptr != value.data() + value.size() || next->size < 0)
@@ -129,14 +130,14 @@ bool is_zero(const Header& header) {
 // Links, devices and folders have no data, whatever size their header gives.
 bool has_data(char type) { return type == '\0' || std::strchr("123456", type) == nullptr; }
 
-bool is_file(char type, const std::string& name) {
-  const bool old_folder = type == '\0' && !name.empty() && name.back() == '/';
-  return (type == '0' || type == '\0' || type == '7') && !old_folder;
+// Writers before POSIX mark a folder by the end of its name alone.
+bool is_folder(char type, const std::string& name) {
+  return type == '5' || (type == '\0' && !name.empty() && name.back() == '/');
 }
 
 }  // namespace
 
-std::vector<Member> scan_tar(const std::string& path) {
+std::vector<Member> index_tar(const std::string& path) {
   File file(path);
   std::vector<Member> members;
   Extended next;
@@ -159,14 +160,20 @@ std::vector<Member> scan_tar(const std::string& path) {
       damaged("member cut short", offset);
     if (type == 'S') throw DamagedTar("sparse members are not read");
     if (extends && size > kMaxText) damaged("extended header of impossible length", offset);
-    if (type == 'L' || type == 'x') {
+    if (type == 'L' || type == 'K' || type == 'x') {
       std::string content(size, '\0');
       file.read(data, content.data(), size);
       if (type == 'L') next.name = content.c_str();
+      if (type == 'K') next.target = content.c_str();
       if (type == 'x') read_pax(content, offset, &next);
     } else if (!extends) {
       const std::string name = next.name.empty() ? header_name(header) : next.name;
-      if (is_file(type, name)) members.push_back({name, data, size});
+      const bool is_link = type == '1' || type == '2';
+      const std::string target =
+          !is_link ? "" : next.target.empty() ? text(&header[157], 100) : next.target;
+      const char kind = type == '\0' || type == '7' ? '0' : type;
+      if (!is_folder(type, name))
+        members.push_back({name, data, kind == '0' ? size : 0, kind, target});
       next = Extended{};
     }
     offset = data + (size + kBlock - 1) / kBlock * kBlock;

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import plain_views
+from krrst_fast.baselines.subset import real_images, require_enough
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
-from krrst_fast.errors import DataError
 from krrst_fast.runs.seeding import generator
 from krrst_fast.targets import FrozenTarget
 
@@ -30,14 +29,7 @@ def random_subset(
     """
     target.check_store(store)
     index = random_index(store, num_images, seed=seed)
-    images = plain_views(store.images("train"), index, target.mean, target.std)
-    return DistilledSet(
-        images=images,
-        targets=target.plain(store, index),
-        mean=target.mean,
-        std=target.std,
-        meta={"method": "random_subset", "seed": str(seed), "source": str(store.path)},
-    )
+    return real_images(store, target, index, method="random_subset", seed=seed)
 
 
 def random_subset_labels(store: ImageStore, num_images: int, *, seed: int) -> Tensor:
@@ -51,10 +43,6 @@ def random_subset_labels(store: ImageStore, num_images: int, *, seed: int) -> Te
 
 def random_index(store: ImageStore, num_images: int, *, seed: int) -> Tensor:
     """Draw the positions [M] of random images of the train split."""
-    count = store.count("train")
-    if num_images > count:
-        raise DataError(
-            f"{store.path}: {num_images} random images were asked for, and the train split has "
-            f"{count}"
-        )
-    return torch.randperm(count, generator=generator(seed, "random_subset"))[:num_images]
+    require_enough(store, num_images)
+    order = torch.randperm(store.count("train"), generator=generator(seed, "random_subset"))
+    return order[:num_images]

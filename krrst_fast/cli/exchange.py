@@ -23,10 +23,16 @@ def run_export(argv: Sequence[str], about: str) -> None:
     given = parser.parse_args(argv)
     from krrst_fast.distill.distilled_set import load_distilled
     from krrst_fast.exchange import EXPORTS, export_set
-    from krrst_fast.exchange.labels import read_labels
+    from krrst_fast.exchange.initial import initial_labels
+    from krrst_fast.exchange.labels import labels_in, read_labels
 
     distilled = load_distilled(given.run)
     labels = None if given.labels is None else read_labels(given.labels, len(distilled))
+    kinds = EXPORTS[given.to].kinds
+    held = labels_in(distilled.targets, distilled.meta).kind
+    if labels is None and held not in kinds and "class" in kinds:
+        labels = initial_labels(given.run, distilled)
+        print(f"labels: those of {labels.origin}; --labels gives others")
     export_set(distilled, given.out, to=given.to, labels=labels, overwrite=given.overwrite)
     exact = "exact" if EXPORTS[given.to].exact else f"not exact: {EXPORTS[given.to].image_range}"
     print(f"wrote {given.out}: {len(distilled)} images for {given.to} ({exact})")
@@ -36,7 +42,9 @@ def run_import(argv: Sequence[str], about: str) -> None:
     """Read what another project wrote, as a distilled set."""
     parser = Parser(prog="krrst import", description=about, allow_abbrev=False)
     parser.add_argument("path", type=Path, help="the file, or the folder of the files")
-    parser.add_argument("--from", dest="source", choices=FROM, required=True, help="the format")
+    parser.add_argument(
+        "--from", dest="source", choices=FROM, help="the format, where the files do not tell"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     for name in ("mean", "std"):
         parser.add_argument(
@@ -60,6 +68,8 @@ def run_import(argv: Sequence[str], about: str) -> None:
         labels=None if given.labels is None else read_labels(given.labels),
         classes=() if given.classes is None else read_classes(given.classes),
     )
+    if read.why:
+        print(f"took {given.path} for {read.source}: {read.why}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     read.distilled.save(given.out)
     print(f"wrote {given.out}: {read.distilled!r}")

@@ -184,7 +184,9 @@ def _refuse_store(config: Any, switches: frozenset[str]) -> None:
 
 def _refuse_run(config: Any, switches: frozenset[str]) -> None:
     from krrst_fast.runs.folder import check_folder
+    from krrst_fast.runs.sinks import require_sinks
 
+    require_sinks(config.sinks)
     free = import_module(type(config).__module__).FREE_SETTINGS
     check_folder(config.out, config, resume="resume" in switches, free=free)
 

@@ -85,7 +85,8 @@ class Packer:
             if not isinstance(result, DataError):
                 good.append((result, item.label))
             elif self.on_error == "refuse":
-                raise DataError(f"prepare: {item.name}: {result}") from result
+                hint = "--on_error skip leaves such images out"
+                raise DataError(f"prepare: {item.name}: {result}; {hint}") from result
             else:
                 self.skipped.append({"name": item.name, "reason": str(result)})
         return good

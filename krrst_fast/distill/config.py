@@ -8,6 +8,7 @@ from krrst_fast.data.config import ViewConfig
 from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import RidgeOf, Solver
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.sinks import SinkName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class PoolConfig:
     online_steps: int = 1000
     """SGD steps a network gets before a fresh one takes its slot (the paper's T)."""
     lr: float = 0.1
-    """Of the SGD steps. It is halved, with a warning, whenever a network diverges."""
+    """Of the SGD steps. It is halved, with a warning, when a network diverges, unless `size` of them
+    have had all their steps since one did."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     reset: Literal["paper", "released"] = "paper"
@@ -45,6 +47,7 @@ FREE_SETTINGS = (
     "checkpoint_every",
     "checkpoint_minutes",
     "log_every",
+    "sinks",
 )
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
@@ -111,6 +114,9 @@ class DistillConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which there is a checkpoint whatever the step, also of the pool's warm-up."""
     log_every: int = 20
+    sinks: tuple[SinkName, ...] = ()
+    """Who gets the rows of metrics.jsonl too: tensorboard (OUT/tensorboard) and wandb (OUT/wandb,
+    offline unless WANDB_MODE says online), each an extra of its name."""
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -119,6 +125,7 @@ class DistillConfig:
         )
         require_at_least(0, self, "fixed_views")
         require_positive(self, "lr", "ridge", "checkpoint_minutes")
+        require(len(set(self.sinks)) == len(self.sinks), self, "sinks", "given once each")
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
         reference = self.solver.backend == "reference"
         require(not reference, self, "solver", "of another backend than reference")

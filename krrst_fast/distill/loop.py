@@ -44,12 +44,13 @@ from krrst_fast.runs.checkpoint import (
     save_checkpoint,
 )
 from krrst_fast.runs.config import config_hash, to_dict
-from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.files import new_folder, read_jsonl, write_json
 from krrst_fast.runs.folder import check_folder
 from krrst_fast.runs.interrupt import Interrupted, Interrupts
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.log import RunLog, due, summary
 from krrst_fast.runs.progress import progress_bar
+from krrst_fast.runs.sinks import Sinks, require_sinks
 from krrst_fast.targets import FrozenTarget, load_target
 
 
@@ -82,6 +83,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
 
 
 def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) -> DistilledSet:
+    require_sinks(config.sinks)
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store, target = open_store(config.store), load_target(config.target)
     inputs = identity(config, store, target)
@@ -248,16 +250,20 @@ class _Run:
         rate = LinearDecay(
             start=config.lr, final=config.lr * config.final_lr_fraction, steps=config.steps
         )
+        metrics = config.out / "metrics.jsonl"
+        sinks = Sinks(config.sinks, config.out, settings=to_dict(config), rows=read_jsonl(metrics))
         log = RunLog(
-            config.out / "metrics.jsonl",
+            metrics,
             step=state.step,
             batch_size=config.batch_size,
             device=state.x_syn.device,
             totals=self.totals,
+            sinks=sinks,
         )
-        with progress_bar(
+        bar_of_steps = progress_bar(
             progress, total=config.steps, initial=state.step, desc="distill", unit="step"
-        ) as bar:
+        )
+        with sinks, bar_of_steps as bar:
             while state.step < config.steps:
                 report = outer_step(
                     state,

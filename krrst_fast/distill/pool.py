@@ -33,6 +33,8 @@ class Slot:
         network: The network, at rest.
         age: The SGD steps it has had.
         generation: Number of networks that the slot has had before.
+        full_lives: Networks of the slot that had all their steps since the last divergence in the
+            pool.
     """
 
     def __init__(self, number: int, pool: "Pool") -> None:
@@ -41,6 +43,7 @@ class Slot:
         self.network, self.optimizer = pool.fresh(number, 0)
         self.age = 0
         self.generation = 0
+        self.full_lives = 0
 
     def embed(self, x: Tensor) -> Tensor:
         """Compute features [B, D] of images [B, C, H, W] by the network at rest."""
@@ -167,35 +170,58 @@ class Pool:
         if slot.age < self.config.online_steps and not self._spent(slot):
             self.fit(slot, x_syn, y_syn)
             return
+        slot.full_lives += slot.age >= self.config.online_steps
         slot.generation += 1
         self._restart(slot)
 
     def fit(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
-        """Make one SGD step of the slot's network; if it diverges, start it again, more slowly.
-
-        The published rate is that of a thousand images; few images bend the loss more than it
-        allows. It is halved for the whole pool, and only when a network diverged.
+        """Make one SGD step of the slot's network; if it diverges, start it again.
 
         Raises:
             NonFiniteError: The images or targets hold NaN or infinity, or no rate is low enough.
         """
         try:
             slot.fit(x_syn, y_syn)
-        except NonFiniteError:
-            finite = bool(torch.isfinite(x_syn).all() and torch.isfinite(y_syn).all())
-            if not finite or self.lr <= self.config.lr / 2**MOST_HALVINGS:
-                raise
+        except NonFiniteError as error:
+            self.start_again(slot, error, x_syn, y_syn)
+
+    def start_again(self, slot: Slot, error: NonFiniteError, *given: Tensor) -> None:
+        """Give a slot its untrained network after its training diverged, at a lower rate.
+
+        The published rate is that of a thousand images; few images bend the loss more than it
+        allows. It is halved for the whole pool, and only when a network diverged. A rate that was
+        right for as many networks as there are slots stays: else a long run, where some network
+        diverges now and then, would end with no rate at all.
+
+        Args:
+            slot: The slot.
+            error: What told of it; raised if the network is not to blame: an untrained one, or
+                `given` is not finite; or if no rate is low enough.
+            given: What the network or its loss was computed from.
+        """
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in given)
+        if not finite or slot.age == 0:
+            raise error
+        stood = sum(other.full_lives for other in self.slots)
+        if stood < len(self.slots):
+            if self.lr <= self.config.lr / 2**MOST_HALVINGS:
+                text = str(error)
+                hint = "" if "pool.lr" in text else "; its training has diverged: lower pool.lr"
+                raise NonFiniteError(f"{text}{hint}") from error
             self.lr /= 2
-            warnings.warn(
-                f"distill: pool network {slot.number} diverged after {slot.age} SGD steps on "
-                f"{len(x_syn)} images; it starts again, and the whole pool's rate is now "
-                f"{self.lr:g} (pool.lr is {self.config.lr:g})",
-                stacklevel=2,
-            )
-            for other in self.slots:
-                for group in other.optimizer.param_groups:
-                    group["lr"] = self.lr
-            self._restart(slot)
+            now = f"the whole pool's rate is now {self.lr:g}"
+        else:
+            now = f"the pool's rate stays {self.lr:g}, as {stood} networks before it did not"
+        warnings.warn(
+            f"distill: pool network {slot.number} diverged after {slot.age} SGD steps on "
+            f"{len(given[0])} images; it starts again, and {now} (pool.lr is {self.config.lr:g})",
+            stacklevel=3,
+        )
+        for other in self.slots:
+            other.full_lives = 0
+            for group in other.optimizer.param_groups:
+                group["lr"] = self.lr
+        self._restart(slot)
 
     def _restart(self, slot: Slot) -> None:
         """Give a slot its untrained network."""
@@ -212,6 +238,7 @@ class Pool:
             {
                 "age": slot.age,
                 "generation": slot.generation,
+                "full_lives": slot.full_lives,
                 "network": dict(slot.network.state_dict()),
                 "optimizer": slot.optimizer.state_dict(),
             }
@@ -222,6 +249,7 @@ class Pool:
         """Take up what `state_dict` gave."""
         for slot, saved in zip(self.slots, state, strict=True):
             slot.age, slot.generation = saved["age"], saved["generation"]
+            slot.full_lives = saved.get("full_lives", 0)  # checkpoints of earlier versions lack it
             slot.network.load_state_dict(saved["network"])
             # The optimizer would keep the very tensors of the dict, and change them.
             slot.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))

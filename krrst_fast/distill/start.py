@@ -39,7 +39,7 @@ def identity(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> 
 def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> DistilledSet:
     """Make the first synthetic set: random real images, or noise, and the target's outputs."""
     draw = generator(config.seed, "initial")
-    index = torch.randperm(store.count("train"), generator=draw)[: config.num_images]
+    index = _first_images(config, store.count("train"), draw)
     images = real = plain_views(store.images("train"), index, target.mean, target.std)
     if config.init_images == "noise":
         images = torch.randn(real.shape, generator=draw)
@@ -58,6 +58,15 @@ def initial_set(config: DistillConfig, store: ImageStore, target: FrozenTarget) 
     mean_of, std_of = display_scale(config, target)
     meta = {"method": "initial", "seed": str(config.seed), **identity(config, store, target)}
     return DistilledSet(images=images, targets=targets, mean=mean_of, std=std_of, meta=meta)
+
+
+def initial_index(config: DistillConfig, count: int) -> Tensor:
+    """Return the numbers [M] of the train images, of `count`, that the first set is made of."""
+    return _first_images(config, count, generator(config.seed, "initial"))
+
+
+def _first_images(config: DistillConfig, count: int, draw: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=draw)[: config.num_images]
 
 
 def display_scale(

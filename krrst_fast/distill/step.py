@@ -111,22 +111,25 @@ def outer_step(
     With solver.check="flag" the loss is not read: after a failure it is NaN, in this step and, as
     the images are then NaN too, in every later one.
 
+    A network whose features are not finite, or too large, starts again, and the step is taken with
+    it as new.
+
     Raises:
-        NonFiniteError: The loss is NaN or infinite, or the network's training diverged.
+        NonFiniteError: The loss is NaN or infinite, or networks diverge at any rate.
         NotPositiveDefiniteError: The Cholesky factorisation fails with the largest ridge.
     """
     x_syn, y_syn = state.x_syn, state.y_syn  # [M, C, H, W], [M, P]
     x_real, y_real = source.draw(state.step, state.generator)  # [B, C, H, W], [B, P]
     slot = state.pool.draw(state.generator)
-    age, lr = slot.age, rate(state.step)
+    lr = rate(state.step)
 
-    # A network at rest is in evaluation mode and its parameters ask for no gradient.
-    f_syn = slot.embed(x_syn)  # [M, D]
-    with torch.no_grad():
-        f_real = slot.embed(x_real)  # [B, D]
+    def outer_loss() -> tuple[Tensor, SolveInfo]:
+        # A network at rest is in evaluation mode and its parameters ask for no gradient.
+        f_syn = slot.embed(x_syn)  # [M, D]
+        with torch.no_grad():
+            f_real = slot.embed(x_real)  # [B, D]
 
-    solving = solving_device(x_syn.device)
-    with located(state.step + 1, slot):
+        solving = solving_device(x_syn.device)
         loss, solve = krr_mse(
             f_syn.to(solving),
             y_syn.to(solving),
@@ -140,6 +143,16 @@ def outer_step(
         )
         if solver.check == "raise":
             require_finite(loss)
+        return loss, solve
+
+    with located(state.step + 1, slot):
+        try:
+            loss, solve = outer_loss()
+        except NonFiniteError as error:
+            # The network's last SGD step was too long; its own loss would tell at the next one.
+            state.pool.start_again(slot, error, x_syn, y_syn, y_real)
+            loss, solve = outer_loss()
+    age = slot.age
 
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -47,7 +47,7 @@ class Materials:
     target: FrozenTarget | None
     device: torch.device
     mean: tuple[float, ...]
-    """What real images are normalised by for the networks that are pre-trained here."""
+    """What images of the source are normalised by for the networks that are pre-trained here."""
     std: tuple[float, ...]
 
     @cached_property
@@ -70,10 +70,17 @@ class Materials:
         return len(self.store.classes)
 
     def mean_std(self, method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and deviation that normalise real images for the network of `method`."""
-        if method in _NEEDS_TARGET and self.target is not None:
-            return self.target.mean, self.target.std
-        return self.mean, self.std
+        """Return mean and deviation that normalise the labelled images for the network of `method`.
+
+        They are those of the labelled images themselves, as in the paper's code, not those of the
+        images that were distilled. An encoder undoes its own; sets of other projects keep theirs.
+        """
+        if method == "target" and self.target is not None:
+            if isinstance(self.target.config, EncoderInfo):
+                return self.target.mean, self.target.std
+        elif _is_imported(self.distilled):
+            return self.mean, self.std
+        return self.store.mean, self.store.std
 
     def fingerprint(self, method: Method) -> str:
         """Return a digest of everything but the seed that a row of `method` depends on."""
@@ -171,9 +178,13 @@ def open_materials(config: EvaluateConfig) -> Materials:
 
 def _is_raw(distilled: DistilledSet) -> bool:
     """Return whether the images are pixels that their own networks saw beside normalised ones."""
-    if distilled.meta.get("method", "").startswith("imported from "):
+    if _is_imported(distilled):
         return False  # those of other projects are pixels, and so are the real ones beside them
     return set(distilled.mean) == {0.0} and set(distilled.std) == {1.0}
+
+
+def _is_imported(distilled: DistilledSet) -> bool:
+    return distilled.meta.get("method", "").startswith("imported from ")
 
 
 def _check_labelled(store: ImageStore, distilled: DistilledSet) -> None:

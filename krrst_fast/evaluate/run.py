@@ -1,5 +1,7 @@
 """The evaluation itself: every method with every seed, resumable, into one JSON file."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,8 +14,12 @@ from krrst_fast.evaluate.trial import Trials
 from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.environment import describe
 from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, write_json
+from krrst_fast.runs.interrupt import Interrupted, Interrupts, raised_signals
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.progress import progress_bar
+
+Job = tuple[Method, int]
+"""A trial: a method and a seed."""
 
 
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
@@ -36,6 +42,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         ConfigError: A setting is missing, or a result with other settings would be lost, or another
             process writes this one.
         NonFiniteError: A training diverged.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the rows that were finished are kept.
     """
     materials = open_materials(config)
     stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
@@ -58,15 +65,20 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
             rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
             missing = [job for job in jobs if job not in rows]
             total = sum(_ticks(config, method) for method, _ in missing)
-            with progress_bar(progress, total=total, unit="step") as bar:
+            with (
+                _told(rows, jobs, partial),
+                progress_bar(progress, total=total, unit="step") as bar,
+            ):
                 for method, seed in missing:
                     bar.set_description(f"{method} seed {seed}")
                     row = trials.run(method, seed, keys[method], bar.update)
-                    # What a damaged store led to is not saved.
-                    for verification in verifications:
-                        verification.finish()
-                    append_jsonl(partial, asdict(row))
-                    rows[method, seed] = row
+                    # A row that is finished is kept, and wholly, when a signal comes now.
+                    with Interrupts().noted(""):
+                        # What a damaged store led to is not saved.
+                        for verification in verifications:
+                            verification.finish()
+                        append_jsonl(partial, asdict(row))
+                        rows[method, seed] = row
 
             ordered = tuple(rows[job] for job in jobs)
             evaluation = Evaluation(
@@ -86,13 +98,26 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
                 partial.unlink()
 
 
+@contextmanager
+def _told(rows: Mapping[Job, Row], jobs: Sequence[Job], partial: Path) -> Iterator[None]:
+    """Let a signal end the block at once, and say how many rows are finished and where they are."""
+    try:
+        with raised_signals():
+            yield
+    except Interrupted as error:
+        where = f", kept in {partial.parent}" if rows else ""
+        raise Interrupted(
+            error.signum, f"with {len(rows)} of {len(jobs)} trials finished{where}"
+        ) from None
+
+
 def _rows_at_hand(
     config: EvaluateConfig,
     output: Path,
     partial: Path,
     keys: dict[Method, str],
-    jobs: list[tuple[Method, int]],
-) -> dict[tuple[Method, int], Row]:
+    jobs: Sequence[Job],
+) -> dict[Job, Row]:
     """Return the rows of this evaluation that an earlier call has computed."""
     finished: list[Row] = []
     if output.exists() and not config.overwrite:

@@ -65,4 +65,5 @@ def _label_words(about: Mapping[str, Any]) -> str:
     if about["label_kind"] == "representation":
         return "none; the targets are outputs of the target network"
     words = {"class": "one class an image, counted from 0", "soft": "one score a class"}
-    return words[about["label_kind"]]
+    origin = f"; those of {about['labels_from']}" if about.get("labels_from") else ""
+    return words[about["label_kind"]] + origin

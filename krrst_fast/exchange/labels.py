@@ -1,6 +1,7 @@
 """What the targets of a set are, and labels that a user brings along."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from krrst_fast.data.source import MOST_CLASSES
 from krrst_fast.errors import DataError
 
 Kind = Literal["representation", "class", "soft"]
+MOST_TARGETS = 2**28
+"""Numbers in the one-hot targets of a set: 1 GiB."""
 KINDS: tuple[Kind, ...] = ("representation", "class", "soft")
 
 
@@ -23,6 +27,10 @@ class Labels:
     kind: Kind
     values: Tensor
     """"class": [M] int64, indices of classes. Otherwise [M, P] float32."""
+    classes: tuple[str, ...] = ()
+    """Their names in the order of the indices; empty where the set knows better, or nobody does."""
+    origin: str = ""
+    """Where they come from, if that is not the set itself or its user."""
 
 
 def targets_of(labels: Labels, classes: Sequence[str]) -> Tensor:
@@ -36,10 +44,18 @@ def targets_of(labels: Labels, classes: Sequence[str]) -> Tensor:
         if labels.kind == "soft" and classes and width != len(classes):
             raise DataError(f"the soft labels have {width} classes, and {len(classes)} are named")
         return labels.values
+    if int(labels.values.min()) < 0:
+        raise DataError("a label is negative; classes count from 0")
     most = int(labels.values.max()) + 1
     if classes and most > len(classes):
         raise DataError(f"label {most - 1} is not among {len(classes)} classes, counted from 0")
-    return torch.nn.functional.one_hot(labels.values, len(classes) or most).float()
+    shape = (len(labels.values), len(classes) or most)
+    if math.prod(shape) > MOST_TARGETS:
+        raise DataError(
+            f"label {most - 1} of {shape[0]} images makes one-hot targets of {shape[1]} classes, "
+            f"{4 * math.prod(shape) / 2**30:.1f} GiB: number the classes from 0 without gaps"
+        )
+    return torch.zeros(shape).scatter_(1, labels.values.cpu()[:, None], 1.0)
 
 
 def labels_in(targets: Tensor, meta: Mapping[str, str]) -> Labels:
@@ -56,7 +72,7 @@ def classes_in(meta: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def as_labels(values: Tensor, count: int, float_kind: Kind, where: str) -> Labels:
-    """Check labels that a file holds.
+    """Check labels that a file holds, and bring them to the CPU.
 
     Args:
         values: [count] whole numbers or [count, P] floats.
@@ -65,20 +81,37 @@ def as_labels(values: Tensor, count: int, float_kind: Kind, where: str) -> Label
         where: The file, for the message.
 
     Raises:
-        DataError: They are neither, or not one for each image.
+        DataError: They are neither, not one for each image, not finite, or no classes.
     """
+    if values.layout != torch.strided:
+        raise DataError(f"{where}: labels must be a dense tensor, got {values.layout}")
     if len(values.shape) == 0 or values.shape[0] != count:
         raise DataError(f"{where}: {count} images need as many labels, got {tuple(values.shape)}")
-    if values.ndim == 1 and not values.is_floating_point() and not values.is_complex():
-        if bool((values < 0).any()):
-            raise DataError(f"{where}: a label is negative; classes count from 0")
-        return Labels("class", values.detach().long())
-    if values.ndim == 2 and values.is_floating_point():
-        return Labels(float_kind, values.detach().float())
+    if count == 0:
+        raise DataError(f"{where}: holds no labels")
+    values = values.detach().cpu()
+    if values.ndim == 1 and _whole(values):
+        # NumPy finds the extremes of unsigned numbers too.
+        low, high = int(values.numpy().min()), int(values.numpy().max())
+        if low < 0:
+            raise DataError(f"{where}: a label is negative, {low}; classes count from 0")
+        if high >= MOST_CLASSES:
+            raise DataError(f"{where}: label {high} is no class: there are {MOST_CLASSES} at most")
+        return Labels("class", values.long())
+    if values.ndim == 2 and values.shape[1] > 0 and values.is_floating_point():
+        scores = values.float()
+        if not torch.isfinite(scores).all():
+            raise DataError(f"{where}: a label is NaN or infinite")
+        return Labels(float_kind, scores)
     raise DataError(
         f"{where}: labels must be [M] whole numbers or [M, P] floats, "
         f"got {tuple(values.shape)} {values.dtype}"
     )
+
+
+def _whole(values: Tensor) -> bool:
+    inexact = values.is_floating_point() or values.is_complex() or values.is_quantized
+    return not inexact and values.dtype != torch.bool
 
 
 def read_labels(path: Path, count: int | None = None) -> Labels:

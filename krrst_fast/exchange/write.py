@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,8 @@ def export_set(
             f"export: {to} holds labels of kind {' or '.join(export.kinds)}, and these are of "
             f"kind {given.kind}; give labels of your own with --labels, or write imagefolder or npz"
         )
-    classes = classes_in(distilled.meta)
+    classes = given.classes or classes_in(distilled.meta)
+    given = replace(given, classes=classes)
     if given.kind == "class" and classes and int(given.values.max()) >= len(classes):
         raise DataError(f"export: label {int(given.values.max())}, and {len(classes)} classes")
     about = {
@@ -82,6 +83,7 @@ def export_set(
         "std": list(distilled.std),
         "label_kind": given.kind,
         "labels": given.values.tolist() if given.kind == "class" else None,
+        "labels_from": given.origin or None,
         "target_kind": own.kind,
         "classes": list(classes),
         "encoder": distilled.meta.get("target"),
@@ -141,7 +143,7 @@ def _imagefolder(folder: Path, distilled: DistilledSet, given: Labels) -> None:
         raise DataError(
             f"export: imagefolder holds 1 or 3 channels, got {distilled.images.shape[1]}"
         )
-    classes = classes_in(distilled.meta)
+    classes = given.classes
     rows = []
     for index, pixels in enumerate(distilled.pixels().numpy()):
         row: dict[str, object] = {"file_name": f"train/{index:06d}.png"}

@@ -198,12 +198,19 @@ def _scaled(value: float, unit: str) -> tuple[float, str]:
 
 
 def _cost_caption(run: Run) -> str:
-    machine = run.environment.get("gpu") or run.environment.get("cpu")
-    threads = run.environment.get("threads")
-    place = f" on {machine}" if machine else ""
-    if machine and threads and not run.environment.get("gpu"):
-        place += f", {threads} thread{'s' if threads != 1 else ''}"
-    return f"What the distillation cost{place}"
+    places = dict.fromkeys(filter(None, map(_machine, run.environments.values())))
+    return f"What the distillation cost{' on ' if places else ''}{'; then on '.join(places)}"
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    """Return the GPU it used, or the processor and its threads; "" if neither is named."""
+    gpu = environment.get("gpu")
+    if gpu and environment.get("device") != "cpu":
+        return str(gpu)
+    cpu, threads = environment.get("cpu"), environment.get("threads")
+    if cpu and threads:
+        return f"{cpu}, {threads} thread{'s' if threads != 1 else ''}"
+    return str(cpu or "")
 
 
 def _sheets_note(initial: DistilledSet | None, distilled: DistilledSet | None) -> str:
@@ -328,9 +335,12 @@ def _tables(run: Run) -> list[dict[str, Any]]:
         ("Settings of the distillation", "config.json", run.config),
         ("Settings of the target network", "config.json of the target", run.target_config),
         ("Summary of the target network", "summary.json of the target", run.target_summary),
-        ("Where it ran", "environment.json", run.environment),
-        ("Summary", "summary.json", run.summary),
     ]
+    tables += [
+        ("Where it ran" if i == 0 else "Where it went on", name, values)
+        for i, (name, values) in enumerate(run.environments.items())
+    ]
+    tables.append(("Summary", "summary.json", run.summary))
     tables += [
         (f"Settings of the evaluation {e.evaluation.name}", e.file, e.settings)
         for e in run.evaluations

@@ -9,6 +9,7 @@ from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_disti
 from krrst_fast.errors import DataError
 from krrst_fast.evaluate.table import Evaluation
 from krrst_fast.report.verdict import EvaluationSection
+from krrst_fast.runs.environment import recorded
 from krrst_fast.runs.files import read_json, read_jsonl
 
 
@@ -26,7 +27,8 @@ class Run:
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Where it ran, by file name: another one for each time it went on elsewhere."""
     summary: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     initial: DistilledSet | None = None
@@ -91,9 +93,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _read_records(run: Run) -> None:
-    if (run.folder / "environment.json").exists():
-        run.environment = _object(run.folder / "environment.json")
-    else:
+    run.environments = {path.name: _object(path) for path in recorded(run.folder)}
+    if not run.environments:
         run.lacks("What the run ran on (environment.json).", "krrst distill")
     run.rows = _by_step(read_jsonl(run.folder / "metrics.jsonl"))
     if not run.rows:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,36 +214,71 @@ def read_json(path: Path, *, sealed: str = "") -> Any:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a log of JSON objects; drop a last line that is incomplete after a kill."""
+    """Add one line to a log of JSON objects; drop a last line that is incomplete after a kill.
+
+    Raises:
+        DataError: The last line is damaged.
+    """
     with path.open("ab+") as file:
         end = file.tell()
         if end:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                start = file.read().rfind(b"\n") + 1
+                file.seek(start)
+                if _is_whole(path, file.read()):
+                    file.write(b"\n")
+                else:
+                    file.truncate(start)
         file.write(row_line(row))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a log of JSON objects; skip a last line that is incomplete after a kill.
+    """Read a log of JSON objects; leave out, with a warning, a last line that a kill cut short.
 
     Raises:
-        DataError: An earlier line is not a JSON object, or is damaged.
+        DataError: A line is not a JSON object, or is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is not a JSON object")
-        try:
-            rows.append(check_row(row))
-        except ValueError as error:
-            raise DataError(f"{path}: line {number}: {error}, the file is damaged") from None
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    if _is_whole(path, last):
+        rows.append(_row(path, len(lines) + 1, last))
+    elif last:
+        warnings.warn(
+            f"{path}: the last line, {len(last)} bytes, was cut short, as by a kill, and is left "
+            f"out; {len(rows)} rows are whole",
+            stacklevel=2,
+        )
     return rows
+
+
+def _is_whole(path: Path, line: bytes) -> bool:
+    """Return whether a line without its end is a row; a beginning of one is not.
+
+    Raises:
+        DataError: Something else follows the row: the end of its line is damaged.
+    """
+    text = line.decode("utf-8", "replace")
+    try:
+        _, stop = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return False
+    if stop < len(text):
+        raise DataError(f"{path}: the end of the last line is {text[stop:]!a:.20}, need a newline")
+    return True
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: line {number} is not a JSON object")
+    try:
+        return check_row(row)
+    except ValueError as error:
+        raise DataError(f"{path}: line {number}: {error}, the file is damaged") from None

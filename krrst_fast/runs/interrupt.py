@@ -76,11 +76,17 @@ class Interrupts:
             os.write(2, b"\nkrrst: saving; a second signal ends at once, without\n")
 
     @contextmanager
-    def noted(self) -> Iterator["Interrupts"]:
-        """Note signals until the block ends; raise one that came after the last look at it."""
+    def noted(
+        self, saved: str = "at the end of the steps, which are saved"
+    ) -> Iterator["Interrupts"]:
+        """Note signals until the block ends; raise one that came after the last look at it.
+
+        Args:
+            saved: What is saved at the end of the block, for the message.
+        """
         with _handled(self._note):
             yield self
-        self.end("at the end of the steps, which are saved")
+        self.end(saved)
 
     def end(self, saved: str) -> None:
         """Raise Interrupted if a signal was noted, once everything is saved."""

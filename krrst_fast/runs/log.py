@@ -10,6 +10,7 @@ import torch
 
 from krrst_fast.runs import environment
 from krrst_fast.runs.files import append_jsonl
+from krrst_fast.runs.sinks import Sinks
 
 
 class RunLog:
@@ -21,6 +22,7 @@ class RunLog:
         batch_size: Images in a step.
         device: Device of the run.
         totals: Totals of the run so far; updated in place.
+        sinks: Get every row after the file has it.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class RunLog:
         batch_size: int,
         device: torch.device,
         totals: dict[str, float],
+        sinks: Sinks,
     ) -> None:
         self._path, self._batch_size, self._device = path, batch_size, device
-        self._totals = totals
+        self._totals, self._sinks = totals, sinks
         self._counted = time.perf_counter()
         self._row_step, self._row_seconds = step, totals["seconds"]
 
@@ -58,6 +61,7 @@ class RunLog:
             "peak_memory_mb": self._totals["peak_memory_mb"],
         }
         append_jsonl(self._path, row)
+        self._sinks.write(row)
         self._row_step, self._row_seconds = step, seconds
         return row
 

@@ -7,10 +7,19 @@ from typing import Literal
 from krrst_fast.errors import ConfigError
 from krrst_fast.models.config import ModelConfig
 from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.sinks import SinkName
 
 Fill = Literal["zeros", "border", "reflection"]
 
-FREE_SETTINGS = ("store", "out", "device", "checkpoint_every", "checkpoint_minutes", "log_every")
+FREE_SETTINGS = (
+    "store",
+    "out",
+    "device",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "log_every",
+    "sinks",
+)
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
 The images themselves may not change: the identity of the store is compared.
@@ -124,6 +133,9 @@ class TargetConfig:
     """Minutes after which there is a checkpoint whatever the step."""
     log_every: int = 50
     """Steps between rows of metrics.jsonl."""
+    sinks: tuple[SinkName, ...] = ()
+    """Who gets the rows of metrics.jsonl too: tensorboard (OUT/tensorboard) and wandb (OUT/wandb,
+    offline unless WANDB_MODE says online), each an extra of its name."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(kind="resnet18"))
     augment: SSLAugmentConfig = field(default_factory=SSLAugmentConfig)
 
@@ -140,6 +152,9 @@ class TargetConfig:
         require_at_least(1, self, "steps", "checkpoint_every", "log_every")
         require_at_least(2, self, "batch_size")
         require_positive(self, "temperature", "lr", "checkpoint_minutes")
+        require(len(set(self.sinks)) == len(self.sinks), self, "sinks", "given once each")
+        trained = self.encoder is None and self.weights is None
+        require(trained or not self.sinks, self, "sinks", "left out where nothing is trained")
         for other in ("weights", "weights_prefix") if self.encoder is not None else ():
             require(not getattr(self, other), self, other, "left out where there is an encoder")
         plain = self.encoder is not None or not self.input_size

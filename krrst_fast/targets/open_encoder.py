@@ -1,22 +1,18 @@
 """Encoders by their SPEC: a name, `module:callable`, or a file. All but features may run code."""
 
 import hashlib
-import importlib
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from krrst_fast.errors import CheckpointError, ConfigError, DataError, KrrstError
-from krrst_fast.models.source import importable
+from krrst_fast.errors import CheckpointError, ConfigError, DataError
+from krrst_fast.models.user_code import is_file, load
 from krrst_fast.targets.encoder import pooled
 
 FILES = {".pt": "torchscript", ".pt2": "export", ".onnx": "onnx"}
@@ -49,9 +45,9 @@ def file_of(spec: str) -> Path | None:
 
 def absolute(spec: str) -> str:
     """Return a SPEC that means the same in every working directory."""
-    source, colon, name = spec.rpartition(":")
-    if colon and source.endswith(".py"):
-        return f"{Path(source).resolve()}:{name}"
+    place, colon, name = spec.rpartition(":")
+    if colon and is_file(place):
+        return f"{Path(place).expanduser().resolve()}:{name}"
     return spec
 
 
@@ -143,71 +139,55 @@ def digest_of_module(module: nn.Module) -> str:
 
 
 def _of_callable(spec: str) -> Opened:
-    source, _, name = spec.rpartition(":")
     with torch.random.fork_rng(devices=[]):
         # A callable that draws its weights without a seed is to differ from call to call.
         torch.seed()
-        is_file = source.endswith(".py")
-        try:
-            # What it imports may lie beside it, and a module in the current folder.
-            with importable(Path(source).resolve().parent if is_file else Path.cwd()):
-                make: Any = _file_module(Path(source)) if is_file else _module(source)
-                for word in name.split("."):
-                    make = getattr(make, word)
-                module = make()
-        except KrrstError:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise ConfigError(f"encoder {spec}: {type(error).__name__}: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"encoder {spec}: must return a torch.nn.Module, got {type(module).__name__}"
-        )
+        module = load(spec, Path.cwd(), name=f"encoder {spec}").call()
     return of_module(module, spec)
 
 
 def of_module(module: nn.Module, name: str) -> Opened:
     """Return a module as an encoder, with what its attributes input_size, mean and std say.
 
+    They may be numbers, sequences, arrays or tensors, such as buffers [1, C, 1, 1]; of an
+    input_size (C, S, S) or (S, S) the last is taken.
+
     Raises:
-        ConfigError: One of them is no number; the message names the encoder as `name`.
+        ConfigError: One of them is no such thing; the message names the encoder as `name`.
     """
-
-    def numbers(attribute: str) -> tuple[float, ...] | None:
-        value = getattr(module, attribute, None)
-        return None if value is None else tuple(map(float, value))
-
-    size = getattr(module, "input_size", None)
-    try:
-        return Opened(
-            module=module.eval(),
-            digest=digest_of_module(module),
-            input_size=None if size is None else int(size),
-            mean=numbers("mean"),
-            std=numbers("std"),
-        )
-    except (TypeError, ValueError) as error:
+    mean, std = (_numbers(name, module, attribute) for attribute in ("mean", "std"))
+    size = _numbers(name, module, "input_size")
+    if size is not None and (len(set(size[-2:])) != 1 or not size[-1].is_integer()):
+        got = module.input_size
         raise ConfigError(
-            f"encoder {name}: its attributes input_size, mean and std must be a whole number and a "
-            f"number a channel each ({error})"
-        ) from None
+            f"encoder {name}: its attribute input_size must be a whole number, or (C, S, S) or "
+            f"(S, S) of a square, got {got!r:.60}"
+        )
+    return Opened(
+        module=module.eval(),
+        digest=digest_of_module(module),
+        input_size=None if size is None else int(size[-1]),
+        mean=mean,
+        std=std,
+    )
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-def _file_module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"encoder: {path}: there is no such file")
-    name = f"_krrst_encoder_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    # Dataclasses and the like look their module up.
-    sys.modules[name] = module
-    # Not through Python's cache of compiled files, which takes two edits in a second for one.
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    return module
+def _numbers(name: str, module: nn.Module, attribute: str) -> tuple[float, ...] | None:
+    """Return the numbers of an attribute, in their order; None if there is no such attribute."""
+    value = getattr(module, attribute, None)
+    # A method or layer of that name says nothing of the images.
+    if value is None or callable(value):
+        return None
+    try:
+        values = torch.as_tensor(value).detach().to("cpu", torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.empty(0)
+    if not values.numel() or not torch.isfinite(values).all():
+        raise ConfigError(
+            f"encoder {name}: its attribute {attribute} must be a finite number or several, got "
+            f"{value!r:.60}"
+        )
+    return tuple(values.tolist())
 
 
 def _of_file(path: Path) -> Opened:

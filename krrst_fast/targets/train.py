@@ -19,12 +19,13 @@ from krrst_fast.runs.checkpoint import (
     save_checkpoint,
 )
 from krrst_fast.runs.config import to_dict
-from krrst_fast.runs.files import new_folder, write_json
+from krrst_fast.runs.files import new_folder, read_jsonl, write_json
 from krrst_fast.runs.folder import check_folder
 from krrst_fast.runs.interrupt import Interrupts
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.log import RunLog, due, summary
 from krrst_fast.runs.progress import progress_bar
+from krrst_fast.runs.sinks import Sinks, require_sinks
 from krrst_fast.targets.augment import check_channels
 from krrst_fast.targets.config import FREE_SETTINGS, TargetConfig
 from krrst_fast.targets.diagnose import collapse_metrics
@@ -72,6 +73,7 @@ def train_target(
 
 
 def _train_target(config: TargetConfig, resume: bool, progress: bool, held: bool) -> FrozenTarget:
+    require_sinks(config.sinks)
     check_folder(config.out, config, resume=resume, free=FREE_SETTINGS)
     store = open_store(config.store)
     identity = store.identity()
@@ -165,8 +167,14 @@ def _train(
         run.load_state_dict(saved["state"]["trainer"])
         totals = saved["state"]["totals"]
     cut_metrics(metrics, run.step)
+    sinks = Sinks(config.sinks, out, settings=to_dict(config), rows=read_jsonl(metrics))
     log = RunLog(
-        metrics, step=run.step, batch_size=config.batch_size, device=run.device, totals=totals
+        metrics,
+        step=run.step,
+        batch_size=config.batch_size,
+        device=run.device,
+        totals=totals,
+        sinks=sinks,
     )
     interrupts = Interrupts()
     saves = Saves(
@@ -176,7 +184,7 @@ def _train(
         interrupts=interrupts,
     )
     bar = progress_bar(progress, total=config.steps, initial=run.step, desc="target", unit="step")
-    with bar, interrupts.noted():
+    with sinks, bar, interrupts.noted():
         while run.step < config.steps:
             loss, outputs = run.train_step()
             if due(run.step, config.log_every, config.steps):

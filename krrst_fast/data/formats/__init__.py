@@ -13,6 +13,7 @@ from krrst_fast.data.formats import (
     released,
     tars,
     tinyimagenet,
+    transfer,
 )
 from krrst_fast.data.kinds import IMAGE_SUFFIXES, way_in
 from krrst_fast.data.source import DIGITS, Layout, Source, held_out_as_test
@@ -20,7 +21,7 @@ from krrst_fast.errors import DataError
 
 KNOWN = (
     "CIFAR pickles, TinyImageNet, an image folder, WebDataset tars, npz archives, "
-    "Parquet and Arrow files, X_tr_SIZE.pth tensors"
+    f"Parquet and Arrow files, X_tr_SIZE.pth tensors, {transfer.NAMES}"
 )
 
 
@@ -64,16 +65,23 @@ def _of_file(path: Path, size: int) -> Source:
 
 
 def _of_folder(path: Path, size: int, folders: Layout) -> Source:
+    wrapper = path
     if folders != "classes":
         path = layout.unwrapped(path)
-        source = _of_special(path, size)
-        if source is not None:
-            return source
-    source = folder.read(path, layout.splits(path, folders))
-    if not any(split.count for split in source.splits):
+    source = _of_special(path, size) if folders != "classes" else None
+    if source is None:
+        source = folder.read(path, layout.splits(path, folders), nested=folders != "auto")
+    if path != wrapper:
+        beside = folder.beside(wrapper, {path}, "lies beside the image set")
+        source = replace(source, left_out=(*source.left_out, *beside))
+    if source.format == "image folder" and not any(split.count for split in source.splits):
         for entry in source.left_out:
             if hint := way_in(Path(entry.name)):
-                raise DataError(f"prepare: {path}: there is no image, only {entry.name}; {hint}")
+                alike = sum(other.reason == entry.reason for other in source.left_out) - 1
+                more = f" and {alike} more like it" if alike else ""
+                raise DataError(
+                    f"prepare: {path}: there is no image, only {entry.name}{more}; {hint}"
+                )
     return source
 
 
@@ -81,6 +89,8 @@ def _of_special(path: Path, size: int) -> Source | None:
     """Read a folder that is of another format than image files, and count what lies beside it."""
     if tinyimagenet.matches(path):
         return tinyimagenet.read(path)
+    if found := transfer.find(path):
+        return transfer.read(*found, path)
     if pickles := cifar.find(path):
         source, used = cifar.read(pickles), cifar.files(pickles)
     elif tensors := released.find(path, size):

@@ -13,6 +13,7 @@ from krrst_fast.data.source import (
     Source,
     Split,
     sample_order,
+    split_of,
 )
 from krrst_fast.errors import DataError
 
@@ -27,14 +28,22 @@ class Files:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def read(path: Path, splits: dict[str, Path]) -> Source:
+def read(path: Path, splits: dict[str, Path], *, nested: bool) -> Source:
     """Read a folder: sorted sub-folders are the classes; without any it is unlabelled.
 
     Args:
         path: The folder.
         splits: Folders directly below it by the name of their split; none: all of it is train.
+        nested: Take all folders inside of a class folder for that class.
+
+    Raises:
+        DataError: It cannot be read, or, without `nested`, a class folder seems to hold classes or
+            splits of its own.
     """
     found = {name: list_files(root) for name, root in (splits or {"train": path}).items()}
+    if not nested:
+        for files in found.values():
+            _refuse_nested(files, "splits" if splits else "classes")
     missed = [entry for files in found.values() for entry in files.left_out]
     if splits:
         missed += beside(path, set(splits.values()), "lies beside the splits")
@@ -81,6 +90,41 @@ def list_files(root: Path) -> Files:
     if bare is not None and files.classes:
         raise DataError(f"{root}: holds class folders, and images beside them, such as {bare.name}")
     return files
+
+
+def _refuse_nested(files: Files, flag: str) -> None:
+    """Raise DataError if a class folder holds two folders of images or more, or a split.
+
+    They may be classes, or splits that would be mixed. One folder of images, as in TinyImageNet,
+    or folders beside images of the class, are read as parts of it.
+    """
+    places: dict[str, dict[Path, None]] = {}
+    for file, group in files.images:
+        if group is not None:
+            places.setdefault(group, {})[file.parent] = None
+    for group, folders in places.items():
+        top = files.root / group
+        found = [place.relative_to(top) for place in folders]
+        # What all of them lie in: a/data of a/data/cat and a/data/dog.
+        shared = Path(os.path.commonpath(found))
+        inner = {place.parts[len(shared.parts)] if place != shared else "" for place in found}
+        if split := next((part for place in found for part in _called_splits(place)), None):
+            shared, what = split.parent, f"a folder called {split.name}, like a split"
+        elif len(inner) > 1 and "" not in inner:
+            names = " and ".join(sorted(inner)[:2])
+            what = f"{len(inner)} folders of images, such as {names}"
+        else:
+            continue
+        raise DataError(
+            f"prepare: {files.root}: would {group} be one class? {top / shared} holds {what}; "
+            f"name {top / shared} if that is the image set, or --layout {flag} takes each folder "
+            f"of {files.root} for one class"
+        )
+
+
+def _called_splits(place: Path) -> list[Path]:
+    """Return the folders on a relative path, its last one included, that are called like splits."""
+    return [part for part in (*reversed(place.parents), place) if split_of(part.name)]
 
 
 def _sort_in(files: Files, entry: Path | LeftOut, group: str | None) -> None:

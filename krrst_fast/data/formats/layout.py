@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet
+from krrst_fast.data.formats import cifar, folder, parquet, released, tinyimagenet, transfer
 from krrst_fast.data.kinds import IMAGE_SUFFIXES
 from krrst_fast.data.source import Layout, split_in, split_of
 from krrst_fast.errors import DataError
@@ -84,6 +84,12 @@ def _by_name(path: Path, named: list[Path]) -> dict[str, Path]:
     return folders
 
 
+def _holds_folders(path: Path) -> bool:
+    """Return whether images lie in several folders of this one, and none lie bare beside them."""
+    filled = sum(folder.holds_images(entry) for entry in sub_folders(path))
+    return filled > 1 and not _bare_images(path)
+
+
 def _holds_classes(path: Path) -> bool:
     return any(folder.holds_images(entry) for entry in sub_folders(path))
 
@@ -95,6 +101,9 @@ def _bare_images(path: Path) -> list[Path]:
 def unwrapped(path: Path) -> Path:
     """Return the folder of the image set where `path` only wraps it, as an unpacked zip does.
 
+    What is wrapped is known by its format or splits, or by two folders of images or more: all of
+    them would be one class otherwise.
+
     Raises:
         DataError: More than one folder below `path` has splits of its own, or one lies beside
             other images: read as classes they would mix train with test.
@@ -105,8 +114,10 @@ def unwrapped(path: Path) -> Path:
     sets = [entry for entry in folders if is_set(entry)]
     if not sets:
         filled = [entry for entry in folders if folder.holds_images(entry)]
-        inner = unwrapped(filled[0]) if len(filled) == 1 and not _bare_images(path) else path
-        return inner if is_set(inner) else path
+        if len(filled) != 1 or _bare_images(path):
+            return path
+        inner = unwrapped(filled[0])
+        return inner if is_set(inner) or _holds_folders(inner) else path
     others = [e for e in folders if e not in sets and folder.holds_images(e)] + _bare_images(path)
     if len(sets) == 1 and not others:
         return sets[0]
@@ -124,6 +135,8 @@ def is_set(path: Path) -> bool:
         return False
     if cifar.find(path) or tinyimagenet.matches(path) or released.find_all(path):
         return True
+    if transfer.find(path):
+        return True
     if any(folder.holds_images(entry) for entry in split_folders(path)):
         return True
     found = archives(path, ".tar") or archives(path, ".npz") or parquet.find(path)
@@ -132,6 +145,5 @@ def is_set(path: Path) -> bool:
 
 def _says_something(name: str) -> bool:
     archive = name.endswith((".tar", ".npz", *parquet.SUFFIXES))
-    return (
-        archive or name == "data" or bool(split_of(name)) or name in cifar.NAMES or name[:2] == "X_"
-    )
+    known = name == "data" or name in cifar.NAMES or name in transfer.SIGNS
+    return archive or known or bool(split_of(name)) or name[:2] == "X_"

@@ -1,6 +1,7 @@
 """WebDataset tars: `KEY.jpg` with the label in `KEY.cls` or `KEY.json`; the name says the split."""
 
 import json
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ from krrst_fast.errors import DataError
 
 Member = tuple[str, int, int]
 """Name, offset of the first byte, and length of a file in a tar."""
+Entry = tuple[str, int, int, str, str]
+"""A member as it is written: after these three its type, and the target if it is a link."""
+
+_FILE, _HARD_LINK, _SYMBOLIC_LINK = "0", "1", "2"
 
 CLASSES = "classes.txt"
 _BLOCK = 512
@@ -63,7 +68,7 @@ def _class_names(root: Path) -> tuple[str, ...] | None:
 def _samples(path: Path, missed: list[LeftOut]) -> list[_Sample]:
     """Join the image and label members of one tar by the name up to its first dot."""
     kinds: dict[str, dict[str, Member]] = {"image": {}, "cls": {}, "json": {}}
-    for member in members(path):
+    for member in members(path, missed):
         name = PurePosixPath(member[0])
         stem, _, suffix = name.name.partition(".")
         suffix = suffix.lower()
@@ -145,30 +150,81 @@ def _checked(path: Path, name: str, label: int) -> int:
     return label
 
 
-def members(path: Path) -> list[Member]:
-    """List the regular files of an uncompressed tar, and of tars that are joined to it.
+def members(path: Path, missed: list[LeftOut]) -> list[Member]:
+    """List the files of an uncompressed tar, and of tars that are joined to it, in their order.
+
+    A link is the file that it leads to, as in a folder; hard links are how tar packs the second
+    name of a file. Nothing outside of the tar is read.
+
+    Args:
+        path: The tar.
+        missed: Gets the links that lead to no file of the tar, devices and the like.
 
     Raises:
         DataError: Not a tar, damaged, or cut short.
     """
+    found = _entries(path)
+    if all(kind == _FILE for _, _, _, kind, _ in found):
+        return [(name, start, size) for name, start, size, _, _ in found]
+    files = {_clean(name): (start, size) for name, start, size, kind, _ in found if kind == _FILE}
+    links = {
+        _clean(name): _leads_to(name, kind, target)
+        for name, _, _, kind, target in found
+        if kind in (_HARD_LINK, _SYMBOLIC_LINK)
+    }
+    members: list[Member] = []
+    for name, start, size, kind, _ in found:
+        place = _clean(name)
+        if kind == _FILE:
+            members.append((name, start, size))
+        elif (last := _followed(place, links)) in files:
+            members.append((name, *files[last]))
+        else:
+            why = "a link that leads to no file of its tar" if place in links else "no regular file"
+            missed.append(LeftOut(f"{path}:{name}", why))
+    return members
+
+
+def _clean(name: str) -> str:
+    return posixpath.normpath(name)
+
+
+def _leads_to(name: str, kind: str, target: str) -> str:
+    """Return the name in the tar that a link leads to: a symbolic one starts at its own folder."""
+    start = posixpath.dirname(name) if kind == _SYMBOLIC_LINK else ""
+    return _clean(posixpath.join(start, target))
+
+
+def _followed(place: str, links: dict[str, str]) -> str:
+    """Follow links to links; the end is a link again where they lead round in a circle."""
+    seen = set()
+    while place in links and place not in seen:
+        seen.add(place)
+        place = links[place]
+    return place
+
+
+def _entries(path: Path) -> list[Entry]:
     if _starts_with(path, _COMPRESSED):
         raise DataError(f"{path}: a compressed tar; unpack it first: tar -xf FILE -C FOLDER")
     try:
-        from krrst_fast._native import scan_tar
+        from krrst_fast._native import index_tar
     except ImportError:
-        return members_by_tarfile(path)
+        return entries_by_tarfile(path)
     try:
-        found = scan_tar(str(path))
+        found = index_tar(str(path))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
-    end = max((_end(offset, length) for _, offset, length in found), default=0)
+    end = max(
+        (_end(offset, length) for _, offset, length, kind, _ in found if kind == _FILE), default=0
+    )
     # The extension stops at the end of the first tar; folders and links may lie behind its files.
     with path.open("rb") as file:
-        return found if _next_header(file, end) is None else members_by_tarfile(path)
+        return found if _next_header(file, end) is None else entries_by_tarfile(path)
 
 
-def members_by_tarfile(path: Path) -> list[Member]:
-    """Do what `members` does, without the extension."""
+def entries_by_tarfile(path: Path) -> list[Entry]:
+    """Do what the extension's index_tar does, without it, and for joined tars as well."""
     found: list[tarfile.TarInfo] = []
     start: int | None = 0
     with path.open("rb") as file:
@@ -188,7 +244,17 @@ def members_by_tarfile(path: Path) -> list[Member]:
             start = _next_header(file, end)
     if any(member.issparse() for member in found):
         raise DataError(f"{path}: sparse members are not read")
-    return [(m.name, m.offset_data, m.size) for m in found if m.isreg()]
+    return [
+        (
+            member.name,
+            member.offset_data,
+            member.size if member.isreg() else 0,
+            _FILE if member.isreg() else member.type.decode("latin-1"),
+            member.linkname if member.islnk() or member.issym() else "",
+        )
+        for member in found
+        if not member.isdir()
+    ]
 
 
 def _end(offset: int, length: int) -> int:
