@@ -1,7 +1,7 @@
 """Networks as functions: batch norm folded, half precision, one compilation for many networks."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -51,25 +51,6 @@ def with_gradient(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
 
 def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact.double()).norm() / exact.double().norm())
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The graphs that are compiled, by a backend that runs them as they are traced, on any CPU."""
-    graphs: list[int] = []
-    compiler = torch.compile
-
-    def count(graph, inputs):
-        graphs.append(len(graph.graph.nodes))
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    def compile_(function, *, options, **asked):
-        return compiler(function, backend=count, **asked)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    torch._dynamo.reset()
-    yield graphs
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda c: f"{c.kind}-{c.norm}-{c.stem}")

@@ -34,7 +34,7 @@ class Arithmetic:
         if self.is_plain:
             return "plain PyTorch"
         precision = "float16" if self.half else "float32"
-        return f"{precision}, batch norm folded{', torch.compile' if self.compiles else ''}"
+        return f"{'torch.compile' if self.compiles else 'PyTorch'} in {precision}"
 
     def at_rest(self, network: Network, *, head: bool) -> AtRest | None:
         """Return the function of networks like this one in evaluation mode, None for the plain one.

@@ -1,5 +1,6 @@
 """From a store and a target to a distilled set: the steps, the log, the checkpoints, the files."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
-from krrst_fast.distill.arithmetic import convolutions, storage
+from krrst_fast.distill.arithmetic import arithmetic, convolutions, storage
 from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
@@ -105,7 +106,10 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
     with nullcontext() if held else locked(config.out):
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
-        environment.record(config.out, device)
+        networks = str(arithmetic(config, device))
+        environment.record(config.out, device, networks=networks)
+        if progress:
+            print(f"distill: the networks run by {networks}", file=sys.stderr)
         if not first.exists():
             initial.save(first)
 

@@ -105,7 +105,7 @@ class TrainingLoss:
             self._function = Compiled(self._loss, f"{type(network).__name__} in training")
 
     def backward(self, state: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """Compute the loss, and set the gradients of the parameters that require one.
+        """Compute the loss, and the gradients of the parameters that require one, which have none.
 
         Args:
             state: The `state_of` a network.
@@ -117,12 +117,11 @@ class TrainingLoss:
         """
         scale = self._scale(y)
         loss = self._function(state, x, y)
-        trained = {name: value for name, value in state.items() if value.requires_grad}
-        found = torch.autograd.grad(loss * scale, list(trained.values()))
+        # Not autograd.grad: this one lays gradients out in memory as fused optimizers need them.
+        (loss * scale).backward()
         if scale != 1:
-            found = torch._foreach_div(found, scale)
-        for value, gradient in zip(trained.values(), found):
-            value.grad = gradient
+            gradients = [value.grad for value in state.values() if value.requires_grad]
+            torch._foreach_div_([x for x in gradients if x is not None], scale)
         return loss.detach()
 
     def _scale(self, y: Tensor) -> float:
