@@ -106,9 +106,9 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
     with nullcontext() if held else locked(config.out):
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
-        networks = str(arithmetic(config, device))
-        environment.record(config.out, device, networks=networks)
-        if progress:
+        networks = arithmetic(config, device)
+        environment.record(config.out, device, networks=str(networks))
+        if progress and not networks.is_plain:
             print(f"distill: the networks run by {networks}", file=sys.stderr)
         if not first.exists():
             initial.save(first)
@@ -279,6 +279,8 @@ class _Run:
                 )
                 logs = due(state.step, config.log_every, config.steps)
                 saves = self._saves.due(state.step)
+                if logs or saves:
+                    state.settle()
                 if (logs or saves) and config.solver.check == "flag":
                     with located(state.step, state.pool.slots[report.slot]):
                         require_finite(report.loss)
@@ -318,6 +320,7 @@ def warm_up(
             while slot.age < age:
                 with located(0, slot):
                     state.pool.fit(slot, state.x_syn.detach(), state.y_syn.detach())
+                    state.pool.settle()  # which may make the slot begin anew
                 bar.update()
                 after_step()
 
