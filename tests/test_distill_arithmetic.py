@@ -109,6 +109,11 @@ def test_gpus_compile(config, dtype, device, said):
     assert str(chosen) == said and chosen.is_plain == (said == "plain PyTorch")
 
 
+def test_torchs_switch_for_compilation_is_followed(config, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert arithmetic(config, torch.device("cuda")).is_plain
+
+
 def test_tf32_is_off_for_a_run_that_wants_none_and_else_as_it_was(config, monkeypatch):
     seen = []
 

@@ -1,5 +1,6 @@
 """How the networks of a run compute: dtype, half precision, torch.compile, TF32."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,8 +57,12 @@ PLAIN = Arithmetic()
 
 
 def arithmetic(config: DistillConfig, device: torch.device) -> Arithmetic:
-    """Return how the networks of a run compute on a device: compiled on GPUs, but for float64."""
-    compiles = device.type == "cuda" and config.dtype != "float64"
+    """Return how the networks of a run compute on a device: compiled on GPUs, but for float64.
+
+    Torch's own switch for the whole process, TORCH_COMPILE_DISABLE=1, is followed.
+    """
+    wanted = config.dtype != "float64" and os.environ.get("TORCH_COMPILE_DISABLE") != "1"
+    compiles = device.type == "cuda" and wanted
     return Arithmetic(half=config.dtype == "float16", compiles=compiles)
 
 
