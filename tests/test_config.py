@@ -1,14 +1,22 @@
 """Strict configs: every wrong key and type is named, and nothing is guessed."""
 
+import json
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
+from krrst_fast.data import PrepareConfig, ViewConfig
+from krrst_fast.distill import DistillConfig
 from krrst_fast.errors import ConfigError
+from krrst_fast.evaluate import EvaluateConfig
+from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import config_hash, from_dict, require, to_dict, typed
+from krrst_fast.targets import TargetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +117,51 @@ def test_require_names_class_field_need_and_value() -> None:
     require(True, config, "widths", "not empty")
     with pytest.raises(ConfigError, match=r"Inner: widths must be not empty, got \(\)"):
         require(False, config, "widths", "not empty")
+
+
+def test_settings_given_in_python_get_the_types_they_have_in_a_file() -> None:
+    config = DistillConfig(
+        store="a",  # type: ignore[arg-type]
+        target=Path("b"),
+        out="c",  # type: ignore[arg-type]
+        num_images=np.int64(3),  # type: ignore[arg-type]
+        lr=np.float32(0.5),  # type: ignore[arg-type]
+        pool={"size": 2, "model": {"widths": [4, 8]}},  # type: ignore[arg-type]
+    )
+    assert (config.store, config.out, config.lr) == (Path("a"), Path("c"), 0.5)
+    assert type(config.num_images) is int and type(config.lr) is float
+    assert (config.pool.size, config.pool.model.widths) == (2, (4, 8))
+    source = PrepareConfig(source=Path("x") / "y", out="z").source  # type: ignore[arg-type]
+    assert source == str(Path("x") / "y")
+    assert from_dict(DistillConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+PATHS = {"store": "a", "target": "b", "out": "c"}
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (partial(DistillConfig, **PATHS, num_images="3"), "num_images must be a whole number"),
+        (partial(DistillConfig, **PATHS, num_images=3.5), "num_images must be a whole number"),
+        (partial(DistillConfig, **PATHS, num_images=True), "num_images must be a whole number"),
+        (partial(DistillConfig, **PATHS, num_images=3, lr="1"), "lr must be a number, got '1'"),
+        (partial(DistillConfig, **PATHS, num_images=3, lr=float("nan")), "lr must be a finite"),
+        (
+            partial(DistillConfig, **PATHS, num_images=3, pool={"sise": 3}),
+            "did you mean 'pool.size'",
+        ),
+        (partial(DistillConfig, **PATHS, num_images=3, pool=3), "pool must be a mapping"),
+        (partial(DistillConfig, **PATHS | {"out": 7}, num_images=3), "out must be a path, got 7"),
+        (partial(TargetConfig, store="a", out="b", seed=None), "seed must be a whole number"),
+        (partial(TargetConfig, store="a", out="b", projector=3), "projector must be a list"),
+        (partial(EvaluateConfig, run="a", store="b", methods="none"), "methods must be a list"),
+        (partial(PrepareConfig, source="a", out="b", overwrite="no"), "overwrite must be true or"),
+        (partial(PrepareConfig, source=None, out="b"), "source must be text, got None"),
+        (partial(ViewConfig, padding="4"), "padding must be a whole number"),
+        (partial(ModelConfig, widths=8), "widths must be a list"),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(make: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{make.func.__name__}: .*{re.escape(told)}"):
+        make()

@@ -217,7 +217,7 @@ def test_a_rate_that_many_networks_stood_is_not_lowered_by_one_that_diverges():
             pool.advance(slot, X, Y)
         assert [slot.full_lives for slot in pool.slots] == [1, 1]
         _explode(pool, 0)
-        with pytest.warns(UserWarning, match="rate stays 0.1, as 2 networks before it did not"):
+        with pytest.warns(UserWarning, match="rate stays 0.1: 2 networks had all their"):
             pool.fit(pool.slots[0], X, Y)
         pool.slots[1].age = 0
         assert pool.lr == 0.1 and [slot.full_lives for slot in pool.slots] == [0, 0]

@@ -21,7 +21,7 @@ from krrst_fast.evaluate import (
     evaluate,
     trial,
 )
-from krrst_fast.evaluate.config import METHODS
+from krrst_fast.evaluate.config import USUAL
 from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.trial import Trials
@@ -123,7 +123,7 @@ def test_methods_on_the_same_set_give_the_same_figures(
 ) -> None:
     """With the rival's images made the distilled ones, the paired difference must be zero."""
     chosen = load_distilled(config.run)
-    monkeypatch.setattr(trial, "random_subset", lambda *args, **kwargs: chosen)
+    monkeypatch.setitem(trial.CHOICES, "random_target", lambda *args, **kwargs: chosen)
     result = evaluate(replace(config, methods=("random_target", "distilled")), progress=False)
     assert result.accuracies("distilled", "probe") == result.accuracies("random_target", "probe")
     summary = result.summary("distilled", "finetune")
@@ -265,9 +265,9 @@ def test_draws_of_labels_are_averaged(config: EvaluateConfig) -> None:
     single = []
     for index in drawn:
         trials._labelled = lambda *rest, index=index: index  # type: ignore[method-assign]
-        single.append(trials._probe(net, "none", 0, lambda: None))
+        single.append(trials._probe(net, "none", 0, lambda: None)[0])
     several = replace(config, probe=replace(few, label_draws=3))
-    mean = Trials(open_materials(several))._probe(net, "none", 0, lambda: None)
+    mean, _ = Trials(open_materials(several))._probe(net, "none", 0, lambda: None)
     assert len(set(single)) > 1
     assert mean == pytest.approx(sum(single) / 3)
 
@@ -319,7 +319,7 @@ def test_random_labels_of_an_unlabelled_source(config: EvaluateConfig, tmp_path:
     asked = replace(config, source=bare, methods=("random_labels",), seeds=1)
     with pytest.raises(DataError, match="bare: has no labels, which random_labels needs"):
         evaluate(asked, progress=False)
-    left_out = evaluate(replace(asked, methods=METHODS), progress=False)
+    left_out = evaluate(replace(asked, methods=USUAL), progress=False)
     assert left_out.config.methods == ("none", "random_target", "distilled", "target")
     assert {row.method for row in left_out.rows} == set(left_out.config.methods)
 

@@ -99,7 +99,7 @@ def _rows(config: EvaluateConfig) -> list[tuple]:
 PLACES: dict[str, tuple[object, str, int, int]] = {
     "the first trial": (trial, "settle_norms", 0, 0),
     "a pre-training": (trial, "pretrain", 0, 1),
-    "a probe": (trial, "probe_accuracy", 2, 2),
+    "a probe": (trial, "probe_accuracy", 3, 2),
     "a fine-tuning": (trial, "finetune", 3, 3),
     "the check of the store": (Verification, "finish", 2, 2),
     "the writing of a row": (run, "append_jsonl", 2, 3),

@@ -115,6 +115,11 @@ def test_the_card_begins_with_yaml(tmp_path: Path) -> None:
     values = yaml.safe_load(header)
     assert values["size_categories"] == ["n<1K"] and "dataset-distillation" in values["tags"]
     assert values["configs"][0]["data_files"] == [{"split": "train", "path": "train/**"}]
+    assert (values["license"], values["library_name"]) == ("unknown", "krrst_fast")
+    # What is uploaded is what lies there: no temporary file, and no link.
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {
+        *("README.md", "krrst.json", "targets.npy", "train")
+    }
     assert "zebra, ant, cow/bull, bee" in page and "sha256:abc" in page
 
 
@@ -164,8 +169,10 @@ def test_files_of_other_projects_are_read(tmp_path: Path, source: str) -> None:
     one_hot = torch.nn.functional.one_hot(LABELS, 4).float()
     assert torch.equal(made.targets, one_hot if kind == "class" else torch.arange(24.0).view(6, 4))
     assert made.meta["label_kind"] == kind and json.loads(made.meta["classes"]) == list(NAMES)
-    left = {"dc": "1 earlier trials of data", "mtt": "images_100.pt, another step"}
-    assert read.left_out == ((left[source],) if source in left else read.left_out)
+    of_trials = ("1 earlier trials of data", "accs_all_exps of the file")
+    of_steps = ("images_100.pt, another step",)
+    left = dict.fromkeys(("dc", "dsa", "dm"), of_trials) | dict.fromkeys(("mtt", "mkdt"), of_steps)
+    assert read.left_out == left.get(source, ())
     made.save(tmp_path / FILE_NAME)
     assert torch.equal(load_distilled(tmp_path).targets, made.targets)
 

@@ -33,7 +33,7 @@ def _files(folder: Path, **files: object) -> Path:
 
 
 def _trials(labels: torch.Tensor = CLASSES) -> dict[str, object]:
-    return {"data": [[IMAGES, labels]], "accs_all_exps": {}}
+    return {"data": [[IMAGES, labels]]}
 
 
 def _png(path: Path) -> None:

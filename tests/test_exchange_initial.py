@@ -1,5 +1,6 @@
 """An export that needs labels takes those of the images that the set began as, or says why not."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -94,6 +95,18 @@ def test_labels_are_those_of_the_nearest_images_of_the_store(
 def test_formats_that_hold_representations_get_no_labels(made: Path, tmp_path: Path) -> None:
     assert _export(made / "run", "imagefolder", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "krrst.json").read_text())["labels"] is None
+
+
+def test_soft_labels_are_not_replaced(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = load_distilled(made / "run")
+    soft = dataclasses.replace(found, meta={"label_kind": "soft"})
+    soft.save(tmp_path / "soft.safetensors")
+    assert _export(tmp_path / "soft.safetensors", "dcbench", tmp_path / "out") == 2
+    assert "dcbench holds labels of kind class, and these are of kind soft" in (
+        capsys.readouterr().err
+    )
 
 
 def _refused(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -127,6 +127,12 @@ def test_printed_settings_are_a_file_that_gives_them_again(tmp_path: Path) -> No
     assert whole.as_yaml().startswith("source: x\nout: y\nsteps: 5\n")
 
 
+def test_a_list_needs_no_brackets() -> None:
+    for text in ("3,4", "3,4,", "[3,4]", "[3, 4]", "3, 4"):
+        config = _parse("x", "--out", "y", "--pool.widths", text).config()
+        assert config.pool.widths == (3, 4)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -150,6 +156,7 @@ def test_printed_settings_are_a_file_that_gives_them_again(tmp_path: Path) -> No
         (["--pool.widths", "3"], "--pool.widths must be a list such as [1, 2], got 3"),
         (["--pool.widths", "[3,x]"], "--pool.widths[1] must be a whole number, got 'x'"),
         (["--pool.reset", "no"], "--pool.reset must be one of paper, released, got 'no'"),
+        (["--pool.widths", "3,x"], "--pool.widths[1] must be a whole number, got 'x'"),
         (["--methods", "[a,c]"], "--methods[1] must be one of a, b, got 'c'"),
         (["x", "y"], "unexpected arguments: y"),
         (["--resume=3"], "--resume"),

@@ -170,6 +170,19 @@ def test_wandb_is_offline_and_one_run_over_interruptions(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_run_of_the_caller_is_left_alone(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    (tmp_path / "run").mkdir()
+    mine = wandb.init(mode="offline", dir=str(tmp_path), settings=wandb.Settings(silent=True))
+    with Sinks(["wandb"], tmp_path / "run", settings=SETTINGS, rows=[]) as sinks:
+        sinks.write(_row(1))
+        mine.log({"own": 1.0})
+    assert wandb.run is mine
+    mine.log({"own": 2.0})
+    mine.finish()
+    assert _losses(_wandb(tmp_path / "run")) == [(1, 1.0)]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_sink_that_cannot_begin_warns_once_and_the_other_goes_on(
     tmp_path: Path, name: str
@@ -204,6 +217,10 @@ def test_a_package_that_is_not_there_is_refused_before_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require_sinks([])
+    (tmp_path / "krrst_nothing").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="krrst_nothing needs the package"):
+        require_sinks(["krrst_nothing"])
     monkeypatch.setattr("krrst_fast.runs.sinks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"sinks: wandb .*pip install 'krrst-fast\[wandb\]'"):
         require_sinks(["wandb"])

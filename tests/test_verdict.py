@@ -1,6 +1,7 @@
 """The verdict: the sentence says no more than the paired differences do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,14 @@ def test_without_the_rival_there_is_no_headline() -> None:
     assert headline_of([view]) is None
     assert view.evaluation.verdicts() == []
     assert headline_of([]) is None
+
+
+def test_the_held_out_r2_is_a_mean_over_seeds() -> None:
+    section = evaluation({"random_target": RIVAL[:2], "distilled": RIVAL[:2]})
+    assert section.explained == ""
+    values = {("random_target", 0): -0.25, ("random_target", 1): -0.27, ("distilled", 0): 0.125}
+    rows = tuple(
+        replace(row, r2=values.get((row.method, row.seed))) for row in section.evaluation.rows
+    )
+    section = replace(section, evaluation=replace(section.evaluation, rows=rows))
+    assert section.explained.endswith(": Random, targets \u22120.260; Distilled +0.125.")

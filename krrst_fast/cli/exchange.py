@@ -29,8 +29,8 @@ def run_export(argv: Sequence[str], about: str) -> None:
     distilled = load_distilled(given.run)
     labels = None if given.labels is None else read_labels(given.labels, len(distilled))
     kinds = EXPORTS[given.to].kinds
-    held = labels_in(distilled.targets, distilled.meta).kind
-    if labels is None and held not in kinds and "class" in kinds:
+    unlabelled = labels_in(distilled.targets, distilled.meta).kind == "representation"
+    if labels is None and unlabelled and "representation" not in kinds and "class" in kinds:
         labels = initial_labels(given.run, distilled)
         print(f"labels: those of {labels.origin}; --labels gives others")
     export_set(distilled, given.out, to=given.to, labels=labels, overwrite=given.overwrite)

@@ -118,10 +118,13 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
         value = text if words or not text else _load_yaml(text)
     except ConfigError:
         value = text
-    # Words need no brackets, as --help shows them; one that is wrong is named.
+    # A list needs no brackets; a word in it that is wrong is named.
     items = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple and typing.get_origin(items[0]) is typing.Literal:
-        value = value.split(",") if isinstance(value, str) and value else value
+    if typing.get_origin(hint) is tuple and isinstance(value, str) and value[:1] not in ("", "["):
+        if typing.get_origin(items[0]) is typing.Literal:
+            value = value.split(",")
+        elif "," in value:
+            value = _load_yaml(f"[{value}]")
     # A name may be a number, as those of layers are.
     if str in typing.get_args(hint) and value is not None:
         value = text

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from krrst_fast.runs.config import require
+from krrst_fast.runs.config import require, settle
 
 INDEX = "index.json"
 """The file that makes a folder a store."""
@@ -17,4 +17,5 @@ class ViewConfig:
     flip: bool = True
 
     def __post_init__(self) -> None:
+        settle(self)
         require(self.padding >= 0, self, "padding", "at least 0")

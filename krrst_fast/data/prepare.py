@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from krrst_fast.data.config import INDEX
 from krrst_fast.data.source import DIGITS, MAX_PIXELS, Fit, Layout, hold_out
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.runs.config import require, require_choices
+from krrst_fast.runs.config import require, settle
 from krrst_fast.runs.files import atomic_folder, refuse_existing
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class PrepareConfig:
     """Replace a store that is at `out` already."""
 
     def __post_init__(self) -> None:
+        settle(self)
         require(bool(self.source), self, "source", "a path, or digits")
         require(1 <= self.size <= MAX_SIZE, self, "size", f"from 1 to {MAX_SIZE}")
-        require_choices(self)
         require(self.max_pixels >= 1, self, "max_pixels", "at least 1")
         both = self.strict and self.on_error == "skip"
         require(not both, self, "on_error", "refuse where strict is true")

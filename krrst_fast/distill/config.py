@@ -7,7 +7,7 @@ from typing import Literal
 from krrst_fast.data.config import ViewConfig
 from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import RidgeOf, Solver
-from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.config import require, require_at_least, require_positive, settle
 from krrst_fast.runs.sinks import SinkName
 
 
@@ -30,7 +30,7 @@ class PoolConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         require_at_least(1, self, "size")
         require_at_least(2, self, "online_steps")
         require_positive(self, "lr")
@@ -119,7 +119,7 @@ class DistillConfig:
     offline unless WANDB_MODE says online), each an extra of its name."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         require_at_least(
             *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
         )

@@ -234,12 +234,12 @@ class Pool:
         if stood < len(self.slots):
             if self.lr <= self.config.lr / 2**MOST_HALVINGS:
                 text = str(error)
-                hint = "" if "pool.lr" in text else "; its training has diverged: lower pool.lr"
+                hint = "" if "pool.lr" in text else "; the network has diverged: lower pool.lr"
                 raise NonFiniteError(f"{text}{hint}") from error
             self.lr /= 2
             now = f"the whole pool's rate is now {self.lr:g}"
         else:
-            now = f"the pool's rate stays {self.lr:g}, as {stood} networks before it did not"
+            now = f"the pool's rate stays {self.lr:g}: {stood} networks had all their steps at it"
         warnings.warn(
             f"distill: pool network {slot.number} diverged after {slot.age} SGD steps on "
             f"{len(given[0])} images; it starts again, and {now} (pool.lr is {self.config.lr:g})",

@@ -7,10 +7,21 @@ from typing import Literal, get_args
 from krrst_fast.data.config import ViewConfig
 from krrst_fast.models.config import ModelConfig
 from krrst_fast.ops.solver import Solver
-from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.config import require, require_at_least, require_positive, settle
 
-Method = Literal["none", "random_labels", "random_target", "distilled", "target"]
+Method = Literal[
+    "none",
+    "random_labels",
+    "random_target",
+    "random_early",
+    "kmeans",
+    "herding",
+    "k_centre",
+    "distilled",
+    "target",
+]
 METHODS: tuple[Method, ...] = get_args(Method)
+USUAL: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +40,7 @@ class PretrainConfig:
     label_weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
+        settle(self)
         require_at_least(1, self, "steps", "batch_size")
         require_positive(self, "lr", "label_lr")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
@@ -55,7 +67,7 @@ class ProbeConfig:
     from 0.01 to 0.1 with two labels a class as with all; leave-one-out on so few picks badly."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         enough = self.labels_per_class is None or self.labels_per_class >= 1
         require(enough, self, "labels_per_class", "at least 1, or none for all")
         draws = self.label_draws == 1 if self.labels_per_class is None else self.label_draws >= 1
@@ -79,6 +91,7 @@ class FinetuneConfig:
     views: ViewConfig = ViewConfig()
 
     def __post_init__(self) -> None:
+        settle(self)
         require_at_least(0, self, "steps", "weight_decay")
         require_at_least(1, self, "batch_size")
         require_positive(self, "lr")
@@ -101,8 +114,12 @@ class EvaluateConfig:
     """The target network; None reads the run's config.json."""
     name: str | None = None
     """Of the result, `evaluation/NAME.json`; None takes the name of the store."""
-    methods: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
-    """All of them, if the source has labels; if it has none, all but random_labels."""
+    methods: tuple[Method, ...] = USUAL
+    """How networks are pre-trained: not at all; on random real images with labels, or with the
+    target's outputs (random_early: for the number of steps, up to pretrain.steps, that is best on
+    labelled images held out of the training ones); on real images chosen in the space of these
+    outputs by k-means, herding or k-centre; on the distilled set; or the target itself. Left out, a
+    source without labels leaves out random_labels."""
     seeds: int = 5
     """Every method runs once for each seed, from the same weights, labels and batch order."""
     first_seed: int = 0
@@ -117,6 +134,7 @@ class EvaluateConfig:
     """Replace a result of that name that was made with other settings."""
 
     def __post_init__(self) -> None:
+        settle(self)
         known = len(self.methods) > 0 and all(method in METHODS for method in self.methods)
         require(known, self, "methods", f"one or more of {', '.join(METHODS)}")
         twice = len(set(self.methods)) < len(self.methods)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.evaluate.config import METHODS, EvaluateConfig, Method
+from krrst_fast.evaluate.config import USUAL, EvaluateConfig, Method
 from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.environment import pick_device
@@ -22,8 +23,17 @@ from krrst_fast.runs.version import version
 from krrst_fast.targets import FrozenTarget, load_target
 from krrst_fast.targets.encoder import EncoderInfo
 
-_NEEDS_SOURCE: frozenset[Method] = frozenset({"none", "random_labels", "random_target"})
-_NEEDS_TARGET: frozenset[Method] = frozenset({"random_target", "target"})
+_REAL: frozenset[Method] = frozenset(
+    {"random_target", "random_early", "kmeans", "herding", "k_centre"}
+)
+"""Real images with the target's outputs."""
+REPRESENTED = _REAL | {"distilled"}
+"""Networks that are trained to give the target's outputs."""
+_NEEDS_SOURCE = _REAL | {"none", "random_labels"}
+_NEEDS_TARGET = _REAL | {"target"}
+_CHUNK = 256
+HELD_OUT = 2000
+"""Images at most on which the outputs of networks are compared with the target's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,25 @@ class Materials:
         """The labelled images that accuracy is measured on."""
         return self._split(_test_split(self.store))
 
+    @cached_property
+    def held_out(self) -> tuple[Tensor, Tensor] | None:
+        """Images of the source that no method has seen, and the target's outputs on them.
+
+        They are the first of its test or val split, normalised [N, C, H, W], and [N, P]; None where
+        the source, such a split or a target that is a network is missing.
+        """
+        if self.source is None or self.target is None or self.target.table is not None:
+            return None
+        filled = [name for name in self.source.splits if self.source.count(name) > 0]
+        name = next((name for name in ("test", "val") if name in filled), None)
+        if name is None:
+            return None
+        images = self.source.images(name)[:HELD_OUT]
+        index = torch.arange(len(images))
+        seen = plain_views(images, index, self.target.mean, self.target.std).to(self.device)
+        target = self.target
+        return seen, torch.cat([target(chunk) for chunk in seen.split(_CHUNK)]).float()
+
     def _split(self, name: str) -> Split:
         images = self.store.images(name).to(self.device)
         return Split(images=images, labels=self.store.labels(name))
@@ -68,6 +97,12 @@ class Materials:
     def classes(self) -> int:
         """Number of classes of the labelled images."""
         return len(self.store.classes)
+
+    def has_outputs(self, method: Method) -> bool:
+        """Return whether the outputs of the network of `method` stand for the target's."""
+        if method == "target" and self.target is not None:
+            return self.target.num_outputs > 0
+        return method in REPRESENTED
 
     def mean_std(self, method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation that normalise the labelled images for the network of `method`.
@@ -96,6 +131,8 @@ class Materials:
             parts.append(self._digests["source"])
         if method in _NEEDS_TARGET:
             parts.append(self._digests["target"])
+        if method in REPRESENTED and self.held_out is not None:
+            parts.append([self._digests["source"], self._digests["target"]])
         return _digest(json.dumps(parts, sort_keys=True).encode())
 
     @cached_property
@@ -119,21 +156,25 @@ def open_materials(config: EvaluateConfig) -> Materials:
         DataError: Something is missing, unlabelled, of another image size, or too small.
         ConfigError: The source or the target of the random rivals is not known.
     """
-    wanted, every = set(config.methods), config.methods == METHODS
+    wanted, every = set(config.methods), config.methods == USUAL
     distilled = load_distilled(config.run)
     store = open_store(config.store)
     _check_labelled(store, distilled)
     source = target = None
-    if wanted & _NEEDS_SOURCE:
-        source = open_store(config.source or _from_run(config.run, "store", "source"))
-        if config.methods == METHODS and not source.has_labels:
+    source_path = config.source or _from_run(config, "store", "source", wanted & _NEEDS_SOURCE)
+    target_path = config.target or _from_run(
+        config, "target", "target", wanted & _NEEDS_TARGET or _is_raw(distilled)
+    )
+    if source_path is not None and wanted & (_NEEDS_SOURCE | REPRESENTED):
+        source = open_store(source_path)
+        if every and not source.has_labels:
             # Unlabelled images are what the method is for: the rival that needs labels is left out
             # unless it was asked for.
-            kept = tuple(method for method in METHODS if method != "random_labels")
+            kept = tuple(method for method in USUAL if method != "random_labels")
             config, wanted = replace(config, methods=kept), set(kept)
         _check_source(source, distilled, "random_labels" in wanted)
-    if wanted & _NEEDS_TARGET or _is_raw(distilled):
-        target = load_target(config.target or _from_run(config.run, "target", "target"))
+    if target_path is not None and (wanted & (_NEEDS_TARGET | REPRESENTED) or _is_raw(distilled)):
+        target = load_target(target_path)
         if target.table is not None and "target" in wanted:
             # It has no network that takes the labelled images.
             if not every:
@@ -229,8 +270,11 @@ def _check_source(source: ImageStore, distilled: DistilledSet, needs_labels: boo
         )
 
 
-def _from_run(run: Path, key: str, setting: str) -> Path:
-    file = run / "config.json"
+def _from_run(config: EvaluateConfig, key: str, setting: str, needed: object) -> Path | None:
+    """Return the path that the run's config.json names; None where none is, and none is needed."""
+    run, file = config.run, config.run / "config.json"
+    if not needed and not file.exists():
+        return None
     if not file.exists():
         raise ConfigError(
             f"evaluate: {run} has no config.json that names the {setting}; pass --{setting}"
@@ -238,7 +282,8 @@ def _from_run(run: Path, key: str, setting: str) -> Path:
     values = read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get(key), str):
         raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
-    return Path(values[key])
+    path = Path(values[key])
+    return path if needed or path.exists() else None
 
 
 def _of_tensors(tensors: list[Tensor]) -> str:

@@ -11,6 +11,7 @@ from krrst_fast.data.augment import plain_views
 from krrst_fast.errors import DataError, NonFiniteError
 from krrst_fast.evaluate.config import ProbeConfig
 from krrst_fast.evaluate.sgd import batches, descend
+from krrst_fast.models import Network
 from krrst_fast.ops.fit import krr_fit
 from krrst_fast.ops.solver import DEFAULT, Solver
 from krrst_fast.runs.environment import solving_device
@@ -79,6 +80,29 @@ def embed(
     if not bool(torch.isfinite(features).all()):
         raise NonFiniteError("the features hold NaN or infinity, so there is nothing to fit")
     return features
+
+
+def embed_both(
+    net: Network,
+    images: Tensor,
+    index: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    """Compute features [len(index), D] and outputs [len(index), P], as `embed`."""
+    width = 0
+
+    def joined(x: Tensor) -> Tensor:
+        nonlocal width
+        features, outputs = net.both(x)
+        width = features.shape[1]
+        return torch.cat([features, outputs], 1)
+
+    both = in_chunks(joined, images, index, mean=mean, std=std)
+    if not bool(torch.isfinite(both).all()):
+        raise NonFiniteError("the features hold NaN or infinity, so there is nothing to fit")
+    return both[:, :width].contiguous(), both[:, width:].contiguous()
 
 
 def in_chunks(

@@ -8,7 +8,7 @@ from pathlib import Path
 from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError
 from krrst_fast.evaluate.config import EvaluateConfig, Method
-from krrst_fast.evaluate.materials import open_materials
+from krrst_fast.evaluate.materials import Materials, open_materials
 from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
 from krrst_fast.runs.config import from_dict
@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         try:
             rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
             missing = [job for job in jobs if job not in rows]
-            total = sum(_ticks(config, method) for method, _ in missing)
+            total = sum(_ticks(materials, method) for method, _ in missing)
             with (
                 _told(rows, jobs, partial),
                 progress_bar(progress, total=total, unit="step") as bar,
@@ -141,9 +141,11 @@ def _rows_at_hand(
     }
 
 
-def _ticks(config: EvaluateConfig, method: Method) -> int:
+def _ticks(materials: Materials, method: Method) -> int:
     """Count the progress of a row: one for each SGD step and each closed-form probe."""
-    ticks = config.probe.label_draws * (config.probe.steps if config.probe.solver == "sgd" else 1)
+    config = materials.config
+    probes = config.probe.label_draws * (2 if materials.has_outputs(method) else 1)
+    ticks = probes * (config.probe.steps if config.probe.solver == "sgd" else 1)
     if method != "target":
         ticks += config.finetune.steps
         ticks += config.pretrain.steps if method != "none" else 0

@@ -15,8 +15,8 @@ FORMAT_VERSION = 1
 RIVAL: Method = "random_target"
 """The baseline: as many real images, with the same target and the same training."""
 
-Task = Literal["probe", "finetune"]
-TASKS: tuple[Task, ...] = ("probe", "finetune")
+Task = Literal["probe", "outputs", "finetune"]
+TASKS: tuple[Task, ...] = ("probe", "outputs", "finetune")
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
 _T975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16)
@@ -36,6 +36,13 @@ class Row:
     seconds: float
     fingerprint: str
     """Digest of all settings and data that the row depends on."""
+    outputs: float | None = None
+    """Accuracy of a probe on the network's outputs, where they stand for the target's."""
+    r2: float | None = None
+    """Share of the variance of the target's outputs on held-out images of the source that the
+    network's outputs explain: 1 - MSE / variance, below 0 where their mean explains more."""
+    pretrain_steps: int | None = None
+    """Steps of the pre-training that were best, where their number was chosen."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,14 @@ class Evaluation:
             task for task in TASKS if any(getattr(row, task) is not None for row in self.rows)
         )
 
+    def explained(self) -> dict[Method, float]:
+        """Return the held-out R2 of each method that has one, a mean over the seeds."""
+        found: dict[Method, list[float]] = {}
+        for row in self.rows:
+            if row.r2 is not None:
+                found.setdefault(row.method, []).append(row.r2)
+        return {method: statistics.fmean(values) for method, values in found.items()}
+
     def verdicts(self) -> list[str]:
         """Return a line for each task: the difference of the distilled set to the baseline."""
         lines = []
@@ -143,7 +158,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Return an aligned text table, one row a method, and the verdicts below it."""
-        header = ["method"]
+        header = ["method", "held-out R2"] if self.explained() else ["method"]
         for task in self.tasks():
             header += [task, f"- {RIVAL}"] if self._has_rival else [task]
         lines = [header] + [self._cells(method) for method in self.config.methods]
@@ -156,6 +171,8 @@ class Evaluation:
 
     def _cells(self, method: Method) -> list[str]:
         cells: list[str] = [method]
+        if explained := self.explained():
+            cells.append(f"{explained[method]:+.3f}" if method in explained else "-")
         for task in self.tasks():
             summary = self.summary(method, task)
             if summary is None:
@@ -194,7 +211,11 @@ class Evaluation:
             "num_images": self.num_images,
             "seconds": self.seconds,
             "summary": [
-                {"method": method, **{task: self._plain(method, task) for task in TASKS}}
+                {
+                    "method": method,
+                    "r2": self.explained().get(method),
+                    **{task: self._plain(method, task) for task in TASKS},
+                }
                 for method in self.config.methods
             ],
             "verdicts": self.verdicts(),

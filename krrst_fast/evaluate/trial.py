@@ -3,22 +3,28 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from krrst_fast.baselines.random_subset import random_index, random_subset, random_subset_labels
+from krrst_fast.baselines import herding, k_centre, kmeans, random_subset, random_subset_labels
+from krrst_fast.baselines.random_subset import random_index
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import KrrstError, NonFiniteError
 from krrst_fast.evaluate.config import Method
+from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
 from krrst_fast.evaluate.finetune import finetune
-from krrst_fast.evaluate.materials import Materials, Split
+from krrst_fast.evaluate.materials import REPRESENTED, Materials, Split
 from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
 from krrst_fast.evaluate.probe import (
     accuracy,
     draw_labelled,
     embed,
+    embed_both,
     in_chunks,
     probe_accuracy,
 )
@@ -27,6 +33,16 @@ from krrst_fast.models import Network, build, place
 from krrst_fast.runs.seeding import derive
 
 Tick = Callable[[], object]
+
+CHUNK = 256
+CHOICES: dict[Method, Callable[..., DistilledSet]] = {
+    "random_target": random_subset,
+    "random_early": random_subset,
+    "kmeans": kmeans,
+    "herding": herding,
+    "k_centre": k_centre,
+}
+"""How real images are chosen."""
 
 
 class Trials:
@@ -38,7 +54,7 @@ class Trials:
 
     def __init__(self, materials: Materials) -> None:
         self.materials = materials
-        self._target_features: dict[str, Tensor] = {}
+        self._target_features: dict[str, tuple[Tensor, ...]] = {}
         self._all_tests = torch.arange(len(materials.test.labels))
         config = materials.config
         for per_class in (config.probe.labels_per_class, config.finetune.labels_per_class):
@@ -47,15 +63,14 @@ class Trials:
     def run(self, method: Method, seed: int, fingerprint: str, tick: Tick) -> Row:
         """Pre-train, probe and fine-tune."""
         started = time.perf_counter()
-        loss = None
         try:
             if method == "target":
                 assert self.materials.target is not None
-                net = self.materials.target.model
-                assert isinstance(net, Network)
+                assert isinstance(self.materials.target.model, Network)
+                net, loss, steps = self.materials.target.model, None, None
             else:
-                net, loss = self._start(method, seed, tick)
-            probe = self._probe(net, method, seed, tick)
+                net, loss, steps = self._start(method, seed, tick)
+            probe, outputs = self._probe(net, method, seed, tick)
             tuned = None
             if method != "target" and self.materials.config.finetune.steps:
                 tuned = self._finetune(net, method, seed, tick)
@@ -69,28 +84,75 @@ class Trials:
             pretrain_loss=loss,
             seconds=time.perf_counter() - started,
             fingerprint=fingerprint,
+            outputs=outputs,
+            r2=self._explained(net) if method in REPRESENTED else None,
+            pretrain_steps=steps,
         )
 
-    def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, float | None]:
-        """Return the network of `method`, pre-trained, in eval mode, and its last loss."""
+    def _start(
+        self, method: Method, seed: int, tick: Tick
+    ) -> tuple[Network, float | None, int | None]:
+        """Return the network of `method`, pre-trained, in eval mode, its last loss, and its steps.
+
+        The steps only where they were chosen.
+        """
         given = self.materials
         config, device, count = given.config.pretrain, given.device, len(given.distilled)
         if method == "none":
             net = self._fresh(0, seed)
             settle_norms(net, self._random_images(seed))
-            return net, None
+            return net, None, None
         if method == "random_labels":
             labels = random_subset_labels(self._source, count, seed=seed).to(device)
             net = self._fresh(len(self._source.classes), seed)
             images = self._random_images(seed)
-            return net, pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
+            loss = pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
+            return net, loss, None
         chosen = given.distilled
-        if method == "random_target":
+        if method != "distilled":
             assert given.target is not None
-            chosen = random_subset(self._source, given.target, count, seed=seed)
+            chosen = CHOICES[method](self._source, given.target, count, seed=seed)
         net = self._fresh(chosen.targets.shape[1], seed)
         images, targets = chosen.images.to(device), chosen.targets.to(device)
-        return net, pretrain(net, images, targets, config, seed=seed, tick=tick)
+        early = EarlyStop(net, partial(self._validation, seed=seed), config.steps)
+        stopping = early if method == "random_early" else None
+
+        def after_step() -> None:
+            tick()
+            if stopping is not None:
+                stopping.after_step()
+
+        loss = pretrain(net, images, targets, config, seed=seed, tick=after_step)
+        if stopping is None:
+            return net, loss, None
+        return net, None, stopping.take_best()
+
+    def _validation(self, net: Network, *, seed: int) -> float:
+        """Return the accuracy of a ridge probe on training images that it did not learn from."""
+        given, config = self.materials, self.materials.config.probe
+        labelled = self._labelled(config.labels_per_class, seed)
+        parts = fitted_and_held_out(labelled, len(given.train.labels))
+        mean, std = given.mean_std("random_early")
+        fitted, held_out = (
+            embed(net, given.train.images, index, mean=mean, std=std) for index in parts
+        )
+        fitted_labels, wanted = (given.train.labels[index].to(given.device) for index in parts)
+        return probe_accuracy(
+            *(fitted, fitted_labels, held_out, wanted, given.classes),
+            replace(config, solver="ridge"),
+            seed=seed,
+            solver=given.config.solver,
+        )
+
+    def _explained(self, net: Network) -> float | None:
+        """Return the R2 of the network's outputs on held-out images of the source."""
+        if self.materials.held_out is None:
+            return None
+        images, wanted = self.materials.held_out
+        with torch.no_grad():
+            outputs = torch.cat([net(chunk) for chunk in images.split(CHUNK)])
+        variance = wanted.double().var(0, correction=0).mean()
+        return 1 - float((outputs.double() - wanted.double()).square().mean() / variance)
 
     @property
     def _source(self) -> ImageStore:
@@ -121,40 +183,49 @@ class Trials:
             seed=derive(seed, "network"),
         )
 
-    def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
-        """Return the accuracy of the probe, a mean over the draws of labels."""
+    def _probe(
+        self, net: Network, method: Method, seed: int, tick: Tick
+    ) -> tuple[float, float | None]:
+        """Return the accuracies of probes on features and on outputs, means over label draws."""
         given, config = self.materials, self.materials.config.probe
-        test = self._features(net, method, given.test, self._all_tests, "test")
+        tests = self._features(net, method, given.test, self._all_tests, "test")
         accuracies = []
         for draw in range(config.label_draws):
             index = self._labelled(config.labels_per_class, seed, draw)
+            trains = self._features(net, method, given.train, index, "train")
             accuracies.append(
-                probe_accuracy(
-                    self._features(net, method, given.train, index, "train"),
-                    given.train.labels[index].to(given.device),
-                    test,
-                    given.test.labels.to(given.device),
-                    given.classes,
-                    config,
-                    seed=seed,
-                    solver=given.config.solver,
-                    tick=tick,
-                )
+                [
+                    probe_accuracy(
+                        *(train, given.train.labels[index].to(given.device)),
+                        *(test, given.test.labels.to(given.device)),
+                        given.classes,
+                        config,
+                        seed=seed,
+                        solver=given.config.solver,
+                        tick=tick,
+                    )
+                    for train, test in zip(trains, tests)
+                ]
             )
-        return statistics.fmean(accuracies)
+        on_features, *on_outputs = map(statistics.fmean, zip(*accuracies))
+        return on_features, on_outputs[0] if on_outputs else None
 
     def _features(
         self, net: Network, method: Method, split: Split, index: Tensor, name: str
-    ) -> Tensor:
-        """Compute features of the images at `index`; of the target once for all seeds."""
+    ) -> tuple[Tensor, ...]:
+        """Compute features, and outputs that stand for the target's; of it once for all seeds."""
         fixed = method == "target" and len(index) == len(split.labels)
         if fixed and name in self._target_features:
             return self._target_features[name]
         mean, std = self.materials.mean_std(method)
-        features = embed(net, split.images, index, mean=mean, std=std)
+        found: tuple[Tensor, ...]
+        if self.materials.has_outputs(method):
+            found = embed_both(net, split.images, index, mean=mean, std=std)
+        else:
+            found = (embed(net, split.images, index, mean=mean, std=std),)
         if fixed:
-            self._target_features[name] = features
-        return features
+            self._target_features[name] = found
+        return found
 
     def _finetune(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
         given = self.materials

@@ -12,13 +12,15 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
 def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     """Return the card of an exported set; `about` is what its krrst.json holds.
 
-    It names no licence: that is the one of the images that were distilled, and its owner's to say.
+    The licence is `unknown`: it is that of the images that were distilled, their owner's to say.
     """
     count = len(distilled)
     size = next((name for most, name in _SIZES if count < most), "100K<n<1M")
     header = [
         "---",
         "pretty_name: Distilled images",
+        "license: unknown",
+        "library_name: krrst_fast",
         "task_categories:",
         "- image-feature-extraction",
         "size_categories:",
@@ -49,7 +51,8 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     body = [
         "# Distilled images",
         "",
-        "A few synthetic images that stand for a larger set, made by krrst_fast.",
+        "A few synthetic images that stand for a larger set, made by krrst_fast. Before you "
+        "publish them, put the licence of that set into the first lines of this file.",
         "",
         "| | |",
         "|---|---|",

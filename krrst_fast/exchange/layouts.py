@@ -133,7 +133,8 @@ def _dc(path: Path, floats: Kind) -> Read:
         raise DataError(f"{path}: data[-1] must be a pair of tensors")
     earlier = (f"{len(trials) - 1} earlier trials of data",) if len(trials) > 1 else ()
     labels = as_labels(values.detach(), len(images), floats, str(path))
-    return Read(images.detach(), labels, earlier, files=(path,))
+    others = tuple(f"{key} of the file" for key in data if key != "data")
+    return Read(images.detach(), labels, earlier + others, files=(path,))
 
 
 def _dcbench(path: Path, floats: Kind) -> Read:

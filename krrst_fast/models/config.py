@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from krrst_fast.runs.config import require, require_choices
+from krrst_fast.runs.config import require, settle
 
 Norm = Literal["batch", "instance", "none"]
 Stem = Literal["small", "imagenet"]
@@ -34,7 +34,7 @@ class ModelConfig:
     """First layer of a resnet: 3x3 with stride 1 for small images, or 7x7 with a max-pool."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         known = self.kind in KINDS or SPEC.fullmatch(self.kind) is not None
         need = f"one of {', '.join(KINDS)}, or your own as module:Class or file.py:Class"
         require(known, self, "kind", need)

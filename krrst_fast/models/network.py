@@ -54,6 +54,11 @@ class Network(nn.Module, ABC):
         """Return the outputs of the head: [B, C, H, W] -> [B, P], or [B, D] without a head."""
         return self.fc(self.embed(x))
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features [B, D] and outputs [B, P] in one pass."""
+        features = self.embed(x)
+        return features, self.fc(features)
+
     @abstractmethod
     def _features(self, x: Tensor) -> Tensor:
         """Return the last feature map, [B, C', H', W'] with C' * H' * W' = D."""

@@ -70,6 +70,10 @@ class OwnNetwork(Network):
         """Return the outputs [B, P] of images [B, C, H, W], or features [B, D] without a head."""
         return self.net(x) if self._own_forward else self.fc(self.embed(x))
 
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features [B, D] and outputs [B, P]; twice where the forward is its own."""
+        return (self.embed(x), self.net(x)) if self._own_forward else super().both(x)
+
     def _features(self, x: Tensor) -> Tensor:
         if self._layer is None:
             return self.net.embed(x)  # type: ignore[operator]

@@ -24,11 +24,23 @@ LABELS = {
     "none": "No pre-training",
     "random_labels": "Random, labels",
     "random_target": "Random, targets",
+    "random_early": "Random, targets, best stop",
+    "kmeans": "k-means, targets",
+    "herding": "Herding, targets",
+    "k_centre": "k-centre, targets",
     "distilled": "Distilled",
     "target": "Target network",
 }
-TASKS = {"probe": "Linear probe", "finetune": "Fine-tuning"}
-WORDS = {"probe": "linear-probe accuracy", "finetune": "accuracy after fine-tuning"}
+TASKS = {
+    "probe": "Linear probe",
+    "outputs": "Linear probe on the outputs",
+    "finetune": "Fine-tuning",
+}
+WORDS = {
+    "probe": "linear-probe accuracy",
+    "outputs": "accuracy of a linear probe on the outputs",
+    "finetune": "accuracy after fine-tuning",
+}
 ROLES = {"random_target": RIVAL_BLUE, "distilled": ACCENT, "target": INK}
 
 
@@ -87,6 +99,18 @@ class EvaluationSection:
             text += f" Fine-tuning: {finetune.steps:,} SGD steps, "
             text += f"{_labels(finetune.labels_per_class)}."
         return text
+
+    @property
+    def explained(self) -> str:
+        """The held-out R2 of each method, in words; empty where there is none."""
+        found = self.evaluation.explained()
+        if not found:
+            return ""
+        values = "; ".join(f"{LABELS[method]} {r2:+.3f}" for method, r2 in found.items())
+        return typographic(
+            "Held-out R2, the share of the variance of the target's outputs on images of the "
+            f"source that no method saw (mean over seeds): {values}."
+        )
 
     @property
     def measures(self) -> list[Measure]:

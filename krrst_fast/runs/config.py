@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Collection, Iterable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -143,10 +144,12 @@ def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is Path and isinstance(value, str | Path):
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint in (Path, str) and isinstance(value, str | Path):
+        return hint(value)
+    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if hint is float and isinstance(value, Real) and not isinstance(value, bool):
+        value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"config: {where} must be {_NAMES.get(hint, hint)}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -170,13 +173,23 @@ def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def require_choices(config: Any) -> None:
-    """Raise a ConfigError unless every field annotated as a Literal holds one of its values."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            known = getattr(config, name) in choices
-            require(known, config, name, f"one of {', '.join(map(str, choices))}")
+def settle(config: Any) -> None:
+    """Give every field of a frozen dataclass the type it is annotated with, as a file of it would.
+
+    Text becomes a path, a list a tuple, NumPy's numbers Python's, a mapping the section it fills.
+
+    Raises:
+        ConfigError: A value has another type, or is none of the choices; it names class and field.
+    """
+    name = type(config).__name__
+    for field, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, field)
+        if dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
+            continue  # it has settled itself
+        try:
+            object.__setattr__(config, field, _typed(hint, value, field))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {str(error).removeprefix('config: ')}") from None
 
 
 def require_at_least(low: float, config: Any, *fields: str) -> None:

@@ -26,13 +26,14 @@ _INIT_SECONDS, _FINISH_SECONDS = 20.0, 20.0
 
 
 def require_sinks(names: Sequence[str]) -> None:
-    """Refuse sinks that are named twice or whose package is not installed, without importing it.
+    """Refuse sinks whose package is not installed, without importing it.
 
     Raises:
         ConfigError: The message names the extra to install.
     """
     for name in names:
-        if find_spec(name) is None:
+        # A folder ./wandb, which wandb leaves where it runs, is a package without origin to Python.
+        if (spec := find_spec(name)) is None or spec.origin is None:
             raise ConfigError(
                 f"sinks: {name} needs the package {name}: pip install 'krrst-fast[{name}]'"
             )
@@ -171,7 +172,7 @@ class _Wandb:
     """A run of Weights & Biases: offline, without any network, unless WANDB_MODE differs."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        mode = os.environ.get("WANDB_MODE", "offline")
+        mode = os.environ.get("WANDB_MODE") or "offline"
         if mode == "offline":
             # It would report its own errors and timings home.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -190,6 +191,8 @@ class _Wandb:
             resume="allow" if mode in ("online", "shared") else None,
             mode=mode,  # type: ignore[arg-type]
             config=dict(settings),
+            # A run that the caller has under way is another one, and not ours to end.
+            reinit="create_new",
             settings=wandb.Settings(
                 console="off",
                 disable_git=True,

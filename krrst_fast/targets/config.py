@@ -6,7 +6,7 @@ from typing import Literal
 
 from krrst_fast.errors import ConfigError
 from krrst_fast.models.config import ModelConfig
-from krrst_fast.runs.config import require, require_at_least, require_choices, require_positive
+from krrst_fast.runs.config import require, require_at_least, require_positive, settle
 from krrst_fast.runs.sinks import SinkName
 
 Fill = Literal["zeros", "border", "reflection"]
@@ -57,10 +57,10 @@ class SSLAugmentConfig:
     """Standard deviation of Gaussian pixel noise, in units of the full range."""
 
     def __post_init__(self) -> None:
+        settle(self)
         require(0 < self.scale[0] <= self.scale[1] <= 4, self, "scale", "0 < low <= high <= 4")
         require(0 < self.ratio[0] <= self.ratio[1], self, "ratio", "0 < low <= high")
         require(0 <= self.rotation <= 180, self, "rotation", "0 to 180")
-        require_choices(self)
         for name in ("flip", "jitter", "greyscale", "blur"):
             require(0 <= getattr(self, name) <= 1, self, name, "a probability, 0 to 1")
         for name in ("brightness", "contrast", "saturation"):
@@ -140,7 +140,7 @@ class TargetConfig:
     augment: SSLAugmentConfig = field(default_factory=SSLAugmentConfig)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        settle(self)
         if self.model.is_own:
             raise ConfigError(
                 "TargetConfig: model.kind must be built in, since the file of a target never names "

@@ -35,6 +35,7 @@ CLASSES = "classes.txt"
 _BLOCK = 512
 _CHUNK = 1 << 20
 _MOST_TEXT = 1 << 20
+_MOST_LINKS = 40
 _JSON_LABELS = ("cls", "label")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
@@ -196,10 +197,10 @@ def _leads_to(name: str, kind: str, target: str) -> str:
 
 
 def _followed(place: str, links: dict[str, str]) -> str:
-    """Follow links to links; the end is a link again where they lead round in a circle."""
-    seen = set()
-    while place in links and place not in seen:
-        seen.add(place)
+    """Follow links to links, as far as Linux does; where they lead on, the end is a link again."""
+    for _ in range(_MOST_LINKS):
+        if place not in links:
+            break
         place = links[place]
     return place
 
