@@ -63,7 +63,7 @@ mkdir -p "$work" "$out" 2> /dev/null || refuse "--out $out: it cannot be made"
 
 # Stages import the package that was built, and never what is called bench or tests elsewhere.
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH=$site:$root${PYTHONPATH:+:$PYTHONPATH}
-export TRITON_CACHE_DIR=$work/triton-cache OMP_WAIT_POLICY=PASSIVE
+export TRITON_CACHE_DIR=$work/triton-cache TORCHINDUCTOR_CACHE_DIR=$work/inductor-cache OMP_WAIT_POLICY=PASSIVE
 unset TRITON_INTERPRET
 cd "$root" || exit
 cores=$(env -u OMP_NUM_THREADS nproc)
@@ -182,8 +182,8 @@ if [ ${#todo[@]} -gt 0 ]; then
   compgen -G "$site/krrst_fast/*.so" > /dev/null || export KRRST_FAST_EXTENSION=0 # or all would warn
 fi
 if todo krr; then measure krr 140; fi
-if todo step; then measure step 45; fi
-if todo steps; then measure steps 40 ${images:+--images "$images"}; fi
+if todo step; then measure step 120; fi
+if todo steps; then measure steps 90 ${images:+--images "$images"}; fi
 if todo selftest; then
   rm -f "$work/selftest.json"
   stage selftest 60 env ${dry:+KRRST_FAST_EXTENSION=0} "$python" -m krrst_fast.selftest \

@@ -105,3 +105,22 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("target") / "target.safetensors"
     target.save(path)
     return path
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The graphs that are compiled, by a backend that runs them as they are traced, on any CPU."""
+    graphs: list[int] = []
+    compiler = torch.compile
+
+    def count(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def compile_(function, *, options, **asked):
+        return compiler(function, backend=count, **asked)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()

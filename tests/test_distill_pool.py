@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -237,3 +238,32 @@ def test_images_that_are_not_finite_are_no_reason_for_a_lower_rate():
     with pytest.raises(NonFiniteError, match="own loss"):
         pool.fit(pool.slots[0], torch.full_like(X, math.nan), Y)
     assert pool.lr == pool.config.lr
+
+
+@pytest.mark.parametrize("lr", [0.1, 40.0])
+def test_outcomes_that_are_read_late_change_nothing(lr):
+    """As on a GPU: before the pool is used again, and never later. At a rate of 40 some diverge."""
+    from tests.test_distill_step import RATE, _run, outer_step
+
+    seen = []
+    for late in (False, True):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            state, source = _run(lr=lr, online_steps=5, dtype=torch.float64)
+            state.pool.settles_late = late
+            said.clear()
+            steps = [
+                outer_step(state, source, RATE, ridge=1e-4, ridge_of="trace") for _ in range(16)
+            ]
+            waiting = state.pool.unsettled is not None
+            saved = state.state_dict()
+        assert state.pool.unsettled is None and waiting == late
+        seen.append(([(s.slot, s.slot_age, float(s.loss)) for s in steps], saved, len(said)))
+    (reports, saved, count), (late_reports, late_saved, late_count) = seen
+    assert late_reports == reports and late_count == count and (count > 0) == (lr > 1)
+    assert torch.equal(late_saved["x_syn"], saved["x_syn"])
+    for a, b in zip(late_saved["pool"], saved["pool"], strict=True):
+        assert (a["age"], a["generation"]) == (b["age"], b["generation"])
+        assert all(torch.equal(x, b["network"][name]) for name, x in a["network"].items())
+        groups = [x["optimizer"]["param_groups"][0]["lr"] for x in (a, b)]
+        assert groups[0] == groups[1]

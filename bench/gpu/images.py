@@ -8,6 +8,7 @@ from torch import Tensor
 
 from krrst_fast.data.augment import ViewConfig, plain_views
 from krrst_fast.data.store import open_store
+from krrst_fast.distill.arithmetic import PLAIN, Arithmetic, FastTarget
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Represent, Source
@@ -71,12 +72,20 @@ class Distillation(NamedTuple):
 
     images: Images
     target: FrozenTarget
+    run: FastTarget
     source: Source
     state: State
 
 
 def make(
-    scale: Scale, images: Images, device: str, *, slots: int, online_steps: int, lr: float = 0.01
+    scale: Scale,
+    images: Images,
+    device: str,
+    *,
+    slots: int,
+    online_steps: int,
+    lr: float = 0.01,
+    arithmetic: Arithmetic = PLAIN,
 ) -> Distillation:
     """Make a distillation before its first step, with an untrained, standardised target network."""
     network = build(scale.target, image_size=images.pixels.shape[-1], num_outputs=scale.p, seed=0)
@@ -101,11 +110,11 @@ def make(
         image_size=images.pixels.shape[-1],
         num_outputs=scale.p,
         device=torch.device(device),
+        arithmetic=arithmetic,
     )
     state = State(x_syn, y_syn, pool, generator(0, "steps"))
-    return Distillation(
-        on_device, target, source(scale, on_device, target, run_target(target)), state
-    )
+    run = FastTarget(target, arithmetic)
+    return Distillation(on_device, target, run, source(scale, on_device, run_target(run)), state)
 
 
 def _first(images: Images, count: int) -> Tensor:
@@ -113,12 +122,12 @@ def _first(images: Images, count: int) -> Tensor:
     return plain_views(images.pixels, index, images.mean, images.std)
 
 
-def run_target(target: FrozenTarget) -> Represent:
+def run_target(target: FastTarget) -> Represent:
     """Return a `Represent` function that runs the target on every batch."""
     return lambda index, offset, flip, batch: target(batch)
 
 
-def source(scale: Scale, images: Images, target: FrozenTarget, represent: Represent) -> Source:
+def source(scale: Scale, images: Images, represent: Represent) -> Source:
     """Make the source of the real batches."""
     return Source(
         images=images.pixels,

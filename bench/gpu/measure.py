@@ -26,7 +26,7 @@ from krrst_fast.errors import KrrstError
 
 DONE, GO_ON = 0, 75
 """Exit codes of a child: all rows are made; the process is spoilt, another one goes on."""
-SILENCE = 45.0
+SILENCE = 90.0
 """Seconds that one row may take."""
 
 Rows = Iterable[tuple[str, Callable[[], dict[str, Any]]]]

@@ -232,9 +232,12 @@ def short(found: Results) -> str:
     lines = [under(found), *readme_table(found)][:-2]
     whole = found.rows("step").get("whole steps", {})
     if "times_released" in whole:
-        ms = [number(whole[name]["ms"]) for name in ("released", "krrst_fast")]
-        times = digits(whole["times_released"], 2)
-        lines.append(f"outer step: {ms[0]} ms released, {ms[1]} ms krrst_fast, x {times}")
+        released = whole["released"]["ms"]
+        ways = {
+            name: one["ms"] for name, one in whole.items() if isinstance(one, dict) and "ms" in one
+        }
+        each = [f"{ms:.3g} {name} (x {released / ms:.2g})" for name, ms in ways.items()]
+        lines.append(f"outer step, ms: {', '.join(each)}")
     outcomes = found.rows("tests").get("tests", {}).get("outcomes", {})
     lines.append(f"tests: {', '.join(f'{n} {what}' for what, n in outcomes.items()) or '-'}")
     stages = [line(found, stage).splitlines() for stage in found.stages]

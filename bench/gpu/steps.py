@@ -1,7 +1,11 @@
-"""Outer steps on images by the code of a distillation: their speed, and whether the loss falls."""
+"""Outer steps on images by the code of a distillation: their speed, and whether the loss falls.
+
+All rows begin with the same synthetic set and the same pool, and see the same views.
+"""
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +13,10 @@ import torch
 from bench.gpu import images
 from bench.gpu.measure import Rows, Run, Unit
 from bench.gpu.released import RIDGE
+from bench.gpu.step import Way, ways
+from krrst_fast import Solver
 from krrst_fast.data.augment import ViewConfig
-from krrst_fast.distill.cache import LARGEST, TargetCache, views_per_image
+from krrst_fast.distill.cache import TargetCache, views_per_image
 from krrst_fast.distill.loop import warm_up
 from krrst_fast.distill.source import Source
 from krrst_fast.distill.step import LinearDecay, outer_step
@@ -27,10 +33,12 @@ class Length(NamedTuple):
     online_steps: int = 50
 
 
-FULL = Length(100, 10, 10)
+FULL = Length(200, 10, 20)
 TOY = Length(6, 2, 2, 3)
 SLOTS = 10
 LR = 1e-3
+NAMES = ("TF32", "float16", "float16, fast KRR", "float16, fast KRR, looked up")
+"""The ways of the stage `step` that are tried, the first as the one to compare with."""
 
 
 def units(toy: bool) -> Iterator[Unit]:
@@ -39,35 +47,56 @@ def units(toy: bool) -> Iterator[Unit]:
 
 
 def rows(run: Run) -> Rows:
-    """Yield a row with the target at every step, and one with its outputs in a table."""
+    """Yield a row for each way: how networks compute, where the target's outputs come from."""
     scale = images.TOY if run.toy else images.FULL
     kept = images.read(run.images, scale.size)
     if run.toy:
         kept = kept._replace(pixels=kept.pixels[:20])
-    about = f"{kept.name}, the target"
-    yield f"{about} at every step", lambda: distil(run, scale, kept, cached=False)
-    if 4 * len(kept.pixels) * views_per_image(ViewConfig()) * scale.p <= LARGEST:
-        yield f"{about} looked up", lambda: distil(run, scale, kept, cached=True)
+    first = f"{kept.name}, TF32"
+    for name in NAMES:
+        way = ways(run.toy)[name]
+        values = len(kept.pixels) * views_per_image(ViewConfig()) * scale.p
+        if way.looked_up and values * (2 if way.arithmetic.half else 4) > most_bytes(run):
+            continue
+        yield f"{kept.name}, {name}", partial(distil, run, scale, kept, way, first)
 
 
-def distil(run: Run, scale: images.Scale, kept: images.Images, *, cached: bool) -> dict[str, Any]:
-    """Make the steps of a distillation."""
+def most_bytes(run: Run) -> float:
+    """Return how large a table may be: half of the free memory of the GPU."""
+    return 2**30 if run.toy else torch.cuda.mem_get_info()[0] / 2
+
+
+def distil(
+    run: Run, scale: images.Scale, kept: images.Images, way: Way, first: str
+) -> dict[str, Any]:
+    """Make the steps of a distillation, and compare its losses with those of the first row."""
     length = TOY if run.toy else FULL
-    made = images.make(*(scale, kept, run.device), slots=SLOTS, online_steps=length.online_steps)
+    made = images.make(
+        *(scale, kept, run.device),
+        slots=SLOTS,
+        online_steps=length.online_steps,
+        arithmetic=way.arithmetic,
+    )
     if run.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     source, fill = made.source, 0.0
-    if cached:
+    if way.looked_up:
         begin = time.perf_counter()
-        cache = TargetCache(made.target, made.images.pixels, source.view)
+        cache = TargetCache(
+            made.target,
+            made.images.pixels,
+            source.view,
+            kept_as=torch.float16 if way.arithmetic.half else torch.float32,
+            compute=made.run,
+        )
         run.clock.wait()
         fill = time.perf_counter() - begin
-        source = images.source(scale, made.images, made.target, cache)
+        source = images.source(scale, made.images, cache)
     begin = time.perf_counter()
     warm_up(made.state)
     run.clock.wait()
     warm = time.perf_counter() - begin
-    losses, seconds = advance(run, made, source, length)
+    losses, seconds = advance(run, made, source, length, way.solver)
     start, end = losses[: length.averaged].mean(), losses[-length.averaged :].mean()
     row: dict[str, Any] = {
         "images": kept.name,
@@ -81,13 +110,16 @@ def distil(run: Run, scale: images.Scale, kept: images.Images, *, cached: bool) 
         "pool": {"size": SLOTS, "online_steps": length.online_steps, "seconds": warm},
         "seconds_to_fill_the_cache": fill,
     }
+    before = run.row(first) or {}
+    if "loss_at_the_end" in before:
+        row["loss_at_the_end_by_the_first"] = before["loss_at_the_end"]
     if not losses.isfinite().all():
         row["wrong"] = ["a loss is not finite"]
     return row
 
 
 def advance(
-    run: Run, made: images.Distillation, source: Source, length: Length
+    run: Run, made: images.Distillation, source: Source, length: Length, solver: Solver
 ) -> tuple[torch.Tensor, float]:
     """Make the steps; return the loss of each, and the seconds of the timed ones."""
     rate = LinearDecay(start=LR, final=LR * 1e-3, steps=length.steps)
@@ -96,7 +128,9 @@ def advance(
         if step == length.untimed:
             run.clock.wait()
             begin = time.perf_counter()
-        measured = outer_step(made.state, source, rate, ridge=RIDGE, ridge_of="trace")
+        measured = outer_step(
+            made.state, source, rate, ridge=RIDGE, ridge_of="trace", solver=solver
+        )
         losses.append(measured.loss)
     run.clock.wait()
     return torch.stack(losses).cpu(), time.perf_counter() - begin

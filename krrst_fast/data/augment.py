@@ -33,7 +33,12 @@ def draw_views(index: Tensor, config: ViewConfig, generator: torch.Generator) ->
     offset = torch.randint(2 * config.padding + 1, (len(index), 2), generator=generator)
     flip = torch.randint(2, (len(index),), generator=generator).bool()
     flip = flip if config.flip else torch.zeros_like(flip)
-    return View(index, offset.to(index.device), flip.to(index.device))
+    return View(index, sent(offset, index.device), sent(flip, index.device))
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU to a device, and do not wait for what the device has still to do."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def kept_views(config: ViewConfig, count: int) -> Tensor:
@@ -64,7 +69,8 @@ def all_views(config: ViewConfig) -> Tensor:
 
 def draw_among(index: Tensor, kept: Tensor, generator: torch.Generator) -> View:
     """Draw one of the views `kept` [K, 3], on the CPU, for each image `index` [B]."""
-    drawn = kept[torch.randint(len(kept), (len(index),), generator=generator)].to(index.device)
+    drawn = kept[torch.randint(len(kept), (len(index),), generator=generator)]
+    drawn = sent(drawn, index.device)
     return View(index, drawn[:, :2].contiguous(), drawn[:, 2].bool())
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from krrst_fast.data.augment import View, ViewConfig, all_views, kept_views, render
 from krrst_fast.data.store import ImageStore
+from krrst_fast.distill.arithmetic import kept_dtype, storage
 from krrst_fast.distill.config import DistillConfig
 from krrst_fast.errors import ConfigError
 from krrst_fast.runs.config import to_dict
@@ -24,22 +26,34 @@ from krrst_fast.targets import FrozenTarget
 from krrst_fast.targets.encoder import EncoderInfo
 
 LARGEST = 2**30
-"""Bytes that a cache may take with the setting "auto"."""
+"""Bytes that a cache may take with the setting "auto", where it is not in the memory of a GPU."""
+_SHARE = 4
+"""Of the memory of a GPU it may take one part in so many: of all memory, so that a resumed run
+does as the run before it, whatever else has memory now."""
 CHUNK = 256
 
 
-def is_cached(config: DistillConfig, count: int, dim: int) -> bool:
+def most_bytes(target: FrozenTarget, device: torch.device) -> int:
+    """Return how much a cache on a device may take with the setting "auto"."""
+    if device.type != "cuda" or isinstance(target.config, EncoderInfo):
+        return LARGEST
+    return torch.cuda.get_device_properties(device).total_memory // _SHARE
+
+
+def is_cached(config: DistillConfig, count: int, dim: int, most: int = LARGEST) -> bool:
     """Return whether a run keeps a table of the target's outputs.
 
     Args:
         config: Settings of the run; "auto" keeps a small cache that costs less than it saves.
         count: N, the real images.
         dim: P, the outputs of the target.
+        most: The bytes of a small one.
     """
     if config.target_cache != "auto":
         return config.target_cache == "on"
     rows = count * (config.fixed_views or views_per_image(config.views))
-    return 4 * rows * dim <= LARGEST and rows < config.steps * config.batch_size
+    size = kept_dtype(config).itemsize * rows * dim
+    return size <= most and rows < config.steps * config.batch_size
 
 
 def views_per_image(view: ViewConfig) -> int:
@@ -125,16 +139,28 @@ def make_cache(
     target: FrozenTarget,
     images: Tensor,
     *,
+    compute: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> "TargetCache":
-    """Compute, or find on the disk, the target's outputs on the views that a run may draw."""
+    """Compute, or find on the disk, the target's outputs on the views that a run may draw.
+
+    Args:
+        config: Settings of the run.
+        store: Its images.
+        target: Its target.
+        images: The images [N, C, H, W], uint8, on the device.
+        compute: What runs the target on views [B, C, H, W]; the target itself if left out.
+        progress: Show a bar, where there is a terminal.
+    """
     kept = kept_views(config.views, config.fixed_views) if config.fixed_views else None
     on_disk = isinstance(target.config, EncoderInfo)
     return TargetCache(
         target,
         images,
         config.views,
-        getattr(torch, config.dtype),
+        storage(config),
+        kept_as=kept_dtype(config),
+        compute=compute,
         kept=kept,
         folder=_folder(config, store, target) if on_disk else None,
         inputs=_inputs(config, store, target) if on_disk else {},
@@ -154,6 +180,8 @@ class TargetCache:
         images: [N, C, H, W] uint8.
         view: The possible views.
         dtype: Dtype of the views; the target takes them in float32.
+        kept_as: Dtype of the outputs in memory.
+        compute: As of `make_cache`.
         kept: The views that are drawn, [K, 3] as of `kept_views`; None for all of them.
         folder: Where the outputs are kept on the disk and taken up after a kill; None keeps them
             in memory.
@@ -168,6 +196,8 @@ class TargetCache:
         view: ViewConfig,
         dtype: torch.dtype = torch.float32,
         *,
+        kept_as: torch.dtype = torch.float32,
+        compute: Callable[[Tensor], Tensor] | None = None,
         kept: Tensor | None = None,
         folder: Path | None = None,
         inputs: dict[str, str] | None = None,
@@ -184,7 +214,9 @@ class TargetCache:
         rows = len(images) * len(self._views)
         device = images.device
 
-        def compute(chunk: Tensor) -> Tensor:
+        run = target if compute is None else compute
+
+        def compute_rows(chunk: Tensor) -> Tensor:
             batch = render(
                 images,
                 self._view(chunk.to(device)),
@@ -193,7 +225,7 @@ class TargetCache:
                 std=target.std,
                 dtype=dtype,
             )
-            return target(batch.float())
+            return run(batch.float()).to(kept_as)
 
         what = "target outputs"
         if folder is not None:
@@ -201,7 +233,7 @@ class TargetCache:
                 folder,
                 (rows, target.dim),
                 inputs or {},
-                compute,
+                compute_rows,
                 block=CHUNK,
                 what=what,
                 progress=progress,
@@ -211,10 +243,10 @@ class TargetCache:
             if self.outputs.nbytes <= LARGEST:
                 self.outputs = self.outputs.to(device)
             return
-        self.outputs = torch.empty(rows, target.dim, device=device)
+        self.outputs = torch.empty(rows, target.dim, device=device, dtype=kept_as)
         with progress_bar(progress, total=rows, desc=what, unit="view") as bar:
             for chunk in torch.arange(rows, device=device).split(CHUNK):
-                self.outputs[chunk] = compute(chunk)
+                self.outputs[chunk] = compute_rows(chunk)
                 bar.update(len(chunk))
 
     def __call__(self, index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:

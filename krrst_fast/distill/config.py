@@ -43,6 +43,7 @@ FREE_SETTINGS = (
     "target",
     "out",
     "device",
+    "tf32",
     "checkpoint_every",
     "checkpoint_minutes",
     "log_every",
@@ -87,8 +88,10 @@ class DistillConfig:
     that an encoder runs on fewer images: a changed algorithm. 0 draws among all."""
     target_cache: Literal["auto", "on", "off"] = "auto"
     """Whether the target runs once on every view of every image, beforehand, and not at every step.
-    "auto": if its outputs take at most 1 GiB and the steps would run it on more images. Outputs of
-    an encoder are kept in the target's folder, for later runs and for one that was killed."""
+    "auto": if its outputs take at most 1 GiB, or a quarter of a GPU's memory, and the steps would
+    run it on more images. With dtype float16 they are kept in float16. Outputs of an encoder take
+    at most 1 GiB, and are kept in the target's folder, for later runs and for one that was killed.
+    """
     pool: PoolConfig = field(default_factory=PoolConfig)
     image_space: Literal["normalized", "raw"] = "normalized"
     """"raw": the images start as pixels in [0, 1], which the networks then see as they are, while
@@ -98,7 +101,12 @@ class DistillConfig:
     init_targets: Literal["target", "random"] = "target"
     """"target": the target's outputs on the first images. "random": normal, with the mean and
     standard deviation of its outputs on real ones."""
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float16", "float32", "float64"] = "float32"
+    """In which the networks compute. With float16 the images, the parameters and the KRR loss stay
+    in float32, and so do networks of your own and encoders."""
+    tf32: bool = True
+    """Whether convolutions in float32 may round to TF32 (10 bits) on a GPU, as is PyTorch's
+    default: they take a third of the time. A CPU always computes in float32."""
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int = 2000

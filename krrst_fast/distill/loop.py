@@ -1,5 +1,6 @@
 """From a store and a target to a distilled set: the steps, the log, the checkpoints, the files."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import torch
 
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
+from krrst_fast.distill.arithmetic import arithmetic, convolutions, storage
 from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
@@ -77,7 +79,7 @@ def distill(config: DistillConfig, *, resume: bool = False, progress: bool = Tru
     """
     # Before the folder is looked at, so that nobody changes it meanwhile; a new one comes later.
     held = resume and config.out.is_dir()
-    with locked(config.out) if held else nullcontext():
+    with locked(config.out) if held else nullcontext(), convolutions(tf32=config.tf32):
         return _distill(config, resume, progress, held)
 
 
@@ -104,7 +106,10 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
     with nullcontext() if held else locked(config.out):
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
-        environment.record(config.out, device)
+        networks = arithmetic(config, device)
+        environment.record(config.out, device, networks=str(networks))
+        if progress and not networks.is_plain:
+            print(f"distill: the networks run by {networks}", file=sys.stderr)
         if not first.exists():
             initial.save(first)
 
@@ -152,7 +157,7 @@ def _check_inputs(
         num_outputs=target.dim,
         channels=target.channels,
         device=device,
-        dtype=getattr(torch, config.dtype),
+        dtype=storage(config),
     )
 
 
@@ -274,6 +279,8 @@ class _Run:
                 )
                 logs = due(state.step, config.log_every, config.steps)
                 saves = self._saves.due(state.step)
+                if logs or saves:
+                    state.settle()
                 if (logs or saves) and config.solver.check == "flag":
                     with located(state.step, state.pool.slots[report.slot]):
                         require_finite(report.loss)
@@ -313,6 +320,7 @@ def warm_up(
             while slot.age < age:
                 with located(0, slot):
                     state.pool.fit(slot, state.x_syn.detach(), state.y_syn.detach())
+                    state.pool.settle()  # which may make the slot begin anew
                 bar.update()
                 after_step()
 

@@ -8,19 +8,32 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from krrst_fast.distill.arithmetic import PLAIN, Arithmetic
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
+from krrst_fast.models.functional import state_of
 from krrst_fast.runs.seeding import derive, seeded
 
 DIVERGED = 100.0
 """A network has diverged once its loss is so many times that of outputs of zero, at least 1."""
 MOST_HALVINGS = 10
+
+
+class Trained(NamedTuple):
+    """An SGD step whose outcome has not been read from the device."""
+
+    slot: "Slot"
+    loss: Tensor
+    is_well: Tensor
+    """Whether the loss is finite and not far too large: a bool on the device."""
+    x_syn: Tensor
+    y_syn: Tensor
 
 
 class Slot:
@@ -37,11 +50,16 @@ class Slot:
 
     def __init__(self, number: int, pool: "Pool") -> None:
         self.number = number
-        self._seed, self._device = pool.seed, pool.device
+        self._pool = pool
         self.network, self.optimizer = pool.fresh(number, 0)
         self.age = 0
         self.generation = 0
         self.full_lives = 0
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Compute features [B, D] of images [B, C, H, W] by the network at rest."""
+        function = self._pool.at_rest
+        return self.network.embed(x) if function is None else function(state_of(self.network), x)
 
     def fit(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         """Make one full-batch SGD step on mean((W f(x_syn) - y_syn)^2), in training mode.
@@ -51,20 +69,22 @@ class Slot:
             y_syn: Targets [M, P], without gradient.
 
         Returns:
-            The loss before the step, a scalar.
-
-        Raises:
-            NonFiniteError: The training diverges: the loss is NaN, infinite or far too large.
+            The loss before the step, a scalar, which nothing has looked at yet.
         """
         with training(self.network, self.optimizer), self._drawing():
-            loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
-            loss.backward()
+            loss = self._backward(x_syn, y_syn)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.age += 1
-        # One read of the device; NaN compares as false. 1: what a fresh network gives is about 1.
-        if not loss <= DIVERGED * (y_syn.square().mean() + 1):
-            raise NonFiniteError(f"the network's own loss is {loss.item()}; lower pool.lr")
+        return loss
+
+    def _backward(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
+        """Compute the loss, and the gradients of what is trained."""
+        function = self._pool.training_loss
+        if function is not None:
+            return function.backward(state_of(self.network), x_syn, y_syn)
+        loss = nn.functional.mse_loss(self.network(x_syn), y_syn)
+        loss.backward()
         return loss.detach()
 
     def _drawing(self) -> AbstractContextManager[None]:
@@ -72,7 +92,7 @@ class Slot:
         if not self.network.draws:
             return nullcontext()
         names = ("fit", self.number, self.generation, self.age)
-        return seeded(derive(self._seed, *names), self._device)
+        return seeded(derive(self._pool.seed, *names), self._pool.device)
 
 
 @contextmanager
@@ -99,6 +119,7 @@ class Pool:
         seed: Seed from which the seed of each network is derived.
         device: Device of the networks.
         dtype: Dtype of the parameters.
+        arithmetic: How the networks compute.
     """
 
     def __init__(
@@ -111,12 +132,19 @@ class Pool:
         seed: int = 0,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        arithmetic: Arithmetic = PLAIN,
     ) -> None:
         self.config = config
         self._shape = {"image_size": image_size, "num_outputs": num_outputs, "channels": channels}
         self.seed, self.device, self._dtype = seed, device, dtype
         self.lr = config.lr
+        self.settles_late = device.type == "cuda"
+        """Whether a step does not wait for its outcome."""
+        self.unsettled: Trained | None = None
         self.slots = [Slot(number, self) for number in range(config.size)]
+        # Shared by all networks, so that each is compiled once.
+        self.at_rest = arithmetic.at_rest(self.slots[0].network, head=False)
+        self.training_loss = arithmetic.training(self.slots[0].network)
 
     def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
         """Return untrained network number `generation` of a slot, and its optimiser."""
@@ -147,6 +175,7 @@ class Pool:
 
     def advance(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         """Make one SGD step of the slot's network, or renew it if it has had all its steps."""
+        self.settle()
         if slot.age < self.config.online_steps and not self._spent(slot):
             self.fit(slot, x_syn, y_syn)
             return
@@ -157,13 +186,32 @@ class Pool:
     def fit(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         """Make one SGD step of the slot's network; if it diverges, start it again.
 
+        On a GPU that is done by the next `settle`.
+
         Raises:
             NonFiniteError: The images or targets hold NaN or infinity, or no rate is low enough.
         """
-        try:
-            slot.fit(x_syn, y_syn)
-        except NonFiniteError as error:
-            self.start_again(slot, error, x_syn, y_syn)
+        self.settle()
+        loss = slot.fit(x_syn, y_syn)
+        # NaN compares as false. 1: what a fresh network gives is about 1.
+        is_well = loss <= DIVERGED * (y_syn.square().mean() + 1)
+        self.unsettled = Trained(slot, loss, is_well, x_syn, y_syn)
+        if not self.settles_late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read how the last SGD step went; if its network diverged, start it again.
+
+        Nothing depends on when it is called, if it is before the pool or its networks are used. The
+        later it is, the less the host waits for the device, and the device for the host.
+
+        Raises:
+            NonFiniteError: As of `fit`.
+        """
+        last, self.unsettled = self.unsettled, None
+        if last is not None and not last.is_well:
+            message = f"the network's own loss is {last.loss.item()}; lower pool.lr"
+            self.start_again(last.slot, NonFiniteError(message), last.x_syn, last.y_syn)
 
     def start_again(self, slot: Slot, error: NonFiniteError, *given: Tensor) -> None:
         """Give a slot its untrained network after its training diverged, at a lower rate.
@@ -214,6 +262,7 @@ class Pool:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return everything that changes, slot by slot."""
+        self.settle()
         return [
             {
                 "age": slot.age,
@@ -227,6 +276,7 @@ class Pool:
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Take up what `state_dict` gave."""
+        self.unsettled = None
         for slot, saved in zip(self.slots, state, strict=True):
             slot.age, slot.generation = saved["age"], saved["generation"]
             slot.full_lives = saved.get("full_lives", 0)  # checkpoints of earlier versions lack it

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import ViewConfig, draw_among, draw_views, render
+from krrst_fast.data.augment import ViewConfig, draw_among, draw_views, render, sent
 from krrst_fast.runs.epochs import Epochs
 
 Represent = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -38,7 +38,8 @@ class Source:
         Returns:
             The normalised views [B, C, H, W] and the target's outputs on them [B, P].
         """
-        index = self.epochs.take(step * self.batch_size, self.batch_size).to(self.images.device)
+        index = self.epochs.take(step * self.batch_size, self.batch_size)
+        index = sent(index, self.images.device)
         if self.kept is None:
             view = draw_views(index, self.view, generator)
         else:

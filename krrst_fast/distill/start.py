@@ -8,7 +8,8 @@ from torch import Tensor
 
 from krrst_fast.data.augment import draw_among, draw_views, kept_views, plain_views, render
 from krrst_fast.data.store import ImageStore
-from krrst_fast.distill.cache import is_cached, make_cache
+from krrst_fast.distill.arithmetic import FastTarget, arithmetic, storage
+from krrst_fast.distill.cache import is_cached, make_cache, most_bytes
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.distill.pool import Pool
@@ -117,14 +118,17 @@ def make_source(
     progress: bool = False,
 ) -> Source:
     """Put the store on the device, with the target to run on each batch, or its outputs kept."""
-    images, dtype = store.images("train").to(device), getattr(torch, config.dtype)
+    images = store.images("train").to(device)
+    fast = FastTarget(target, arithmetic(config, device))
 
     def run_target(index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
-        return target.of_views(index, flip, batch)
+        return fast(batch) if target.table is None else target.of_views(index, flip, batch)
 
     represent: Represent = run_target
-    if target.table is None and is_cached(config, len(images), target.dim):
-        represent = make_cache(config, store, target, images, progress=progress)
+    if target.table is None and is_cached(
+        config, len(images), target.dim, most_bytes(target, device)
+    ):
+        represent = make_cache(config, store, target, images, compute=fast, progress=progress)
     return Source(
         images=images,
         mean=tuple(target.mean),
@@ -133,14 +137,14 @@ def make_source(
         represent=represent,
         epochs=Epochs(len(images), config.seed),
         batch_size=config.batch_size,
-        dtype=dtype,
+        dtype=storage(config),
         kept=kept_views(config.views, config.fixed_views) if config.fixed_views else None,
     )
 
 
 def make_state(config: DistillConfig, initial: DistilledSet, device: torch.device) -> State:
     """Make the state before the pool's warm-up."""
-    dtype = getattr(torch, config.dtype)
+    dtype = storage(config)
     pool = Pool(
         config.pool,
         image_size=initial.images.shape[-1],
@@ -149,6 +153,7 @@ def make_state(config: DistillConfig, initial: DistilledSet, device: torch.devic
         seed=config.seed,
         device=device,
         dtype=dtype,
+        arithmetic=arithmetic(config, device),
     )
     return State(
         initial.images.to(device, dtype),

@@ -52,6 +52,12 @@ class State:
         self.pool = pool
         self.generator = generator
 
+    def settle(self) -> None:
+        """Read how the last SGD step of the pool went, as `Pool.settle` does."""
+        if self.pool.unsettled is not None:
+            with located(self.step, self.pool.unsettled.slot):
+                self.pool.settle()
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors: `load_state_dict` goes on from them with the same bits.
 
@@ -122,12 +128,14 @@ def outer_step(
     x_real, y_real = source.draw(state.step, state.generator)  # [B, C, H, W], [B, P]
     slot = state.pool.draw(state.generator)
     lr = rate(state.step)
+    if state.pool.unsettled is not None and state.pool.unsettled.slot is slot:
+        state.settle()
 
     def outer_loss() -> tuple[Tensor, SolveInfo]:
         # A network at rest is in evaluation mode and its parameters ask for no gradient.
-        f_syn = slot.network.embed(x_syn)  # [M, D]
+        f_syn = slot.embed(x_syn)  # [M, D]
         with torch.no_grad():
-            f_real = slot.network.embed(x_real)  # [B, D]
+            f_real = slot.embed(x_real)  # [B, D]
 
         solving = solving_device(x_syn.device)
         loss, solve = krr_mse(
@@ -150,6 +158,7 @@ def outer_step(
             loss, solve = outer_loss()
         except NonFiniteError as error:
             # The network's last SGD step was too long; its own loss would tell at the next one.
+            state.settle()
             state.pool.start_again(slot, error, x_syn, y_syn, y_real)
             loss, solve = outer_loss()
     age = slot.age
@@ -159,6 +168,7 @@ def outer_step(
     set_rate(state.optimizer, lr)
     state.optimizer.step()
 
+    state.settle()
     with located(state.step + 1, slot):
         state.pool.advance(slot, x_syn.detach(), y_syn.detach())
     state.step += 1

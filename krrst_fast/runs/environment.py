@@ -29,13 +29,15 @@ def describe() -> dict[str, Any]:
     }
 
 
-def record(out: Path, device: torch.device) -> None:
+def record(out: Path, device: torch.device, **choices: str) -> None:
     """Write environment.json into a run folder; a run that goes on elsewhere gets another one.
+
+    `choices` are what was chosen for this environment, and are written too.
 
     The second environment is environment.2.json, and so on. A warning says what makes the bits
     differ from those of a run that was not interrupted.
     """
-    now = {**describe(), "device": str(device)}
+    now = {**describe(), "device": str(device), **choices}
     paths = recorded(out)
     if not paths:
         write_json(out / "environment.json", now, sealed=True)
