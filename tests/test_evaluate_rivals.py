@@ -10,6 +10,7 @@ import torch
 from krrst_fast.baselines import kmeans, random_subset
 from krrst_fast.data import PrepareConfig, open_store, prepare
 from krrst_fast.data.augment import plain_views
+from krrst_fast.distill.distilled_set import load_distilled
 from krrst_fast.evaluate import (
     EvaluateConfig,
     FinetuneConfig,
@@ -18,9 +19,9 @@ from krrst_fast.evaluate import (
     evaluate,
     trial,
 )
-from krrst_fast.evaluate.config import METHODS
+from krrst_fast.evaluate.config import METHODS, Method
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
-from krrst_fast.evaluate.materials import open_materials
+from krrst_fast.evaluate.materials import HELD_OUT, open_materials
 from krrst_fast.evaluate.pretrain import settle_norms
 from krrst_fast.evaluate.trial import Trials
 from krrst_fast.models import ModelConfig, build
@@ -73,6 +74,7 @@ def test_every_method_has_its_figures(config: EvaluateConfig) -> None:
     assert {m for m in METHODS if row_of[m].outputs is None} == without
     assert {m for m in METHODS if row_of[m].r2 is None} == without | {"target"}
     assert row_of["random_early"].pretrain_steps in (10, 30, 40)
+    assert f"best after {row_of['random_early'].pretrain_steps} steps" in result.table()
     assert result.tasks() == ("probe", "outputs")
     assert "held-out R2" in result.table()
     assert result.to_json()["summary"][2]["r2"] == row_of["random_target"].r2
@@ -84,6 +86,7 @@ def test_the_held_out_r2_is_that_of_its_definition(config: EvaluateConfig) -> No
     store, target = materials.store, materials.target
     assert target is not None
     count = store.count("test")
+    assert count <= HELD_OUT
     x = plain_views(store.images("test"), torch.arange(count), target.mean, target.std)
     with torch.no_grad():
         wanted, given = target(x).double(), net(x).double()
@@ -128,11 +131,17 @@ def test_the_best_state_of_a_training_is_taken() -> None:
 
 def test_images_a_probe_is_chosen_on_are_not_those_it_learns_from() -> None:
     labelled = torch.tensor([1, 5, 7])
-    fitted, held_out = fitted_and_held_out(labelled, 10)
-    assert fitted.tolist() == [1, 5, 7] and held_out.tolist() == [0, 2, 3, 4, 6, 8, 9]
-    every = torch.arange(10)
-    fitted, held_out = fitted_and_held_out(every, 10)
-    assert held_out.tolist() == [0, 5] and sorted([*fitted, *held_out]) == every.tolist()
+    draw = torch.Generator().manual_seed(0)
+    fitted, held_out = fitted_and_held_out(labelled, 10, draw)
+    assert fitted.tolist() == [1, 5, 7] and sorted(held_out.tolist()) == [0, 2, 3, 4, 6, 8, 9]
+    labels = torch.arange(500) % 10  # as in a store, whose classes take turns
+    fitted, held_out = fitted_and_held_out(torch.arange(500), 500, draw)
+    assert sorted([*fitted.tolist(), *held_out.tolist()]) == list(range(500))
+    assert len(held_out) == 100
+    for part in (fitted, held_out):
+        assert labels[part].bincount(minlength=10).min() > 0
+    _, some = fitted_and_held_out(torch.arange(10), 50_000, draw)
+    assert len(some) == 2000 and (torch.arange(50_000) % 100)[some].unique().numel() == 100
 
 
 def test_without_a_split_that_is_held_out_there_is_no_r2(
@@ -145,3 +154,27 @@ def test_without_a_split_that_is_held_out_there_is_no_r2(
     result = evaluate(few, progress=False)
     assert all(row.r2 is None for row in result.rows)
     assert "R2" not in result.table()
+
+
+def test_a_set_of_another_project_has_no_r2_and_its_rivals_their_own_scale(
+    config: EvaluateConfig,
+) -> None:
+    methods: tuple[Method, ...] = ("random_target", "distilled")
+    own = evaluate(replace(config, methods=methods), progress=False)
+    theirs = load_distilled(config.run)
+    images = theirs.pixels().permute(0, 3, 1, 2).float() / 255
+    pixels = replace(theirs, images=images, mean=(0.0,) * 3, std=(1.0,) * 3)
+    pixels.meta["method"] = "imported from lgm"
+    pixels.save(config.run / "distilled.safetensors")
+    moved = evaluate(replace(config, methods=methods, name="y"), progress=False)
+    for name in ("probe", "outputs"):
+        assert moved.accuracies("random_target", name) == own.accuracies("random_target", name)
+    assert [row.r2 for row in moved.rows] == [None, None]
+    assert moved.accuracies("distilled", "outputs") == {}
+
+
+def test_the_target_is_not_needed_for_what_is_asked(config: EvaluateConfig) -> None:
+    missing = replace(config, target=config.run / "gone.safetensors", methods=("distilled",))
+    with pytest.warns(UserWarning, match="there is no held-out R2: .*gone.safetensors"):
+        result = evaluate(missing, progress=False)
+    assert result.rows[0].r2 is None

@@ -18,6 +18,7 @@ from krrst_fast.distill.config import PoolConfig
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
 from krrst_fast.models.functional import state_of
+from krrst_fast.models.rate import stable_rate
 from krrst_fast.runs.seeding import derive, seeded
 
 DIVERGED = 100.0
@@ -163,6 +164,33 @@ class Pool:
             fused=True,
         )
         return network, optimizer
+
+    def lower_rate(self, x_syn: Tensor) -> None:
+        """Give all networks, which are untrained, a rate that their heads can bear on `x_syn`.
+
+        It is the one of the settings where that is low enough; else a warning says both.
+        """
+        rate = stable_rate(
+            self.slots[0].network,
+            x_syn.detach(),
+            num_outputs=self._shape["num_outputs"],
+            rate=self.config.lr,
+            momentum=self.config.momentum,
+        )
+        if rate < self.lr:
+            warnings.warn(
+                f"distill: with {self._shape['num_outputs']} outputs of "
+                f"{self.slots[0].network.feature_dim} features pool.lr {self.config.lr:g} would "
+                f"diverge; it is {rate:g} in this run",
+                stacklevel=2,
+            )
+            self._set_rate(rate)
+
+    def _set_rate(self, rate: float) -> None:
+        self.lr = rate
+        for slot in self.slots:
+            for group in slot.optimizer.param_groups:
+                group["lr"] = rate
 
     def starting_ages(self, generator: torch.Generator) -> list[int]:
         """Draw for each slot the number of SGD steps of its start, in [1, T)."""

@@ -155,12 +155,9 @@ def make_state(config: DistillConfig, initial: DistilledSet, device: torch.devic
         dtype=dtype,
         arithmetic=arithmetic(config, device),
     )
-    return State(
-        initial.images.to(device, dtype),
-        initial.targets.to(device, dtype),
-        pool,
-        generator(config.seed, "steps"),
-    )
+    images = initial.images.to(device, dtype)
+    pool.lower_rate(images)
+    return State(images, initial.targets.to(device, dtype), pool, generator(config.seed, "steps"))
 
 
 def as_distilled(

@@ -33,6 +33,7 @@ class PretrainConfig:
     batch_size: int = 256
     """At most: a set of fewer images is one batch."""
     lr: float = 0.1
+    """At most: a rate that the head cannot bear is lowered, for all methods by the same rule."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     label_lr: float = 0.01

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from krrst_fast.models import Network
 
-STEPS = (10, 30)
-"""Numbers of steps that are tried beside the last one."""
+STEPS = (10, 30, 100, 300, 1000, 3000)
+"""Numbers of steps that are tried, beside the last one."""
 VALIDATED = 2000
 """Held-out images at most."""
 
@@ -48,18 +48,22 @@ class EarlyStop:
         return steps
 
 
-def fitted_and_held_out(labelled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def fitted_and_held_out(
+    labelled: Tensor, count: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Return images to fit a probe on, and others to score it on, all of them training images.
 
     Args:
         labelled: Positions of the images whose labels the methods may use [L], of `count`.
-        count: All training images. Others than the labelled ones are scored on where there are
-            any; else every fifth of the labelled ones is.
+        count: All training images. Others than the labelled ones are scored on, at most 2,000,
+            where there are any; else a random fifth of the labelled ones is.
+        draw: Source of the random choice.
     """
     free = torch.ones(count, dtype=torch.bool)
     free[labelled] = False
     others = free.nonzero().flatten()
     if len(others):
-        return labelled, others[:: max(1, len(others) // VALIDATED)]
-    every = torch.arange(len(labelled))
-    return labelled[every % 5 != 0], labelled[every % 5 == 0]
+        return labelled, others[torch.randperm(len(others), generator=draw)[:VALIDATED]]
+    order = labelled[torch.randperm(len(labelled), generator=draw)]
+    held = max(1, len(order) // 5)
+    return order[held:], order[:held]

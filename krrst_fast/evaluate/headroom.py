@@ -45,8 +45,8 @@ class Headroom:
     @property
     def error(self) -> float:
         """Standard error of each accuracy, from the number of scored images alone."""
-        share = self.target / 100
-        return 100 * math.sqrt(max(share * (1 - share), 0.01) / self.scored)
+        shares = (self.target / 100, self.untrained / 100)
+        return 100 * math.sqrt(max(*(x * (1 - x) for x in shares), 0.01) / self.scored)
 
     def __str__(self) -> str:
         return (
@@ -69,15 +69,17 @@ def headroom(store: ImageStore, target: FrozenTarget, *, seed: int = 0) -> Headr
         seed: Seed of the draw of images and of the untrained network.
 
     Returns:
-        None where the store has no labels, one class, or fewer than two images of most classes.
+        None where images of the store have no labels, or fewer than two classes two images each.
 
     Raises:
         DataError: The target does not fit the store.
     """
-    if not store.has_labels:
+    try:
+        labels = store.labels("train")
+    except DataError:  # some or all images have none
         return None
-    parts = _drawn(store.labels("train"), generator(seed, "headroom"))
-    if parts is None:
+    parts = _drawn(labels, generator(seed, "headroom"))
+    if parts is None or store.size < 2:
         return None
     fitted, scored, labels = parts
     index = torch.cat([fitted, scored])
@@ -102,7 +104,8 @@ def _drawn(labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     """Return images to fit [F] and to score [S], and the labels of both [F + S], from 0 on."""
     order = torch.randperm(len(labels), generator=draw)
     members = [order[labels[order] == label] for label in labels.unique().tolist() if label >= 0]
-    members = [rows for rows in members if len(rows) > 1][:CLASSES]
+    large = [rows for rows in members if len(rows) > PER_CLASS]
+    members = (large if len(large) > 1 else [rows for rows in members if len(rows) > 1])[:CLASSES]
     if len(members) < 2:
         return None
     per_class = min(PER_CLASS, min(map(len, members)) - 1)
@@ -116,9 +119,7 @@ def _drawn(labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 
 def _untrained(store: ImageStore, index: Tensor, seed: int) -> Tensor:
     """Compute features of an untrained ConvNet on images `index`, its norms settled on them."""
-    widths = WIDTHS[: max(1, min(len(WIDTHS), int(math.log2(store.size))))]
-    if store.size < 2:
-        raise DataError(f"{store.path}: images of one pixel have no probe")
+    widths = WIDTHS[: min(len(WIDTHS), int(math.log2(store.size)))]
     net = build(
         ModelConfig(widths=widths),
         image_size=store.size,

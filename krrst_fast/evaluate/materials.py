@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
+from krrst_fast.data.verify import Verification
 from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
-from krrst_fast.errors import ConfigError, DataError
+from krrst_fast.errors import ConfigError, DataError, KrrstError
 from krrst_fast.evaluate.config import USUAL, EvaluateConfig, Method
 from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
@@ -31,7 +33,7 @@ REPRESENTED = _REAL | {"distilled"}
 """Networks that are trained to give the target's outputs."""
 _NEEDS_SOURCE = _REAL | {"none", "random_labels"}
 _NEEDS_TARGET = _REAL | {"target"}
-_CHUNK = 256
+CHUNK = 256
 HELD_OUT = 2000
 """Images at most on which the outputs of networks are compared with the target's."""
 
@@ -59,6 +61,8 @@ class Materials:
     mean: tuple[float, ...]
     """What images of the source are normalised by for the networks that are pre-trained here."""
     std: tuple[float, ...]
+    held_out_from: tuple[Path | None, Path | None]
+    """Folders of the source and of the target with which outputs are compared, where known."""
 
     @cached_property
     def train(self) -> Split:
@@ -74,20 +78,32 @@ class Materials:
     def held_out(self) -> tuple[Tensor, Tensor] | None:
         """Images of the source that no method has seen, and the target's outputs on them.
 
-        They are the first of its test or val split, normalised [N, C, H, W], and [N, P]; None where
-        the source, such a split or a target that is a network is missing.
+        They are spread over its test or val split, normalised [N, C, H, W], and [N, P]. None, with
+        a warning where something is amiss, if the distilled set does not stand for a target, or the
+        source, such a split, or a target that is a network is missing.
         """
-        if self.source is None or self.target is None or self.target.table is not None:
+        if _is_imported(self.distilled) or None in self.held_out_from:
             return None
-        filled = [name for name in self.source.splits if self.source.count(name) > 0]
-        name = next((name for name in ("test", "val") if name in filled), None)
-        if name is None:
+        source_path, target_path = (Path(str(path)) for path in self.held_out_from)
+        try:
+            source, target = self.source or open_store(source_path), self.target
+            Verification(source).finish()
+            target = target or load_target(target_path).to(self.device)
+            filled = [name for name in source.splits if source.count(name) > 0]
+            name = next((name for name in ("test", "val") if name in filled), None)
+            if name is None or target.table is not None:
+                return None
+            target.check_store(source)
+            if target.dim != self.distilled.targets.shape[1]:
+                return None
+            images = source.images(name)
+            index = torch.arange(len(images))[:: -(-len(images) // HELD_OUT)]
+            seen = plain_views(images, index, target.mean, target.std).to(self.device)
+            outputs = torch.cat([target(chunk) for chunk in seen.split(CHUNK)]).float()
+        except KrrstError as error:
+            warnings.warn(f"evaluate: there is no held-out R2: {error}", stacklevel=2)
             return None
-        images = self.source.images(name)[:HELD_OUT]
-        index = torch.arange(len(images))
-        seen = plain_views(images, index, self.target.mean, self.target.std).to(self.device)
-        target = self.target
-        return seen, torch.cat([target(chunk) for chunk in seen.split(_CHUNK)]).float()
+        return (seen, outputs) if float(outputs.var(0, correction=0).max()) > 0 else None
 
     def _split(self, name: str) -> Split:
         images = self.store.images(name).to(self.device)
@@ -102,18 +118,20 @@ class Materials:
         """Return whether the outputs of the network of `method` stand for the target's."""
         if method == "target" and self.target is not None:
             return self.target.num_outputs > 0
-        return method in REPRESENTED
+        imported = method == "distilled" and _is_imported(self.distilled)
+        return method in REPRESENTED and not imported
 
     def mean_std(self, method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation that normalise the labelled images for the network of `method`.
 
         They are those of the labelled images themselves, as in the paper's code, not those of the
-        images that were distilled. An encoder undoes its own; sets of other projects keep theirs.
+        images that were distilled. An encoder undoes its own; the networks that are pre-trained on
+        the scale of a set of another project see all images on that scale.
         """
         if method == "target" and self.target is not None:
             if isinstance(self.target.config, EncoderInfo):
                 return self.target.mean, self.target.std
-        elif _is_imported(self.distilled):
+        elif method not in _REAL and _is_imported(self.distilled):
             return self.mean, self.std
         return self.store.mean, self.store.std
 
@@ -131,8 +149,6 @@ class Materials:
             parts.append(self._digests["source"])
         if method in _NEEDS_TARGET:
             parts.append(self._digests["target"])
-        if method in REPRESENTED and self.held_out is not None:
-            parts.append([self._digests["source"], self._digests["target"]])
         return _digest(json.dumps(parts, sort_keys=True).encode())
 
     @cached_property
@@ -165,7 +181,8 @@ def open_materials(config: EvaluateConfig) -> Materials:
     target_path = config.target or _from_run(
         config, "target", "target", wanted & _NEEDS_TARGET or _is_raw(distilled)
     )
-    if source_path is not None and wanted & (_NEEDS_SOURCE | REPRESENTED):
+    held_out_from = (source_path, target_path)
+    if source_path is not None and wanted & _NEEDS_SOURCE:
         source = open_store(source_path)
         if every and not source.has_labels:
             # Unlabelled images are what the method is for: the rival that needs labels is left out
@@ -173,7 +190,7 @@ def open_materials(config: EvaluateConfig) -> Materials:
             kept = tuple(method for method in USUAL if method != "random_labels")
             config, wanted = replace(config, methods=kept), set(kept)
         _check_source(source, distilled, "random_labels" in wanted)
-    if target_path is not None and (wanted & (_NEEDS_TARGET | REPRESENTED) or _is_raw(distilled)):
+    if target_path is not None and (wanted & _NEEDS_TARGET or _is_raw(distilled)):
         target = load_target(target_path)
         if target.table is not None and "target" in wanted:
             # It has no network that takes the labelled images.
@@ -214,6 +231,7 @@ def open_materials(config: EvaluateConfig) -> Materials:
         device=device,
         mean=scale.mean,
         std=scale.std,
+        held_out_from=held_out_from,
     )
 
 

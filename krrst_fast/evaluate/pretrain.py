@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from krrst_fast.evaluate.config import PretrainConfig
 from krrst_fast.evaluate.sgd import batches, descend
+from krrst_fast.models import Network
+from krrst_fast.models.rate import stable_rate
 from krrst_fast.runs.seeding import derive, generator, seeded
 
 
@@ -32,7 +34,7 @@ def pretrain(
         tick: Function to call after every step.
 
     Returns:
-        The loss of the last step.
+        The loss of the last step. The rate is `pretraining_rate`.
 
     Raises:
         NonFiniteError: Training diverged.
@@ -41,7 +43,19 @@ def pretrain(
     def loss_of(index: Tensor) -> Tensor:
         return F.mse_loss(net(images[index]), targets[index])
 
-    return _fit(net, loss_of, len(images), config, config.lr, config.weight_decay, seed, tick)
+    rate = pretraining_rate(net, images, targets, config)
+    return _fit(net, loss_of, len(images), config, rate, config.weight_decay, seed, tick)
+
+
+def pretraining_rate(
+    net: nn.Module, images: Tensor, targets: Tensor, config: PretrainConfig
+) -> float:
+    """Return `config.lr`, or a lower one that the head of a network can bear: `stable_rate`."""
+    if not isinstance(net, Network):
+        return config.lr
+    return stable_rate(
+        net, images, num_outputs=targets.shape[1], rate=config.lr, momentum=config.momentum
+    )
 
 
 def pretrain_labels(

@@ -43,6 +43,8 @@ class Row:
     network's outputs explain: 1 - MSE / variance, below 0 where their mean explains more."""
     pretrain_steps: int | None = None
     """Steps of the pre-training that were best, where their number was chosen."""
+    pretrain_lr: float | None = None
+    """Rate of the pre-training on the target's outputs."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,13 @@ class Evaluation:
                 found.setdefault(row.method, []).append(row.r2)
         return {method: statistics.fmean(values) for method, values in found.items()}
 
+    def stopped(self) -> str:
+        """Return in words after how many steps pre-training was best, where that was chosen."""
+        chosen = [row for row in self.rows if row.pretrain_steps is not None]
+        steps = ", ".join(str(row.pretrain_steps) for row in chosen)
+        seeds = ", ".join(str(row.seed) for row in chosen)
+        return f"random_early: best after {steps} steps (seeds {seeds})" if chosen else ""
+
     def verdicts(self) -> list[str]:
         """Return a line for each task: the difference of the distilled set to the baseline."""
         lines = []
@@ -167,7 +176,16 @@ class Evaluation:
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self._title(), "", *text, "", *self.verdicts()]).rstrip()
+        notes = [*self.verdicts(), *filter(None, [self._explained_in_words(), self.stopped()])]
+        return "\n".join([self._title(), "", *text, "", *notes]).rstrip()
+
+    def _explained_in_words(self) -> str:
+        words = []
+        if "outputs" in self.tasks():
+            words.append("outputs: a probe on the network's outputs instead of its features")
+        if self.explained():
+            words.append("held-out R2: of its outputs as the target's, on images no method saw")
+        return "; ".join(words)
 
     def _cells(self, method: Method) -> list[str]:
         cells: list[str] = [method]
@@ -197,9 +215,16 @@ class Evaluation:
         return (
             f"{self.name}: accuracy in per cent, mean +- standard deviation over "
             f"{self.config.seeds} seed{'s' * (self.config.seeds > 1)}\n"
-            f"{self.num_images} images, {self.config.pretrain.steps} pre-training steps, "
+            f"{self.num_images} images, {self.config.pretrain.steps} pre-training steps"
+            f"{self._lowered()}, "
             f"{self.config.probe.solver} probe with {given}{paired * self._has_rival}"
         )
+
+    def _lowered(self) -> str:
+        rates = [row.pretrain_lr for row in self.rows if row.pretrain_lr is not None]
+        if not rates or min(rates) == self.config.pretrain.lr:
+            return ""
+        return f" at rate {min(rates):g} (pretrain.lr {self.config.pretrain.lr:g} would diverge)"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""

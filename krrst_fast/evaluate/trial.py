@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,8 +18,13 @@ from krrst_fast.errors import KrrstError, NonFiniteError
 from krrst_fast.evaluate.config import Method
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
 from krrst_fast.evaluate.finetune import finetune
-from krrst_fast.evaluate.materials import REPRESENTED, Materials, Split
-from krrst_fast.evaluate.pretrain import pretrain, pretrain_labels, settle_norms
+from krrst_fast.evaluate.materials import CHUNK, REPRESENTED, Materials, Split
+from krrst_fast.evaluate.pretrain import (
+    pretrain,
+    pretrain_labels,
+    pretraining_rate,
+    settle_norms,
+)
 from krrst_fast.evaluate.probe import (
     accuracy,
     draw_labelled,
@@ -30,11 +35,10 @@ from krrst_fast.evaluate.probe import (
 )
 from krrst_fast.evaluate.table import Row
 from krrst_fast.models import Network, build, place
-from krrst_fast.runs.seeding import derive
+from krrst_fast.runs.seeding import derive, generator
 
 Tick = Callable[[], object]
 
-CHUNK = 256
 CHOICES: dict[Method, Callable[..., DistilledSet]] = {
     "random_target": random_subset,
     "random_early": random_subset,
@@ -43,6 +47,17 @@ CHOICES: dict[Method, Callable[..., DistilledSet]] = {
     "k_centre": k_centre,
 }
 """How real images are chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a network was pre-trained, where it was."""
+
+    loss: float | None = None
+    steps: int | None = None
+    """Where their number was chosen."""
+    rate: float | None = None
+    """On the target's outputs."""
 
 
 class Trials:
@@ -67,9 +82,9 @@ class Trials:
             if method == "target":
                 assert self.materials.target is not None
                 assert isinstance(self.materials.target.model, Network)
-                net, loss, steps = self.materials.target.model, None, None
+                net, start = self.materials.target.model, Start()
             else:
-                net, loss, steps = self._start(method, seed, tick)
+                net, start = self._start(method, seed, tick)
             probe, outputs = self._probe(net, method, seed, tick)
             tuned = None
             if method != "target" and self.materials.config.finetune.steps:
@@ -81,33 +96,29 @@ class Trials:
             seed=seed,
             probe=probe,
             finetune=tuned,
-            pretrain_loss=loss,
+            pretrain_loss=start.loss,
             seconds=time.perf_counter() - started,
             fingerprint=fingerprint,
             outputs=outputs,
             r2=self._explained(net) if method in REPRESENTED else None,
-            pretrain_steps=steps,
+            pretrain_steps=start.steps,
+            pretrain_lr=start.rate,
         )
 
-    def _start(
-        self, method: Method, seed: int, tick: Tick
-    ) -> tuple[Network, float | None, int | None]:
-        """Return the network of `method`, pre-trained, in eval mode, its last loss, and its steps.
-
-        The steps only where they were chosen.
-        """
+    def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, Start]:
+        """Return the network of `method`, pre-trained, in eval mode, and how that went."""
         given = self.materials
         config, device, count = given.config.pretrain, given.device, len(given.distilled)
         if method == "none":
             net = self._fresh(0, seed)
             settle_norms(net, self._random_images(seed))
-            return net, None, None
+            return net, Start()
         if method == "random_labels":
             labels = random_subset_labels(self._source, count, seed=seed).to(device)
             net = self._fresh(len(self._source.classes), seed)
             images = self._random_images(seed)
             loss = pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
-            return net, loss, None
+            return net, Start(loss=loss)
         chosen = given.distilled
         if method != "distilled":
             assert given.target is not None
@@ -122,16 +133,18 @@ class Trials:
             if stopping is not None:
                 stopping.after_step()
 
+        rate = pretraining_rate(net, images, targets, config)
         loss = pretrain(net, images, targets, config, seed=seed, tick=after_step)
         if stopping is None:
-            return net, loss, None
-        return net, None, stopping.take_best()
+            return net, Start(loss=loss, rate=rate)
+        return net, Start(steps=stopping.take_best(), rate=rate)
 
     def _validation(self, net: Network, *, seed: int) -> float:
         """Return the accuracy of a ridge probe on training images that it did not learn from."""
         given, config = self.materials, self.materials.config.probe
         labelled = self._labelled(config.labels_per_class, seed)
-        parts = fitted_and_held_out(labelled, len(given.train.labels))
+        draw = generator(seed, "validation")
+        parts = fitted_and_held_out(labelled, len(given.train.labels), draw)
         mean, std = given.mean_std("random_early")
         fitted, held_out = (
             embed(net, given.train.images, index, mean=mean, std=std) for index in parts

@@ -108,8 +108,9 @@ class EvaluationSection:
             return ""
         values = "; ".join(f"{LABELS[method]} {r2:+.3f}" for method, r2 in found.items())
         return typographic(
-            "Held-out R2, the share of the variance of the target's outputs on images of the "
-            f"source that no method saw (mean over seeds): {values}."
+            "Held-out R2: how much of the variance of the target's outputs the network's own "
+            "outputs explain, on images of the source that no method saw; below 0 their mean "
+            f"explains more. Mean over seeds: {values}. {self.evaluation.stopped()}".strip()
         )
 
     @property
