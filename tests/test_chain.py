@@ -23,7 +23,7 @@ TARGET = shlex.split(
     "--warmup_steps 0 --projector [32]"
 )
 DISTILL = shlex.split(
-    "--num_images 10 --steps 8 --batch_size 32 --pool.size 2 --pool.online_steps 4 --lr 1e-2 "
+    "--num_images 10 --steps 8 --batch_size 32 --pool.size 2 --pool.online_steps 4 --pool.lr 0.05 --lr 1e-2 "
     "--pool.model.widths [8,16]"
 )
 EVALUATE = shlex.split(

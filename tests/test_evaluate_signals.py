@@ -101,7 +101,7 @@ PLACES: dict[str, tuple[object, str, int, int]] = {
     "a pre-training": (trial, "pretrain", 0, 1),
     "a probe": (trial, "probe_accuracy", 3, 2),
     "a fine-tuning": (trial, "finetune", 3, 3),
-    "the check of the store": (Verification, "finish", 3, 2),
+    "the check of the store": (Verification, "finish", 4, 2),
     "the writing of a row": (run, "append_jsonl", 2, 3),
 }
 
