@@ -99,7 +99,7 @@ def test_a_pool_says_that_it_lowers_its_rate() -> None:
     x, _ = noise(5, 4)
     config = PoolConfig(size=2, online_steps=3, model=NARROW)
     pool = Pool(config, image_size=32, num_outputs=4, device=torch.device("cpu"))
-    told = rf"with 4 outputs of {FEATURES} features pool.lr 0.1 would diverge; it is 0.0"
+    told = rf"with 4 outputs of {FEATURES} features pool.lr 0.1 is more than half of .* it is 0.0"
     with pytest.warns(UserWarning, match=told):
         pool.lower_rate(x)
     assert pool.lr < 0.1

@@ -224,7 +224,7 @@ class Evaluation:
         rates = [row.pretrain_lr for row in self.rows if row.pretrain_lr is not None]
         if not rates or min(rates) == self.config.pretrain.lr:
             return ""
-        return f" at rate {min(rates):g} (pretrain.lr {self.config.pretrain.lr:g} would diverge)"
+        return f" at rate {min(rates):g}, lowered from {self.config.pretrain.lr:g}"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
