@@ -23,8 +23,8 @@ TARGET = shlex.split(
     "--warmup_steps 0 --projector [32]"
 )
 DISTILL = shlex.split(
-    "--num_images 10 --steps 8 --batch_size 32 --pool.size 2 --pool.online_steps 4 --pool.lr 0.05 --lr 1e-2 "
-    "--pool.model.widths [8,16]"
+    "--num_images 10 --steps 8 --batch_size 32 --pool.size 2 --pool.online_steps 4 --lr 1e-2 "
+    "--pool.lr 0.05 --pool.model.widths [8,16]"
 )
 EVALUATE = shlex.split(
     "--seeds 2 --methods [none,random_labels,random_target,distilled,target] --model.widths [8,16] "

@@ -180,8 +180,8 @@ class Pool:
         if rate < self.lr:
             warnings.warn(
                 f"distill: with {self._shape['num_outputs']} outputs of "
-                f"{self.slots[0].network.feature_dim} features pool.lr {self.config.lr:g} is more than "
-                f"half of what the head can bear; it is {rate:g} in this run",
+                f"{self.slots[0].network.feature_dim} features pool.lr {self.config.lr:g} is more "
+                f"than half of what the head can bear; it is {rate:g} in this run",
                 stacklevel=2,
             )
             self._set_rate(rate)
