@@ -200,7 +200,11 @@ def _require_its_run(folder: Path, found: DistilledSet) -> None:
     """Raise DataError if the set in a run folder was made with other settings than the folder's."""
     if "config" not in found.meta or not (folder / "config.json").exists():
         return
-    made, now = json.loads(found.meta["config"]), read_json(folder / "config.json")
+    now = read_json(folder / "config.json")
+    try:
+        made = json.loads(found.meta["config"])
+    except json.JSONDecodeError:
+        made = None
     if not isinstance(made, dict) or not isinstance(now, dict):
         raise DataError(f"{folder / FILE_NAME}: does not hold the settings of a run")
     made, now = flat(made), flat(now)
