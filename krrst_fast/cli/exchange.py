@@ -88,6 +88,6 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(word) for word in text.strip("[]").split(","))
+        return tuple(float(word) for word in text.strip("[]").removesuffix(",").split(","))
     except ValueError:
         raise ConfigError(f"--{name} must be numbers like 0.5,0.5,0.5, got {text!r}") from None
