@@ -1,6 +1,8 @@
 """Image folders as distilled sets: which files, in which order; and records that are damaged."""
 
+import contextlib
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import DataError
 from krrst_fast.exchange import export_set, import_set
 from krrst_fast.exchange.labels import read_labels
+from krrst_fast.targets.open_encoder import read_features
 
 FILES = ("cat/b_10.png", "cat/b_9.png", "cat-big/a_1.png", "dog/a_1.png")
 ORDER = ("cat/b_9.png", "cat/b_10.png", "cat-big/a_1.png", "dog/a_1.png")
@@ -96,11 +99,11 @@ def test_classes_beyond_four_digits_come_back(tmp_path: Path) -> None:
     assert torch.equal(import_set(tmp_path / "out").distilled.targets, targets)
 
 
-def _exported(folder: Path) -> Path:
+def _exported(folder: Path, to: str = "npz") -> Path:
     images = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     targets = torch.arange(8.0).view(4, 2)
     made = DistilledSet(images=images, targets=targets, mean=(0.5,) * 3, std=(0.25,) * 3)
-    return export_set(made, folder / "out", to="npz")
+    return export_set(made, folder / "out", to=to)
 
 
 @pytest.mark.parametrize("order", [">f4", "<f4", ">f8", "<f2"])
@@ -142,6 +145,33 @@ def test_names_of_classes_are_a_list_of_texts(tmp_path: Path, classes: str) -> N
         export_set(made, tmp_path / "out", to="lgm")
 
 
+def test_damaged_arrays_are_data_errors(tmp_path: Path) -> None:
+    out, draw = _exported(tmp_path), random.Random(0)
+    head = b"\x93NUMPY\x01\x00"
+    texts = (b"{'descr': (\n", b"{", b"[1]", b"{'descr': '<f4', 'shape': (10**9, 10**9)}", b"\xff")
+    damaged = [head + len(text).to_bytes(2, "little") + text for text in (*texts, b"")]
+    for name in ("targets.npy", "distilled.npz"):
+        good = (out / name).read_bytes()
+        for _ in range(100):
+            content = bytearray(good)
+            for _ in range(3):
+                content[draw.randrange(len(good))] = draw.randrange(256)
+            damaged.append(bytes(content[: draw.choice((len(good), draw.randrange(len(good))))]))
+        for content in damaged:
+            (out / name).write_bytes(content)
+            # A change of its numbers alone is no damage that these files can show.
+            with contextlib.suppress(DataError):
+                assert len(import_set(out).distilled) == 4
+        (out / name).write_bytes(good)
+        damaged = damaged[:6]
+    for text in damaged:
+        (tmp_path / "labels.npy").write_bytes(text)
+        with pytest.raises(DataError, match=r"labels\.npy: not a readable array"):
+            read_labels(tmp_path / "labels.npy", 4)
+        with pytest.raises(DataError, match=r"labels\.npy: not a readable \.npy file"):
+            read_features(tmp_path / "labels.npy", 4)
+
+
 BAD = [
     {"mean": ["a", 0, 0]},
     {"mean": [None, 0, 0]},
@@ -160,11 +190,12 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("to", ["npz", "imagefolder"])
 @pytest.mark.parametrize("change", BAD, ids=lambda change: json.dumps(change)[:30])
 def test_a_damaged_record_is_one_line(
-    tmp_path: Path, change: dict[str, object], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, change: dict[str, object], to: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = _exported(tmp_path)
+    out = _exported(tmp_path, to)
     record = out / "krrst.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | change))
     assert main(["import", str(out), "--out", str(tmp_path / "o.safetensors")]) == 2

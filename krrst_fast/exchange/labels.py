@@ -2,7 +2,6 @@
 
 import json
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +140,7 @@ def load_npy(path: Path) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes lead NumPy to errors of any type
         raise DataError(f"{path}: not a readable array ({error})") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: holds several arrays, and one saved by numpy.save is needed")

@@ -187,6 +187,8 @@ def _recorded(sidecar: Path, got: Read, layout: Import) -> DistilledSet:
         raise DataError(f"{sidecar}: not a record of an export ({error!r})") from None
     if kind not in KINDS:
         raise DataError(f"{sidecar}: label_kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if {len(mean), len(std)} != {got.images.shape[1]}:
+        raise DataError(f"{sidecar}: must say mean and std a channel, got {mean} and {std}")
     if list(got.images.shape) != shape:
         raise DataError(f"{sidecar}: says images {shape}, the files hold {list(got.images.shape)}")
     if recorded is not None and (got.labels is None or got.labels.values.tolist() != recorded):

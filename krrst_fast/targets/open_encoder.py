@@ -92,7 +92,7 @@ def read_features(path: Path, count: int) -> Tensor:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError):
+    except Exception:  # damaged bytes lead NumPy to errors of any type
         raise DataError(f"{path}: not a readable .npy file of numbers") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: holds several arrays; save the features alone with numpy.save")
