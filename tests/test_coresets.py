@@ -1,16 +1,17 @@
 """Real images chosen by k-means, herding and k-centre, against their definitions."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast.baselines import herding, k_centre, kmeans
+from krrst_fast.baselines import herding, k_centre, kmeans, require_kmeans
 from krrst_fast.baselines.coresets import herding_index, k_centre_index, kmeans_index
 from krrst_fast.data import ImageStore, PrepareConfig, prepare
 from krrst_fast.distill.distilled_set import DistilledSet
-from krrst_fast.errors import DataError
+from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.models import ModelConfig, build
 from krrst_fast.targets import FrozenTarget
 
@@ -54,6 +55,17 @@ def test_kmeans_takes_the_row_nearest_to_the_mean_of_each_cluster() -> None:
         members = (cluster == label).nonzero().flatten()
         away = (rows[members] - rows[members].mean(0)).norm(dim=1)
         assert int(members[away.argmin()]) in chosen
+
+
+def test_kmeans_without_its_package_says_so_before_anything_is_computed(
+    store: ImageStore, target: FrozenTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_kmeans()
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    monkeypatch.setattr(FrozenTarget, "plain", None)  # a call would be an error of another type
+    for call in (require_kmeans, lambda: kmeans(store, target, 3, seed=0)):
+        with pytest.raises(ConfigError, match=r"^kmeans: needs scikit-learn .*krrst-fast\[data\]"):
+            call()
 
 
 def test_herding_is_greedy_on_the_distance_of_the_means() -> None:

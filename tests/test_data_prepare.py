@@ -269,6 +269,7 @@ def test_tinyimagenet_annotations_that_do_not_match(tmp_path):
     for text, message in [
         ("val_0.png\ta\t0\n", "val_1.png is not listed"),
         ("val_0.png\ta\nval_1.png\ta\nval_2.png\ta\n", "val_2.png is listed and missing"),
+        ("val_0.png\ta\nval_1.png\ta\nval_0.png\tb\n", "lists val_0.png twice"),
         ("val_0.png a\n", "each line must be a file name, a tab and a class"),
     ]:
         notes.write_text(text)

@@ -1,5 +1,6 @@
 """The sets that transfer is measured on, in the layouts of their authors, and what may be wrong."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ pytest.importorskip("scipy", reason="needs scipy, which writes the .mat files")
 from scipy.io import savemat
 
 from krrst_fast.data import ImageStore, PrepareConfig, prepare
+from krrst_fast.data.formats import open_source
 from krrst_fast.errors import DataError
 from tests import published
 
@@ -95,6 +97,105 @@ def delete(path: Path) -> None:
     path.unlink()
 
 
+def append(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text() + text)
+
+
+def replace(old: str, new: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
+def parts(train: list[int], test: list[int]) -> Callable[[Path], object]:
+    return mat(trnid=[train], valid=[[4, 5, 6]], tstid=[test])
+
+
+def cars_in_one(names: list[str], test: list[int]) -> Callable[[Path], object]:
+    columns = {"relative_im_path": names, "class": [1] * len(names), "test": test}
+    rows = published.records(**columns)
+    return mat(annotations=rows, class_names=published.cells(*published.CARS))
+
+
+def dogs(*names: str, labels: list[int]) -> Callable[[Path], object]:
+    return mat(file_list=published.cells(*names), labels=np.array(labels)[:, None])
+
+
+BIRDS, PLANES = "CUB_200_2011/", "fgvc-aircraft-2013b/data/"
+CAR, CHIHUAHUA = "car_ims/000001.jpg", "n02085620-Chihuahua/n02085620_0.jpg"
+
+# Rows that were dropped or moved in silence, and images that were both trained and tested on.
+BY_BIRD, IS_TRAIN = BIRDS + "image_class_labels.txt", BIRDS + "train_test_split.txt"
+TESTED = PLANES + "images_variant_test.txt"
+CUB, AIRCRAFT, CARS = "CUB-200-2011", "FGVC-Aircraft", "Stanford Cars in one"
+TWICE, BOTH = "is listed more than once", "is listed in train and in test"
+LISTS: list[tuple[str, str, Callable[[Path], object], str]] = [
+    (CUB, IS_TRAIN, append("13 0\n"), "such as 13 in train_test_split"),
+    (CUB, BY_BIRD, append("13 1\n"), "such as 13 in image_class_labels"),
+    (CUB, BIRDS + "images.txt", append("13 a/b.jpg\n"), "such as 13 in images.txt"),
+    (CUB, IS_TRAIN, append("1 0\n"), f"number 1 {TWICE}"),
+    (CUB, IS_TRAIN, replace("3 1\n", "3 2\n"), "splits must be 0 or 1, got 2"),
+    (CUB, BIRDS + "images.txt", replace("0003", "0000"), f"_0000.jpg {TWICE}"),
+    (CUB, BIRDS + "classes.txt", replace("3 003", "4 003"), "number its 3 classes from 1"),
+    (AIRCRAFT, TESTED, append("0000001 707-320\n"), f"0000001.jpg {TWICE}"),
+    (AIRCRAFT, TESTED, append("0000100 707-320\n"), f"0000100.jpg {BOTH}"),
+    (AIRCRAFT, TESTED, replace("0", "../0"), "does not lie in images"),
+    (AIRCRAFT, PLANES + "variants.txt", append("707-320\n"), f"707-320 {TWICE}"),
+    ("Flowers-102", "setid.mat", parts([1, 2, 3, 3], [7, 8]), f"image_00003.jpg {TWICE}"),
+    ("Flowers-102", "setid.mat", parts([1, 2, 4], [7, 8]), f"image_00004.jpg {TWICE}"),
+    ("Flowers-102", "setid.mat", parts([1], [2, 1]), f"image_00001.jpg {BOTH}"),
+    (CARS, "cars_annos.mat", cars_in_one([CAR] * 2, [0, 1]), f"000001.jpg {BOTH}"),
+    (CARS, "cars_annos.mat", cars_in_one([CAR] * 2, [1, 1]), f"000001.jpg {TWICE}"),
+    (CARS, "cars_annos.mat", cars_in_one([CAR], [2]), "splits must be 0 or 1, got 2"),
+    ("Stanford Dogs", "test_list.mat", dogs(CHIHUAHUA, labels=[1]), f"_0.jpg {BOTH}"),
+    ("Stanford Dogs", "test_list.mat", dogs(CHIHUAHUA, labels=[4]), "more than one label"),
+]
+
+UNLISTED = {
+    "FGVC-Aircraft": PLANES + "images/9.jpg",
+    "CUB-200-2011": BIRDS + "images/001.Black_footed_Albatross/new.jpg",
+    "Stanford Cars": "cars_test/00099.jpg",
+    "Stanford Cars in one": "car_ims/000099.jpg",
+    "Stanford Dogs": "Images/n02085620-Chihuahua/n02085620_99.jpg",
+    "Flowers-102": "jpg/image_00013.jpg",
+}
+
+
+def test_a_set_may_be_named_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published.flowers(tmp_path / "set")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert open_source("../work/../set", 8).left_out == ()
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_images_in_no_list_are_counted(name: str, tmp_path: Path) -> None:
+    published.SETS[name](tmp_path / "set")
+    published.photo(tmp_path / "set" / UNLISTED[name], 0)
+    (left,) = [
+        one for one in open_source(str(tmp_path / "set"), 8).left_out if "in no list" in one.reason
+    ]
+    assert Path(left.name) == tmp_path / "set" / UNLISTED[name]
+    store = prepared(tmp_path / "set")
+    assert {split: store.count(split) for split in store.splits} == {"train": 6, "test": 6}
+    assert json.loads((tmp_path / "store/index.json").read_text())["left_out"][left.reason] == 1
+
+
+@pytest.mark.parametrize("name", ["Stanford Cars in one", "Flowers-102"])
+def test_strict_takes_a_whole_set_and_no_more(name: str, tmp_path: Path) -> None:
+    published.SETS[name](tmp_path / "set")
+    for out in ("whole", "more"):
+        config = PrepareConfig(
+            source=str(tmp_path / "set"), out=tmp_path / out, size=8, strict=True
+        )
+        if out == "whole":
+            assert prepare(config).count("train") == 6
+            published.photo(tmp_path / "set" / UNLISTED[name], 0)
+        else:
+            with pytest.raises(DataError, match="1 files would be left out.*is in no list"):
+                prepare(config)
+
+
 FAULTS: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("Flowers-102", "imagelabels.mat", write(b"no matlab" * 50), "not a readable .mat file"),
     ("Flowers-102", "imagelabels.mat", write(b""), "not a readable .mat file"),
@@ -123,7 +224,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], object], str]] = [
         "CUB-200-2011",
         "CUB_200_2011/image_class_labels.txt",
         write(b"1 1\n"),
-        "no label or no split",
+        "11 numbers are in one of the two alone, such as 2 in images.txt",
     ),
     ("CUB-200-2011", "CUB_200_2011/image_class_labels.txt", write(b"\xff\xfe"), "not a text file"),
     (
@@ -135,7 +236,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "spoil", "told"), FAULTS)
+@pytest.mark.parametrize(("name", "file", "spoil", "told"), FAULTS + LISTS)
 def test_what_does_not_belong_together_is_refused(
     name: str, file: str, spoil: Callable[[Path], object], told: str, tmp_path: Path
 ) -> None:

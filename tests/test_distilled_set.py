@@ -87,6 +87,9 @@ def test_the_released_tensors_are_read(tmp_path):
     assert torch.equal(read.images, expected.images) and not read.images.requires_grad
     assert torch.equal(read.targets, expected.targets)
     assert (read.mean, read.std) == ((0.0,) * 3, (1.0,) * 3)
+    torch.save(expected.images.abs() * 255, tmp_path / "x_syn.pt")
+    with pytest.raises(DataError, match=r"x_syn\.pt: .* divide pixels of 0 to 255 by 255"):
+        load_distilled(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["x_syn.pt", "y_syn.pt"])
@@ -127,6 +130,10 @@ def test_damaged_released_tensors_are_data_errors(tmp_path, name, zipped):
         ({"images": torch.zeros(5, 3, 4)}, r"must be \[M, C, H, W\] and \[M, P\], got \(5, 3, 4\)"),
         ({"targets": torch.zeros(4, 2)}, r"got \(5, 3, 4, 6\) and \(4, 2\)"),
         ({"std": (1.0,)}, "mean and std must have 3 items"),
+        ({"mean": ("a", 0, 0)}, "mean must be finite and std positive, got .'a', 0, 0."),
+        ({"std": (10**400, 1, 1)}, "mean must be finite and std positive"),
+        ({"meta": {"images": 5}}, "meta must be texts by name, got .'images': 5."),
+        ({"meta": [1]}, "meta must be texts by name"),
         ({"images": torch.full((5, 3, 4, 6), torch.nan)}, "images hold NaN or infinity"),
         ({"targets": torch.full((5, 7), torch.inf)}, "targets hold NaN or infinity"),
     ],

@@ -127,9 +127,10 @@ def _images() -> torch.Tensor:
     return torch.randn(6, 3, 4, 5, generator=_draw())
 
 
-def _write(source: str, folder: Path) -> Path:
+def _write(source: str, folder: Path, images: torch.Tensor | None = None) -> Path:
     """What the project itself writes: what is to be read."""
-    images, soft = _images(), torch.arange(24.0).view(6, 4)
+    images = _images() if images is None else images
+    soft = torch.arange(24.0).view(6, 4)
     if source in ("dc", "dsa", "dm"):
         path = folder / f"res_{source.upper()}_CIFAR10_ConvNet_1ipc.pt"
         trials = [[torch.zeros(2, 3, 4, 5), torch.tensor([0, 1])], [images, LABELS]]
@@ -178,11 +179,26 @@ def test_files_of_other_projects_are_read(tmp_path: Path, source: str) -> None:
 
 
 def test_lgm_holds_pixels(tmp_path: Path) -> None:
-    torch.save({"images": _images(), "labels": LABELS, "step": 7}, tmp_path / "data.pth")
+    images = torch.rand(6, 3, 4, 5, generator=_draw()) * 1.5 - 0.25
+    torch.save({"images": images, "labels": LABELS, "step": 7}, tmp_path / "data.pth")
     read = import_set(tmp_path, source="lgm")
     assert read.distilled.mean == (0.0,) * 3 and read.left_out == ("step of the file",)
     with pytest.raises(ConfigError, match="leave out --mean"):
         import_set(tmp_path, source="lgm", **SCALE)
+    dark = torch.zeros(6, 3, 4, 5)
+    dark[0, 0, 0, 0] = 254.9
+    for wrong in (images.clamp(0) * 255, dark, images.clamp(0, 1) * 2 - 1, _images()):
+        torch.save({"images": wrong, "labels": LABELS}, tmp_path / "data.pth")
+        with pytest.raises(DataError, match=r"data\.pth: the images must be pixels in \[0, 1\]"):
+            import_set(tmp_path / "data.pth", source="lgm")
+
+
+@pytest.mark.parametrize("source", ["dc", "mtt", "frepo", "ddranking", "dcbench"])
+def test_bytes_are_not_normalised_images(tmp_path: Path, source: str) -> None:
+    path = _write(source, tmp_path, images=torch.rand(6, 3, 4, 5, generator=_draw()) * 255)
+    for scale in (SCALE, {"mean": (0,) * 3, "std": (1,) * 3}):
+        with pytest.raises(DataError, match="divide pixels of 0 to 255 by 255"):
+            import_set(path, source=source, **scale)
 
 
 class _Evil:

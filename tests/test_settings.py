@@ -34,10 +34,13 @@ class Work:
     lr: float = 1e-4
     flip: bool = True
     limit: int | None = None
+    mean: tuple[float, ...] | None = None
     methods: tuple[Literal["a", "b"], ...] = ("a", "b")
     pool: Pool = field(default_factory=Pool)
 
 
+HUGE = "1" + "0" * 400
+"""A whole number that no float can hold."""
 RUNS = {"small": {"steps": 5, "pool": Pool(size=3)}, "empty": {}}
 
 
@@ -131,6 +134,11 @@ def test_a_list_needs_no_brackets() -> None:
     for text in ("3,4", "3,4,", "[3,4]", "[3, 4]", "3, 4"):
         config = _parse("x", "--out", "y", "--pool.widths", text).config()
         assert config.pool.widths == (3, 4)
+    for text in ("0.5,1", "0.5, 1,", "[0.5, 1]"):
+        assert _parse("--mean", text, "x", "--out", "y").config().mean == (0.5, 1.0)
+    assert _parse("--mean", "null").values == {"mean": None}
+    for text in ("a,b", "a, b", " a ,b,", "[a, b]"):
+        assert _parse("--methods", text, "x", "--out", "y").config().methods == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +165,16 @@ def test_a_list_needs_no_brackets() -> None:
         (["--pool.widths", "[3,x]"], "--pool.widths[1] must be a whole number, got 'x'"),
         (["--pool.reset", "no"], "--pool.reset must be one of paper, released, got 'no'"),
         (["--pool.widths", "3,x"], "--pool.widths[1] must be a whole number, got 'x'"),
+        (["--mean", "0.5, x"], "--mean[1] must be a number, got 'x'"),
+        (["--mean", "0.5"], "--mean must be a list such as [1, 2], got 0.5"),
+        (
+            ["--mean", f"1,{HUGE}"],
+            "--mean[1] must be a number of at most 1.8e308, got one beyond that",
+        ),
+        (["--lr", HUGE], "--lr must be a number of at most 1.8e308, got one beyond that"),
+        (["--steps", f"-{HUGE}"], "--steps must be a whole number of 64 bits, got one beyond that"),
+        (["--methods", "a, c"], "--methods[1] must be one of a, b, got 'c'"),
+        (["--methods", "a,,b"], "--methods[1] must be one of a, b, got ''"),
         (["--methods", "[a,c]"], "--methods[1] must be one of a, b, got 'c'"),
         (["x", "y"], "unexpected arguments: y"),
         (["--resume=3"], "--resume"),
@@ -207,6 +225,7 @@ def test_help_shows_what_a_run_sets(capsys: pytest.CaptureFixture[str]) -> None:
         ("steps: 1:30", ["mine.yaml: steps must be a whole number, got '1:30'"]),
         ("steps: 012", ["mine.yaml: steps must be a whole number, got '012'"]),
         ("lr: 1e-3x", ["mine.yaml: lr must be a number, got '1e-3x'"]),
+        (f"lr: {HUGE}", ["mine.yaml: lr must be a number of at most 1.8e308, got one beyond that"]),
         ("lr: .inf", ["mine.yaml: lr must be a finite number, got inf"]),
         ("- lr", ["mine.yaml: must hold a mapping of settings, got ['lr']"]),
         ("lr: [", ["mine.yaml: not a YAML file"]),

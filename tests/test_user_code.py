@@ -17,7 +17,7 @@ from krrst_fast.evaluate.materials import _is_raw
 from krrst_fast.exchange import export_set, import_set
 from krrst_fast.exchange.labels import Labels
 from krrst_fast.models import ModelConfig, check
-from krrst_fast.targets import encoder_target
+from krrst_fast.targets import encoder_target, load_target
 from krrst_fast.targets.open_encoder import read_features
 
 SCALE = {"input_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -157,6 +157,29 @@ def test_an_encoder_whose_scale_is_no_scale(
     path = code(tmp_path, "enc", f"{text}    {lines}\n    return net\n")
     with pytest.raises(ConfigError, match=message):
         encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "net.mean, net.std = 'imagenet', {'rgb': 1}",
+        "net.input_size = (3, 8, 9)",
+        "net.mean = torch.tensor([[float('nan')]])",
+        "net.mean, net.input_size = 10**400, [None]",
+        "type(net).mean = property(lambda self: 1 / 0)",
+    ],
+)
+def test_what_is_given_overrides_attributes_of_any_kind(
+    store: ImageStore, tmp_path: Path, lines: str
+) -> None:
+    text = f"{CODE}\ndef make():\n    torch.manual_seed(0)\n    net = Body('plain')\n"
+    path = code(tmp_path, "enc", f"{text}    {lines}\n    return net\n")
+    target = encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "t", **SCALE)
+    target.save(tmp_path / "target.safetensors")
+    again, images = load_target(tmp_path / "target.safetensors"), torch.arange(4)
+    assert torch.equal(again.plain(store, images), target.plain(store, images))
+    with pytest.raises(ConfigError, match=r"its attribute .*; --(mean|input_size) overrides it"):
+        encoder_target(f"{path}:make", store, num_outputs=2, folder=tmp_path / "f")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from krrst_fast.baselines.subset import real_images, require_enough
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
+from krrst_fast.errors import ConfigError
 from krrst_fast.runs.seeding import derive, generator
 from krrst_fast.targets import FrozenTarget
 
@@ -29,7 +30,9 @@ def kmeans(store: ImageStore, target: FrozenTarget, num_images: int, *, seed: in
 
     Raises:
         DataError: The store has fewer images, or others than the target takes.
+        ConfigError: scikit-learn is not installed.
     """
+    require_kmeans()
     index = kmeans_index(_representations(store, target, num_images), num_images, seed=seed)
     return real_images(store, target, index, method="kmeans", seed=seed)
 
@@ -54,6 +57,17 @@ def k_centre(
     """
     index = k_centre_index(_representations(store, target, num_images), num_images, seed=seed)
     return real_images(store, target, index, method="k_centre", seed=seed)
+
+
+def require_kmeans() -> None:
+    """Raise ConfigError where scikit-learn, which `kmeans` computes with, is not installed."""
+    try:
+        import sklearn.cluster  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"kmeans: needs scikit-learn ({error}): pip install 'krrst-fast[data]', or leave that "
+            "method out"
+        ) from None
 
 
 def kmeans_index(features: Tensor, count: int, *, seed: int) -> Tensor:

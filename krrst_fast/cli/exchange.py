@@ -50,7 +50,11 @@ def run_import(argv: Sequence[str], about: str) -> None:
         parser.add_argument(
             f"--{name}", help="what the images were normalised by, as 0.5,0.5,0.5, a channel each"
         )
-    parser.add_argument("--labels", type=Path, help=f"instead of the file's: {_LABELS}")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help=f"instead of the file's: {_LABELS}; of image files in the order of their paths",
+    )
     parser.add_argument("--classes", type=Path, help="names of the classes, one a line, in order")
     given = parser.parse_args(argv)
     if given.out.suffix != ".safetensors":
@@ -70,6 +74,9 @@ def run_import(argv: Sequence[str], about: str) -> None:
     )
     if read.why:
         print(f"took {given.path} for {read.source}: {read.why}")
+    if given.labels is not None and read.names:
+        first, last = read.names[0], read.names[-1]
+        print(f"labels of {given.labels}: the first is of {first}, the last of {last}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     read.distilled.save(given.out)
     print(f"wrote {given.out}: {read.distilled!r}")
@@ -81,6 +88,6 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(word) for word in text.strip("[]").split(","))
+        return tuple(float(word) for word in text.strip("[]").removesuffix(",").split(","))
     except ValueError:
         raise ConfigError(f"--{name} must be numbers like 0.5,0.5,0.5, got {text!r}") from None

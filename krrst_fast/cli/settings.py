@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,15 +119,16 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
         value = text if words or not text else _load_yaml(text)
     except ConfigError:
         value = text
+    kinds = _alternatives(hint)
     # A list needs no brackets; a word in it that is wrong is named.
-    items = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple and isinstance(value, str) and value[:1] not in ("", "["):
+    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
+    if items and isinstance(value, str) and value[:1] not in ("", "["):
         if typing.get_origin(items[0]) is typing.Literal:
-            value = value.split(",")
+            value = [word.strip() for word in value.removesuffix(",").split(",")]
         elif "," in value:
             value = _load_yaml(f"[{value}]")
     # A name may be a number, as those of layers are.
-    if str in typing.get_args(hint) and value is not None:
+    if str in kinds and value is not None:
         value = text
     nested: dict[str, Any] = {}
     section = nested
@@ -139,6 +141,12 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
     except ConfigError as error:
         raise ConfigError(f"--{str(error).removeprefix('config: ')}") from None
     return nested
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a setting may have: those of a union, or the one."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
 
 
 # Scalars as in YAML 1.2: 1e-3 is a number, and yes, 012 and 1:30 are text.

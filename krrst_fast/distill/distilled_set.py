@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,52 @@ FORMAT_VERSION = 1
 FILE_NAME = "distilled.safetensors"
 _METADATA_KEY = "krrst_fast"
 _RELEASED = ("x_syn.pt", "y_syn.pt")
+
+
+FAR = 8.0
+"""No pixel in [0, 1] units comes near it, those that a distillation moved out of range included."""
+
+
+def is_finite(value: object) -> bool:
+    """Return whether a value, perhaps of a file, is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def refuse_bytes(images: Tensor, where: str) -> None:
+    """Raise DataError where images look like pixels of 0 to 255.
+
+    Args:
+        images: [M, C, H, W] of floats, pixels in [0, 1] or normalised ones, which are on both sides
+            of 0; a distillation may move either out of range.
+        where: The file, for the message.
+    """
+    if images.numel() and images.min() >= 0 and images.max() > FAR:
+        raise DataError(
+            f"{where}: the images must be pixels in [0, 1], or such pixels normalised, got "
+            f"{images.min():.4g} to {images.max():.4g}; divide pixels of 0 to 255 by 255"
+        )
+
+
+def require_unit(images: Tensor, where: str) -> None:
+    """Raise DataError where images [M, C, H, W] are far outside of [0, 1]; `where` is the file.
+
+    Far are values beyond `FAR`, and a quarter of all below -0.25 or above 1.25, as where images are
+    normalised.
+    """
+    if not images.numel():
+        return
+    low, high = images.min().item(), images.max().item()
+    outside = ((images < -0.25) | (images > 1.25)).float().mean().item()
+    if max(-low, high) > FAR or outside > 0.25:
+        raise DataError(
+            f"{where}: the images must be pixels in [0, 1], got {low:.4g} to {high:.4g}, "
+            f"{outside:.0%} of them below -0.25 or above 1.25"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -55,7 +102,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
                 f"DistilledSet: mean and std must have {images[1]} items, one a channel, "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
-        if not all(map(math.isfinite, self.mean)) or not all(0 < x < math.inf for x in self.std):
+        if not all(map(is_finite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise DataError(
                 "DistilledSet: mean must be finite and std positive, "
                 f"got {self.mean} and {self.std}"
@@ -63,6 +110,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         for name, tensor in (("images", self.images), ("targets", self.targets)):
             if not torch.isfinite(tensor).all():
                 raise DataError(f"DistilledSet: {name} hold NaN or infinity")
+        texts = (*self.meta, *self.meta.values()) if isinstance(self.meta, Mapping) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"DistilledSet: meta must be texts by name, got {self.meta!r:.80}")
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -150,7 +200,11 @@ def _require_its_run(folder: Path, found: DistilledSet) -> None:
     """Raise DataError if the set in a run folder was made with other settings than the folder's."""
     if "config" not in found.meta or not (folder / "config.json").exists():
         return
-    made, now = json.loads(found.meta["config"]), read_json(folder / "config.json")
+    now = read_json(folder / "config.json")
+    try:
+        made = json.loads(found.meta["config"])
+    except json.JSONDecodeError:
+        made = None
     if not isinstance(made, dict) or not isinstance(now, dict):
         raise DataError(f"{folder / FILE_NAME}: does not hold the settings of a run")
     made, now = flat(made), flat(now)
@@ -201,6 +255,7 @@ def _load_released(folder: Path) -> DistilledSet:
             raise DataError(f"{path}: holds a {type(tensor).__name__}, not a tensor")
         tensors.append(tensor.detach().float())
     images, targets = tensors
+    refuse_bytes(images, str(folder / _RELEASED[0]))
     channels = images.shape[1] if images.ndim == 4 else 3
     unit = {"mean": [0.0] * channels, "std": [1.0] * channels, "meta": {"format": "released"}}
     return _build(folder, images, targets, unit)

@@ -11,12 +11,12 @@ from torch import Tensor
 from krrst_fast.distill.distilled_set import FILE_NAME
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.exchange.layouts import (
-    IMAGE_ENDINGS,
     IMPORTS,
     STEP,
     load_arrays,
     load_plain,
     load_tensor,
+    visible_images,
 )
 from krrst_fast.exchange.write import SIDECAR
 from krrst_fast.runs.files import read_json
@@ -56,7 +56,7 @@ def detect(path: Path) -> Detected:
     if FILE_NAME in names or "x_syn.pt" in names:
         raise ConfigError(f"{path}: is a distilled set already: every command reads it as it is")
     found = [name for name in names if name in _FIXED or _RESULTS.fullmatch(name)]
-    found += [name for name in names if name.endswith(".npz") and name not in found]
+    found += [name for name in names if _is_more(name) and name not in found]
     steps = [name for name in names if _STEPS.fullmatch(name)]
     if steps:
         found.append("images_best.pt" if "images_best.pt" in steps else steps[-1])
@@ -68,10 +68,14 @@ def detect(path: Path) -> Detected:
         # Readers of pairs of files see what else is in the folder.
         return Detected(path if one.source in _PAIRS else one.path, one.source, one.why)
     root = path / "train" if (path / "train").is_dir() else path
-    if any(x.suffix.lower() in IMAGE_ENDINGS for x in root.rglob("*")):
+    if visible_images(root)[0]:
         return Detected(path, "imagefolder", "it holds image files")
     listed = ", ".join(names[:_MOST_NAMES]) or "no file"
     raise DataError(f"{path}: holds no distilled set of a known layout, but {listed}")
+
+
+def _is_more(name: str) -> bool:
+    return name.endswith(".npz") and not name.startswith(".")
 
 
 _PAIRS = ("ddranking", "mtt", "datm", "dcbench")

@@ -68,7 +68,14 @@ def labels_in(targets: Tensor, meta: Mapping[str, str]) -> Labels:
 
 def classes_in(meta: Mapping[str, str]) -> tuple[str, ...]:
     """Return the names of the classes in their order; none if they are not known."""
-    return tuple(json.loads(meta.get("classes", "[]")))
+    text = meta.get("classes", "[]")
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"classes must be a list of texts in JSON, got {text!r:.60}")
+    return tuple(names)
 
 
 def as_labels(values: Tensor, count: int, float_kind: Kind, where: str) -> Labels:
@@ -114,6 +121,35 @@ def _whole(values: Tensor) -> bool:
     return not inexact and values.dtype != torch.bool
 
 
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Return an array of numbers as a tensor, whatever the byte order of its processor.
+
+    Raises:
+        TypeError: It is of text, of objects, or of numbers that torch does not have.
+    """
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+
+
+def load_npy(path: Path) -> Tensor:
+    """Load a .npy file of numbers as a tensor.
+
+    Raises:
+        DataError: It is missing or damaged, or holds something else.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except Exception as error:  # damaged bytes lead NumPy to errors of any type
+        raise DataError(f"{path}: not a readable array ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: holds several arrays, and one saved by numpy.save is needed")
+    try:
+        return tensor_of(array)
+    except TypeError:
+        raise DataError(f"{path}: must hold numbers, found {array.dtype}") from None
+
+
 def read_labels(path: Path, count: int | None = None) -> Labels:
     """Read labels that a user gives.
 
@@ -127,17 +163,17 @@ def read_labels(path: Path, count: int | None = None) -> Labels:
     """
     if not path.exists():
         raise DataError(f"{path}: there is no such file")
-    try:
-        if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-        else:
-            values = np.array([int(line) for line in path.read_text(encoding="utf-8").split()])
-        count = len(values) if count is None else count
-        return as_labels(torch.from_numpy(values), count, "soft", str(path))
-    except (ValueError, TypeError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not a file of labels ({error})") from None
+    if path.suffix == ".npy":
+        values = load_npy(path)
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").split()
+            values = torch.tensor([int(line) for line in lines], dtype=torch.int64)
+        except (ValueError, RuntimeError) as error:  # torch's word for a number beyond 63 bits
+            raise DataError(f"{path}: not a file of labels ({error})") from None
+    if count is None:
+        count = len(values) if values.ndim else 1
+    return as_labels(values, count, "soft", str(path))
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

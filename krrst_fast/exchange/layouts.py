@@ -2,8 +2,7 @@
 
 import math
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from krrst_fast.data.source import natural
 from krrst_fast.errors import DataError
-from krrst_fast.exchange.labels import Kind, Labels, as_labels
+from krrst_fast.exchange.labels import Kind, Labels, as_labels, tensor_of
 from krrst_fast.exchange.write import SIDECAR
 from krrst_fast.runs.tensors import load_torch
 
@@ -37,6 +36,8 @@ class Read:
     """The files it read or has named in `left_out`."""
     scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Mean and std a channel, where the files hold them."""
+    names: tuple[str, ...] = ()
+    """The file of each image, in their order, where each is a file of its own."""
     meta: Mapping[str, str] = field(default_factory=dict)
     """What else the files say."""
 
@@ -164,14 +165,14 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes lead NumPy to errors of any type
         raise DataError(f"{path}: not a readable .npz of plain arrays ({error})") from None
 
 
 def _as_tensor(array: np.ndarray, where: str) -> Tensor:
     try:
-        return torch.from_numpy(np.ascontiguousarray(array))
-    except (TypeError, ValueError):  # text, or numbers of another processor
+        return tensor_of(array)
+    except TypeError:
         raise DataError(f"{where}: must hold numbers, found {array.dtype}") from None
 
 
@@ -216,16 +217,58 @@ def _channels(values: np.ndarray, file: Path) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def _imagefolder(path: Path, floats: Kind) -> Read:
-    from PIL import Image
+def visible_images(root: Path) -> tuple[list[Path], list[Path]]:
+    """List the image files below a folder; second those that are hidden or in a hidden folder."""
+    shown: list[Path] = []
+    hidden: list[Path] = []
+    for file in root.rglob("*"):
+        if file.suffix.lower() in IMAGE_ENDINGS and file.is_file():
+            parts = file.relative_to(root).parts
+            (hidden if any(part.startswith(".") for part in parts) else shown).append(file)
+    return shown, hidden
 
+
+def _imagefolder(path: Path, floats: Kind) -> Read:
     root = path / "train" if (path / "train").is_dir() else path
     if not root.is_dir():
         raise DataError(f"{path}: imagefolder is a folder, and this is a file")
-    found = [x for x in root.rglob("*") if x.suffix.lower() in IMAGE_ENDINGS and x.is_file()]
-    files = sorted(found, key=lambda file: (natural(file.name), natural(str(file))))
-    if not files:
+    found, hidden = visible_images(root)
+    if not found:
         raise DataError(f"{path}: there is no {' or '.join(IMAGE_ENDINGS)} file")
+    recorded = (path / SIDECAR).exists()
+
+    def order(file: Path) -> list[Any]:
+        # An export numbers its images through all class folders.
+        parts = file.relative_to(root).parts
+        return [natural(part) for part in ((file.name, *parts) if recorded else parts)]
+
+    files = sorted(found, key=order)
+    images = _pixels(path, files)
+    left: tuple[str, ...] = ()
+    if hidden:
+        first = min(hidden).relative_to(root).as_posix()
+        left = (f"{len(hidden)} hidden images, such as {first}",)
+    took = tuple(files) + tuple(hidden)
+    names = tuple(file.relative_to(root).as_posix() for file in files)
+    folders = [file.parent.relative_to(root).as_posix() for file in files]
+    if "." in folders:
+        return Read(images, None, left, files=took, names=names)
+    classes = tuple(sorted(set(folders), key=natural))
+    numbered = [re.match(r"(\d{4,})(?:_|$)", name) for name in classes]
+    if recorded and all(numbered):
+        # A class without an image has no folder: the number counts, not the place.
+        index = {name: int(match[1]) for name, match in zip(classes, numbered) if match}
+        classes = ()
+    else:
+        index = {name: place for place, name in enumerate(classes)}
+    labels = Labels("class", torch.tensor([index[folder] for folder in folders]))
+    return Read(images, labels, left, classes=classes, files=took, names=names)
+
+
+def _pixels(path: Path, files: Sequence[Path]) -> Tensor:
+    """Read image files of one size as [M, C, H, W] floats in [0, 1]."""
+    from PIL import Image
+
     pixels = []
     for file in files:
         try:
@@ -237,20 +280,7 @@ def _imagefolder(path: Path, floats: Kind) -> Read:
             raise DataError(f"{file}: not a readable image ({error})") from None
     if len({(array.shape, array.dtype) for array in pixels}) > 1 or pixels[0].dtype != np.uint8:
         raise DataError(f"{path}: the images must be of 8 bits and of one size")
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-    folders = [file.parent.relative_to(root).as_posix() for file in files]
-    if "." in folders:
-        return Read(images, None, files=tuple(files))
-    names = tuple(sorted(set(folders), key=natural))
-    numbered = [re.match(r"(\d{4})(?:_|$)", name) for name in names]
-    if (path / SIDECAR).exists() and all(numbered):
-        # A class without an image has no folder: the number counts, not the place.
-        index = {name: int(match[1]) for name, match in zip(names, numbered) if match}
-        names = ()
-    else:
-        index = {name: place for place, name in enumerate(names)}
-    labels = Labels("class", torch.tensor([index[folder] for folder in folders]))
-    return Read(images, labels, classes=names, files=tuple(files))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 IMPORTS: Mapping[str, Import] = {

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from krrst_fast.distill.distilled_set import DistilledSet
+from krrst_fast.distill.distilled_set import DistilledSet, is_finite, refuse_bytes, require_unit
 from krrst_fast.errors import ConfigError, DataError
 from krrst_fast.exchange.detect import detect, other_files
-from krrst_fast.exchange.labels import Labels, targets_of
+from krrst_fast.exchange.labels import KINDS, Labels, load_npy, targets_of
 from krrst_fast.exchange.layouts import IMPORTS, Import, Read
 from krrst_fast.exchange.write import FORMAT_VERSION, SIDECAR, TARGETS
 from krrst_fast.runs.files import read_json
@@ -27,6 +26,8 @@ class Imported:
     """The layout: a key of IMPORTS."""
     why: str = ""
     """What told the layout, if it was not given."""
+    names: tuple[str, ...] = ()
+    """The file of each image, in their order, where each is a file of its own."""
 
 
 def import_set(
@@ -48,7 +49,8 @@ def import_set(
         mean: Per channel, what the images were normalised by, in [0, 1] units; needed where the
             layout holds normalised images and no record of it. ZCA: give 0s, and 1s as `std`.
         std: Like `mean`.
-        labels: Labels of the images instead of those of the file.
+        labels: Labels of the images instead of those of the file; in image folders, in the order
+            of `Imported.names`. The names of class folders are not theirs.
         classes: Names of the classes in the order of the labels.
 
     Raises:
@@ -74,7 +76,9 @@ def import_set(
         raise DataError(f"{where}{error}") from None
     others = other_files(folder, {*got.files, *read}) if folder.is_dir() else ()
     left = got.left_out if read else got.left_out + got.unrecorded
-    return Imported(built, (*left, *others), source, why)
+    if labels is not None and got.classes and not classes:
+        left += (f"{len(got.classes)} names of folders: the labels that are given have no names",)
+    return Imported(built, (*left, *others), source, why, got.names)
 
 
 def _import(
@@ -122,12 +126,14 @@ def _import(
             "import: --mean and --std must be in units of [0, 1] pixels: divide those of 0 to 255 "
             f"by 255; got {tuple(mean)} and {tuple(std)}"
         )
+    (require_unit if layout.unit else refuse_bytes)(got.images, str(path))
     found = labels or got.labels
     if found is None:
         raise DataError(f"{path}: holds no labels; give them with --labels")
     if len(found.values) != len(got.images):
         raise DataError(f"{path}: {len(got.images)} images, and {len(found.values)} labels")
-    names = tuple(classes) or got.classes
+    # Names that the files have belong to the labels of the files, not to a user's.
+    names = tuple(classes) or (got.classes if labels is None else ())
     if classes and got.classes and labels is None:
         # Folders have names already: these say which number each of them gets.
         if missing := set(got.classes) - set(classes):
@@ -145,6 +151,13 @@ def _import(
         meta=meta,
     )
     return built, ()
+
+
+def _a_channel(values: object, name: str) -> tuple[float, ...]:
+    """Return what a record says of each channel as floats."""
+    if not isinstance(values, list) or not all(map(is_finite, values)):
+        raise ValueError(f"{name} must be a list of numbers, got {values!r:.60}")
+    return tuple(map(float, values))
 
 
 _BESIDE = (TARGETS, "README.md", "train/metadata.jsonl")
@@ -165,16 +178,26 @@ def _recorded(sidecar: Path, got: Read, layout: Import) -> DistilledSet:
                 f"{sidecar}: format version {about['format_version']!r}, "
                 f"this version of krrst_fast reads {FORMAT_VERSION}"
             )
-        mean, std = tuple(about["mean"]), tuple(about["std"])
+        mean, std = (_a_channel(about[name], name) for name in ("mean", "std"))
         shape, meta, recorded = about["shape"], dict(about["meta"]), about["labels"]
         kind = about["label_kind"]
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{sidecar}: not a record of an export ({error!r})") from None
+    if kind not in KINDS:
+        raise DataError(f"{sidecar}: label_kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if {len(mean), len(std)} != {got.images.shape[1]}:
+        raise DataError(f"{sidecar}: must say mean and std a channel, got {mean} and {std}")
     if list(got.images.shape) != shape:
         raise DataError(f"{sidecar}: says images {shape}, the files hold {list(got.images.shape)}")
     if recorded is not None and (got.labels is None or got.labels.values.tolist() != recorded):
         raise DataError(f"{sidecar}: the labels in the files are not those that were exported")
-    targets = torch.from_numpy(_npy(sidecar.with_name(TARGETS))).float()
+    at = sidecar.with_name(TARGETS)
+    targets = load_npy(at)
+    if targets.is_complex():
+        raise DataError(f"{at}: must hold real numbers, got {targets.dtype}")
+    targets = targets.float()
     # The targets may be representations, and the soft labels a user's own.
     same = kind == "soft" == about.get("target_kind") and got.labels is not None
     if same and not torch.equal(got.labels.values, targets):  # type: ignore[union-attr]
@@ -184,12 +207,3 @@ def _recorded(sidecar: Path, got: Read, layout: Import) -> DistilledSet:
         centre, spread = (torch.tensor(x, dtype=torch.float64).view(-1, 1, 1) for x in (mean, std))
         images = (images - centre) / spread
     return DistilledSet(images=images.float(), targets=targets, mean=mean, std=std, meta=meta)
-
-
-def _npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable array ({error})") from None

@@ -147,9 +147,20 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint in (Path, str) and isinstance(value, str | Path):
         return hint(value)
     if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
+        value = int(value)
+        # What goes on to torch has 64 bits.
+        if not -(2**63) <= value < 2**63:
+            raise ConfigError(
+                f"config: {where} must be a whole number of 64 bits, got one beyond that"
+            )
+        return value
     if hint is float and isinstance(value, Real) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(
+                f"config: {where} must be a number of at most 1.8e308, got one beyond that"
+            ) from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"config: {where} must be {_NAMES.get(hint, hint)}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):

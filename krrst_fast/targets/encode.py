@@ -169,8 +169,8 @@ def _ready(
 ) -> _Ready:
     count = store.count("train")
     if isinstance(encoder, str) and is_features(encoder):
-        of_images = (("input_size", input_size), ("mean", mean), ("std", std))
-        given = [name for name, value in of_images if value]
+        of_images = (("input_size", input_size or None), ("mean", mean), ("std", std))
+        given = [name for name, value in of_images if value is not None]
         if given:
             raise ConfigError(
                 f"encoder {encoder}: features have no {' and '.join(given)}; leave it out"
@@ -299,10 +299,13 @@ def _settings(
     """Return the size and scale of the images that the encoder sees: as given, or as it says."""
     chosen = {
         "input_size": input_size or opened.input_size,
-        "mean": mean or opened.mean,
-        "std": std or opened.std,
+        "mean": opened.mean if mean is None else mean,
+        "std": opened.std if std is None else std,
     }
     missing = [key for key, value in chosen.items() if value is None]
+    for key in missing:
+        if key in opened.faults:
+            raise ConfigError(f"{opened.faults[key]}; --{key} overrides it")
     if missing:
         raise ConfigError(
             f"encoder {name}: {' and '.join(missing)} must be given (--{' --'.join(missing)}), or "

@@ -2,8 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Opened:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     """What it was trained with, where it says so."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """What is wrong with attributes of these names, which matters where nothing else is given."""
 
 
 def is_features(spec: str) -> bool:
@@ -90,7 +92,7 @@ def read_features(path: Path, count: int) -> Tensor:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (ValueError, EOFError):
+    except Exception:  # damaged bytes lead NumPy to errors of any type
         raise DataError(f"{path}: not a readable .npy file of numbers") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path}: holds several arrays; save the features alone with numpy.save")
@@ -150,37 +152,45 @@ def of_module(module: nn.Module, name: str) -> Opened:
     """Return a module as an encoder, with what its attributes input_size, mean and std say.
 
     They may be numbers, sequences, arrays or tensors, such as buffers [1, C, 1, 1]; of an
-    input_size (C, S, S) or (S, S) the last is taken.
-
-    Raises:
-        ConfigError: One of them is no such thing; the message names the encoder as `name`.
+    input_size (C, S, S) or (S, S) the last is taken. One that is something else, as the `mean` of a
+    Gaussian network may be, is among the faults of the result, which call the encoder `name`.
     """
-    mean, std = (_numbers(name, module, attribute) for attribute in ("mean", "std"))
-    size = _numbers(name, module, "input_size")
-    if size is not None and (len(set(size[-2:])) != 1 or not size[-1].is_integer()):
-        got = module.input_size
+    found: dict[str, Any] = {}
+    faults = {}
+    for attribute, read in (("input_size", _size), ("mean", _numbers), ("std", _numbers)):
+        try:
+            found[attribute] = read(name, module, attribute)
+        except ConfigError as error:
+            faults[attribute] = str(error)
+    return Opened(module=module.eval(), digest=digest_of_module(module), **found, faults=faults)
+
+
+def _size(name: str, module: nn.Module, attribute: str) -> int | None:
+    size = _numbers(name, module, attribute)
+    if size is None:
+        return None
+    if len(set(size[-2:])) != 1 or not size[-1].is_integer():
         raise ConfigError(
-            f"encoder {name}: its attribute input_size must be a whole number, or (C, S, S) or "
-            f"(S, S) of a square, got {got!r:.60}"
+            f"encoder {name}: its attribute {attribute} must be a whole number, or (C, S, S) or "
+            f"(S, S) of a square, got {getattr(module, attribute)!r:.60}"
         )
-    return Opened(
-        module=module.eval(),
-        digest=digest_of_module(module),
-        input_size=None if size is None else int(size[-1]),
-        mean=mean,
-        std=std,
-    )
+    return int(size[-1])
 
 
 def _numbers(name: str, module: nn.Module, attribute: str) -> tuple[float, ...] | None:
     """Return the numbers of an attribute, in their order; None if there is no such attribute."""
-    value = getattr(module, attribute, None)
+    try:
+        value = getattr(module, attribute, None)
+    except Exception as error:  # a property is anybody's code
+        raise ConfigError(
+            f"encoder {name}: its attribute {attribute} raises {type(error).__name__}"
+        ) from error
     # A method or layer of that name says nothing of the images.
     if value is None or callable(value):
         return None
     try:
         values = torch.as_tensor(value).detach().to("cpu", torch.float64).flatten()
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # the value may be of any type, and so may the error
         values = torch.empty(0)
     if not values.numel() or not torch.isfinite(values).all():
         raise ConfigError(

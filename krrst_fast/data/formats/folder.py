@@ -1,7 +1,7 @@
 """Folders of image files: train/ and test/ (or val/) of one folder a class, or any part of that."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -189,15 +189,26 @@ def beside(path: Path, used: set[Path], why: str) -> list[LeftOut]:
             continue
         else:
             below = walk(entry, around=path)
-        for item in below:
-            if isinstance(item, LeftOut):
-                missed.append(item)
-            elif item.suffix.lower() in IMAGE_SUFFIXES:
-                reason = "a hidden image" if _is_hidden(item) else f"an image that {why}"
-                missed.append(LeftOut(str(item), reason))
-            elif not _is_hidden(item):
-                missed.append(left_out(item))
+        missed += _unread(below, why)
     return missed
+
+
+def unlisted(root: Path, listed: Collection[Path]) -> list[LeftOut]:
+    """List what lies below the folder of a set's images and is not among those that it lists."""
+    below = (item for item in walk(root) if isinstance(item, LeftOut) or item not in listed)
+    return list(_unread(below, "is in no list"))
+
+
+def _unread(items: Iterable[Path | LeftOut], why: str) -> Iterator[LeftOut]:
+    """Say of files that are not read why not, hidden ones that are no images aside."""
+    for item in items:
+        if isinstance(item, LeftOut):
+            yield item
+        elif item.suffix.lower() in IMAGE_SUFFIXES:
+            reason = "a hidden image" if _is_hidden(item) else f"an image that {why}"
+            yield LeftOut(str(item), reason)
+        elif not _is_hidden(item):
+            yield left_out(item)
 
 
 def entries(folder: Path) -> list[tuple[Path, bool]]:

@@ -1,5 +1,6 @@
 """TinyImageNet's layout: train/<class>/images/, and val/images/ labelled by a text file."""
 
+from collections import Counter
 from pathlib import Path
 
 from krrst_fast.data.formats import folder
@@ -49,4 +50,8 @@ def _annotations(path: Path) -> dict[str, str]:
     rows = [line.split("\t") for line in read_lines(path) if line]
     if any(len(row) < 2 for row in rows):
         raise DataError(f"{path}: each line must be a file name, a tab and a class")
-    return {row[0]: row[1] for row in rows}
+    classes = {row[0]: row[1] for row in rows}
+    if len(classes) < len(rows):
+        twice = next(name for name, count in Counter(row[0] for row in rows).items() if count > 1)
+        raise DataError(f"{path}: lists {twice} twice")
+    return classes

@@ -1,7 +1,8 @@
 """The sets that transfer is measured on, as their authors publish them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,16 @@ from krrst_fast.data.formats import arrays, folder, matfile
 from krrst_fast.data.source import LeftOut, Source, Split, read_lines
 from krrst_fast.errors import DataError
 
-Labelled = list[tuple[Path, int]]
+
+@dataclass(frozen=True)
+class Listed:
+    """The images of a split, as the set's own lists have them."""
+
+    split: str
+    images: list[tuple[Path, int]]
+    """Their files, and labels that count from 0."""
+    file: Path
+    """The list that names them."""
 
 
 class TransferSet(NamedTuple):
@@ -52,17 +62,18 @@ def aircraft(root: Path) -> tuple[Source, set[Path]]:
     listed = [root / f"images_variant_{split}.txt" for split in ("trainval", "test")]
     classes = tuple(_lines(root / "variants.txt"))
     label_of = {name: label for label, name in enumerate(classes)}
+    _refuse_twice(root / "variants.txt", classes)
     splits = []
     for name, file in zip(("train", "test"), listed):
-        images: Labelled = []
+        images: list[tuple[Path, int]] = []
         for line in _lines(file):
             number, _, variant = line.partition(" ")
             if variant not in label_of:
                 raise DataError(f"prepare: {file}: {line!r} names no variant of variants.txt")
             images.append((root / "images" / f"{number}.jpg", label_of[variant]))
-        splits.append(_split(name, images, file))
+        splits.append(Listed(name, images, file))
     used = {root / "images", root / "variants.txt", *listed}
-    return Source("FGVC-Aircraft", tuple(splits), classes), used
+    return _source("FGVC-Aircraft", splits, classes, [root / "images"]), used
 
 
 def birds(root: Path) -> tuple[Source, set[Path]]:
@@ -70,18 +81,27 @@ def birds(root: Path) -> tuple[Source, set[Path]]:
     names = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
     files = [root / name for name in names]
     images, labels, is_train, named = (_numbered(file) for file in files)
-    classes = tuple(named[key] for key in sorted(named, key=int))
-    splits = []
-    for name, wanted in (("train", "1"), ("test", "0")):
-        rows: Labelled = []
-        for key, image in images.items():
-            if key not in labels or key not in is_train:
-                raise DataError(f"prepare: {root}: image {key} has no label or no split")
-            if is_train[key] == wanted:
-                label = _from_one(files[1], [labels[key]], len(classes))[0]
-                rows.append((root / "images" / image, int(label)))
-        splits.append(_split(name, rows, files[0]))
-    return Source("CUB-200-2011", tuple(splits), classes), {root / "images", *files}
+    for file, values in ((files[1], labels), (files[2], is_train)):
+        if alone := sorted(images.keys() ^ values.keys(), key=int):
+            where = files[0] if alone[0] in images else file
+            raise DataError(
+                f"prepare: {file}: must number the images of {files[0].name}: {len(alone)} numbers "
+                f"are in one of the two alone, such as {alone[0]} in {where.name}"
+            )
+    if set(named) != {str(number + 1) for number in range(len(named))}:
+        raise DataError(f"prepare: {files[3]}: must number its {len(named)} classes from 1")
+    classes = tuple(named[str(number + 1)] for number in range(len(named)))
+    label_of = dict(zip(labels, _from_one(files[1], labels.values(), len(classes)).tolist()))
+    _refuse_codes(files[2], is_train.values(), ("0", "1"))
+    splits = [
+        Listed(
+            name,
+            [(root / "images" / images[k], label_of[k]) for k in images if is_train[k] == wanted],
+            files[0],
+        )
+        for name, wanted in (("train", "1"), ("test", "0"))
+    ]
+    return _source("CUB-200-2011", splits, classes, [root / "images"]), {root / "images", *files}
 
 
 def cars(root: Path) -> tuple[Source, set[Path]]:
@@ -101,18 +121,19 @@ def cars(root: Path) -> tuple[Source, set[Path]]:
     elif (root / "cars_test").is_dir():
         left = [LeftOut(str(root / "cars_test"), f"its labels, {name}, are not there")]
         used.add(root / "cars_test")
-    return Source("Stanford Cars", tuple(splits), classes, tuple(left)), used
+    folders = [root / f"cars_{listed.split}" for listed in splits]
+    return _source("Stanford Cars", splits, classes, folders, left), used
 
 
 def _car_classes(path: Path, variable: str) -> tuple[str, ...]:
     return tuple(matfile.texts(path, variable, matfile.read(path, [variable])[variable]))
 
 
-def _cars_of(split: str, images: Path, path: Path, classes: Sequence[str]) -> Split:
+def _cars_of(split: str, images: Path, path: Path, classes: Sequence[str]) -> Listed:
     rows = matfile.read(path, ["annotations"])["annotations"]
     names = matfile.texts(path, "fname", matfile.field(path, "annotations", rows, "fname"))
     labels = _from_one(path, matfile.field(path, "annotations", rows, "class"), len(classes))
-    return _split(split, [(images / n, int(k)) for n, k in zip(names, labels)], path)
+    return Listed(split, [(images / n, int(k)) for n, k in zip(names, labels)], path)
 
 
 def _cars_in_one(root: Path) -> tuple[Source, set[Path]]:
@@ -124,21 +145,24 @@ def _cars_in_one(root: Path) -> tuple[Source, set[Path]]:
     names = matfile.texts(path, "relative_im_path", paths)
     labels = _from_one(path, column["class"], len(classes))
     is_test = matfile.integers(path, "test", column["test"])
-    both = ((0, "train"), (1, "test"))
-    splits = tuple(
-        _split(
-            split, [(root / n, int(k)) for n, k, t in zip(names, labels, is_test) if t == w], path
+    _refuse_codes(path, is_test.tolist(), (0, 1))
+    splits = [
+        Listed(
+            split,
+            [(root / n, int(k)) for n, k, code in zip(names, labels, is_test) if code == wanted],
+            path,
         )
-        for w, split in both
-    )
-    return Source("Stanford Cars", splits, classes), {root / "car_ims", path}
+        for wanted, split in enumerate(("train", "test"))
+    ]
+    source = _source("Stanford Cars", splits, classes, [root / "car_ims"])
+    return source, {root / "car_ims", path}
 
 
 def dogs(root: Path) -> tuple[Source, set[Path]]:
     """Read Stanford Dogs (Khosla et al. 2011): Images/, and lists of files and labels."""
     place = root / "lists" if (root / "lists").is_dir() else root
     files = {split: place / f"{split}_list.mat" for split in ("train", "test")}
-    splits: list[Split] = []
+    splits: list[Listed] = []
     names_of: dict[int, str] = {}
     for split, path in files.items():
         found = matfile.read(path, ["file_list", "labels"])
@@ -151,10 +175,12 @@ def dogs(root: Path) -> tuple[Source, set[Path]]:
             if names_of.setdefault(int(label), breed) != breed:
                 raise DataError(f"prepare: {path}: label {label + 1} is of more than one breed")
         rows = [(root / "Images" / name, int(label)) for name, label in zip(names, labels)]
-        splits.append(_split(split, rows, path))
+        splits.append(Listed(split, rows, path))
+    if len(set(names_of.values())) < len(names_of):
+        raise DataError(f"prepare: {place}: a breed has more than one label")
     classes = tuple(names_of.get(label, str(label + 1)) for label in range(max(names_of) + 1))
     used = {root / "Images", *files.values(), place / "file_list.mat"}
-    return Source("Stanford Dogs", tuple(splits), classes), used
+    return _source("Stanford Dogs", splits, classes, [root / "Images"]), used
 
 
 def flowers(root: Path) -> tuple[Source, set[Path]]:
@@ -171,9 +197,10 @@ def flowers(root: Path) -> tuple[Source, set[Path]]:
         ("test", parts["tstid"]),
     ):
         rows = [(root / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1])) for i in ids.tolist()]
-        splits.append(_split(split, rows, parts_file))
+        splits.append(Listed(split, rows, parts_file))
     classes = tuple(str(label + 1) for label in range(int(labels.max()) + 1))
-    return Source("Flowers-102", tuple(splits), classes), {root / "jpg", labels_file, parts_file}
+    source = _source("Flowers-102", splits, classes, [root / "jpg"])
+    return source, {root / "jpg", labels_file, parts_file}
 
 
 def svhn(root: Path) -> tuple[Source, set[Path]]:
@@ -228,15 +255,68 @@ def _array_split(split: str, path: Path, images: npt.NDArray, labels: npt.NDArra
     return Split(split, items, len(images))
 
 
-def _split(name: str, images: Labelled, listed: Path) -> Split:
-    """Return a split of files, each of which must be there; no image is worth a silent gap."""
-    missing = [path for path, _ in images if not path.is_file()]
-    if missing:
+def _source(
+    name: str,
+    listed: Sequence[Listed],
+    classes: Sequence[str],
+    folders: Sequence[Path],
+    left_out: Sequence[LeftOut] = (),
+) -> Source:
+    """Return a set of image files, once its lists have been compared with each other and the disk.
+
+    Args:
+        name: The set.
+        listed: Its splits.
+        classes: Their names by label.
+        folders: Where its images lie; those that are in no list are left out, and counted.
+        left_out: What else is.
+
+    Raises:
+        DataError: An image is listed and not there (none is worth a silent gap), or listed twice:
+            in both splits it would be tested on what was trained on.
+    """
+    taken: dict[Path, Listed] = {}
+    splits = []
+    for part in listed:
+        for path, _ in part.images:
+            if not any(_lies_in(path, place) for place in folders):
+                names = " and ".join(place.name for place in folders)
+                raise DataError(f"prepare: {part.file}: {path} does not lie in {names}")
+            if (other := taken.setdefault(path, part)) is not part:
+                raise DataError(
+                    f"prepare: {part.file}: {path} is listed in {other.split} and in {part.split}"
+                )
+        _refuse_twice(part.file, [str(path) for path, _ in part.images])
+        missing = [path for path, _ in part.images if not path.is_file()]
+        if missing:
+            raise DataError(
+                f"prepare: {part.file}: names {len(part.images)} images, of which {len(missing)} "
+                f"are not there, such as {missing[0]}"
+            )
+        splits.append(folder.split(part.split, part.images))
+    missed = [entry for place in folders for entry in folder.unlisted(place, taken)]
+    return Source(name, tuple(splits), tuple(classes), (*left_out, *missed))
+
+
+def _lies_in(path: Path, place: Path) -> bool:
+    return place in path.parents and ".." not in path.relative_to(place).parts
+
+
+def _refuse_twice(path: Path, names: Iterable[str]) -> None:
+    """Raise DataError where a list names something more than once."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        more = f", as are {len(twice) - 1} others" if len(twice) > 1 else ""
+        raise DataError(f"prepare: {path}: {twice[0]} is listed more than once{more}")
+
+
+def _refuse_codes(path: Path, codes: Iterable[object], known: Sequence[object]) -> None:
+    """Raise DataError where a split is written in another way than those known."""
+    wrong = sorted({str(code) for code in codes if code not in known})
+    if wrong:
         raise DataError(
-            f"prepare: {listed}: names {len(images)} images, of which {len(missing)} are not "
-            f"there, such as {missing[0]}"
+            f"prepare: {path}: splits must be {' or '.join(map(str, known))}, got {wrong[0]}"
         )
-    return folder.split(name, images)
 
 
 def _from_one(path: Path, values: Iterable[object], classes: int | None) -> npt.NDArray[np.int64]:
@@ -270,6 +350,7 @@ def _numbered(path: Path) -> dict[str, str]:
     rows = [line.split(maxsplit=1) for line in _lines(path)]
     if any(len(row) != 2 or not row[0].isdecimal() for row in rows):
         raise DataError(f"prepare: {path}: each line must be a number and a value")
+    _refuse_twice(path, [f"number {row[0]}" for row in rows])
     return {row[0]: row[1] for row in rows}
 
 
