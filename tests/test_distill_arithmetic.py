@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import krrst_fast.distill.loop as loop
 from krrst_fast.data import open_store
@@ -20,7 +21,13 @@ from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import config_hash
 from krrst_fast.runs.files import read_jsonl
 from krrst_fast.runs.seeding import generator
-from krrst_fast.targets import load_target
+from krrst_fast.targets import (
+    FrozenTarget,
+    TargetConfig,
+    encoder_target,
+    load_target,
+    train_target,
+)
 
 CPU = torch.device("cpu")
 RATE = LinearDecay(start=0.01, final=1e-5, steps=20)
@@ -191,6 +198,57 @@ def test_a_last_chunk_is_not_compiled_for_its_size(config, traced):
         x = torch.randn(count, 3, 8, 8, generator=draw)
         torch.testing.assert_close(fast(x), target(x), rtol=1e-4, atol=1e-5)
     assert len(traced) == 1
+
+
+class NormFirst(nn.Module):
+    """An encoder whose norms come before their convolutions, and one with more than a norm."""
+
+    input_size, mean, std = 12, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.conv, self.last = nn.Conv2d(6, 6, 3, bias=False), nn.BatchNorm2d(6)
+        draw = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for value in (*self.parameters(), *self.buffers()):
+                if value.is_floating_point():
+                    value.copy_(0.1 + torch.rand(value.shape, generator=draw))
+
+    def forward(self, x):
+        return self.last(self.conv(self.norm(self.stem(x).relu()).relu()).relu()).relu()
+
+
+def of_encoder(config: DistillConfig, **changes) -> FrozenTarget:
+    return encoder_target(NormFirst().eval(), open_store(config.store), num_outputs=4, **changes)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_encoders_run_as_they_are_in_every_arithmetic(config, traced, half):
+    """Their modules say nothing of the order in which they are called."""
+    target = of_encoder(config)
+    fast = FastTarget(target, Arithmetic(half=half, compiles=True))
+    x = torch.randn(5, 3, 8, 8, generator=generator(0, "images"))
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(fast(x.to(dtype)), target(x))
+    assert not traced
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_a_run_in_float16_takes_an_encoder(config, cache, tmp_path):
+    (tmp_path / "first.py").write_text("from tests.test_distill_arithmetic import NormFirst\n")
+    encoder = f"{tmp_path / 'first.py'}:NormFirst"
+    made = TargetConfig(
+        store=config.store, out=tmp_path / "t", encoder=encoder, num_outputs=4, device="cpu"
+    )
+    train_target(made, progress=False)
+    whole = dataclasses.replace(
+        config, target=tmp_path / "t", steps=4, views=ViewConfig(padding=0), target_cache=cache
+    )
+    half = dataclasses.replace(whole, dtype="float16", out=config.out.with_name("half"))
+    for one in (whole, half):
+        distill(one, progress=False)
+    assert ((losses(half) - losses(whole)).abs() <= 0.05 * losses(whole)).all()
 
 
 def test_your_own_networks_run_as_they_are(config):
