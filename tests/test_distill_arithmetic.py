@@ -11,7 +11,13 @@ import krrst_fast.distill.loop as loop
 from krrst_fast.data import open_store
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
-from krrst_fast.distill.arithmetic import Arithmetic, FastTarget, arithmetic
+from krrst_fast.distill.arithmetic import (
+    Arithmetic,
+    FastTarget,
+    arithmetic,
+    convolutions,
+    environment_of,
+)
 from krrst_fast.distill.cache import TargetCache, is_cached
 from krrst_fast.distill.config import FREE_SETTINGS
 from krrst_fast.distill.pool import Pool
@@ -135,6 +141,22 @@ def test_tf32_is_off_for_a_run_that_wants_none_and_else_as_it_was(config, monkey
         distill(dataclasses.replace(config, steps=1, out=out, tf32=tf32), progress=False)
         assert torch.backends.cudnn.allow_tf32 == before
     assert seen == [before, False]
+
+
+def test_tf32_is_recorded_where_it_changes_bits(config):
+    """It may change in the middle of a run, which `environment.record` then says."""
+    gpu, before = torch.device("cuda"), torch.backends.cudnn.allow_tf32
+    for dtype, tf32, said in (
+        *(("float32", True, before), ("float32", False, False)),
+        *(("float16", True, before), ("float16", False, False)),  # encoders stay in float32
+    ):
+        chosen = dataclasses.replace(config, dtype=dtype)
+        with convolutions(tf32=tf32):
+            written = environment_of(chosen, gpu)["convolutions"]
+        assert written == f"in {'TF32' if said else 'float32'}"
+    assert environment_of(config, CPU) == {"networks": "plain PyTorch"}
+    double = dataclasses.replace(config, dtype="float64")
+    assert environment_of(double, gpu) == {"networks": "plain PyTorch"}
 
 
 def test_runs_of_earlier_versions_can_be_resumed(config):

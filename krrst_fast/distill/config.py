@@ -51,7 +51,9 @@ FREE_SETTINGS = (
 )
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
-The images and the target themselves may not change: the identities of both are compared.
+`device` and `tf32` change bits all the same: what they come to is part of the environment, of which
+a run keeps all that it had, with a warning. The images and the target themselves may not change:
+the identities of both are compared.
 """
 
 
