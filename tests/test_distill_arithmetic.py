@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -211,6 +212,27 @@ def test_slots_ages_and_renewals_share_what_is_compiled(config, traced, half):
     assert len(traced) == 4
     torch.testing.assert_close(with_, without, rtol=0.02 if half else 1e-3, atol=0)
     assert (compiled.x_syn - plain.x_syn).norm() <= 0.02 * plain.x_syn.norm()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_gradients_that_overflow_cost_a_network_and_not_the_run(config, half):
+    """The features are the same, and so is the loss, but float16 has no numbers on the way back."""
+    model = ModelConfig(widths=(4, 8), norm="none")
+    config = dataclasses.replace(config, pool=dataclasses.replace(config.pool, size=1, model=model))
+    state, source = state_and_source(config, Arithmetic(half=half))
+    (slot,) = state.pool.slots
+    state.pool.fit(slot, state.x_syn.detach(), state.y_syn.detach())
+    first, second = slot.network.blocks[0].conv, slot.network.blocks[1].conv
+    with torch.no_grad():
+        first.weight.mul_(2**-13), first.bias.mul_(2**-13), second.weight.mul_(2**15)
+    before, rate = state.x_syn.detach().clone(), state.pool.lr
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = outer_step(state, source, RATE, ridge=1e-4, ridge_of="trace")
+    assert report.slot_age == (0 if half else 1) and state.pool.lr == (rate / 2 if half else rate)
+    assert [("diverged after 1 SGD steps" in str(one.message)) for one in said] == [True] * half
+    assert state.x_syn.isfinite().all() and state.y_syn.isfinite().all()
+    assert not torch.equal(state.x_syn, before), "the step was taken"
 
 
 def test_a_last_chunk_is_not_compiled_for_its_size(config, traced):
