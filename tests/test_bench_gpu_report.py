@@ -172,7 +172,10 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("# NVIDIA H900\n")
     lines = text.splitlines()
-    assert any("driver 600.1" in line and "commit cccccccc" in line for line in lines)
+    code = "sources new, 2030-05-06"
+    assert f"NVIDIA H900, torch 2.11.0, triton 3.6.0, {code}: `bench/gpu.sh`." in lines
+    assert "The newest rows: driver 600.1, CUDA 13.0, nvcc 13.0, sources new." in lines
+    assert lines.count(f"Measured with {code}.") == len(STAGES)
     first = next(line for line in lines if line.startswith("| 1000 | 512 |"))
     assert [cell.strip() for cell in first.split("|")[3:-1]] == [
         *("10.0 (0.900-1.10)", "1.0e-3"),
@@ -194,6 +197,29 @@ def test_rows_of_older_code_are_named(tmp_path: Path) -> None:
     stages["parts"]["rows"]["gram fast 1000x8192: torch"]["sources"] = "old"
     text = "\n".join(page.page(folder(tmp_path, stages)))
     assert "| parts | finished | 8 | 3.0 | old (1), new (7) |" in text
+
+
+def test_a_table_names_the_code_and_the_day_of_the_rows_that_it_shows(tmp_path: Path) -> None:
+    """Not those of the stage that was measured last, nor of rows that are not in it."""
+    stages, old = copy.deepcopy(STAGES), {"sources": "old", "date": "2030-04-01T00:00:00+00:00"}
+    for name, row in stages["krr"]["rows"].items():
+        if name.startswith("m 1000, p 10:") or "triton" in name or "kernels" in name:
+            row |= old
+    paths, _ = published(tmp_path, stages, MACHINE | {"sources": "newest"})
+    # Of each shape released, torch in float32, "cuda, fast", and its graph where there is one.
+    each = "sources new (11 rows, 2030-05-06), old (4 rows, 2030-04-01)"
+    line = f"NVIDIA H900, torch 2.11.0, triton 3.6.0, {each}: `bench/gpu.sh`."
+    lines = [path.read_text().splitlines() for path in paths[:2]]
+    assert all(line in one for one in lines)
+    whole = "sources new (20 rows, 2030-05-06), old (15 rows, 2030-04-01)"
+    assert f"Measured with {whole}." in lines[1] and "newest" not in "".join(lines[0])
+    for row in stages["krr"]["rows"].values():
+        row |= old
+    found = folder(tmp_path, stages, MACHINE | {"sources": "newest"})
+    assert ", sources old, 2030-04-01: `bench" in page.under(found)
+    stages["parts"]["rows"]["gram fast 1000x8192: torch"] |= old
+    found = table.dispatch(folder(tmp_path, stages))["sm_90"]
+    assert found["date"] == "2030-04-01 to 2030-05-06"
 
 
 def test_the_table_is_what_the_library_reads(tmp_path: Path, monkeypatch) -> None:

@@ -2,15 +2,23 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import krrst_fast.distill.loop as loop
 from krrst_fast.data import open_store
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
-from krrst_fast.distill.arithmetic import Arithmetic, FastTarget, arithmetic
+from krrst_fast.distill.arithmetic import (
+    Arithmetic,
+    FastTarget,
+    arithmetic,
+    convolutions,
+    environment_of,
+)
 from krrst_fast.distill.cache import TargetCache, is_cached
 from krrst_fast.distill.config import FREE_SETTINGS
 from krrst_fast.distill.pool import Pool
@@ -20,7 +28,13 @@ from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import config_hash
 from krrst_fast.runs.files import read_jsonl
 from krrst_fast.runs.seeding import generator
-from krrst_fast.targets import load_target
+from krrst_fast.targets import (
+    FrozenTarget,
+    TargetConfig,
+    encoder_target,
+    load_target,
+    train_target,
+)
 
 CPU = torch.device("cpu")
 RATE = LinearDecay(start=0.01, final=1e-5, steps=20)
@@ -130,6 +144,22 @@ def test_tf32_is_off_for_a_run_that_wants_none_and_else_as_it_was(config, monkey
     assert seen == [before, False]
 
 
+def test_tf32_is_recorded_where_it_changes_bits(config):
+    """It may change in the middle of a run, which `environment.record` then says."""
+    gpu, before = torch.device("cuda"), torch.backends.cudnn.allow_tf32
+    for dtype, tf32, said in (
+        *(("float32", True, before), ("float32", False, False)),
+        *(("float16", True, before), ("float16", False, False)),  # encoders stay in float32
+    ):
+        chosen = dataclasses.replace(config, dtype=dtype)
+        with convolutions(tf32=tf32):
+            written = environment_of(chosen, gpu)["convolutions"]
+        assert written == f"in {'TF32' if said else 'float32'}"
+    assert environment_of(config, CPU) == {"networks": "plain PyTorch"}
+    double = dataclasses.replace(config, dtype="float64")
+    assert environment_of(double, gpu) == {"networks": "plain PyTorch"}
+
+
 def test_runs_of_earlier_versions_can_be_resumed(config):
     """They know no tf32, which a GPU used for float32 as it does by default now."""
     other = dataclasses.replace(config, tf32=False)
@@ -184,6 +214,27 @@ def test_slots_ages_and_renewals_share_what_is_compiled(config, traced, half):
     assert (compiled.x_syn - plain.x_syn).norm() <= 0.02 * plain.x_syn.norm()
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_gradients_that_overflow_cost_a_network_and_not_the_run(config, half):
+    """The features are the same, and so is the loss, but float16 has no numbers on the way back."""
+    model = ModelConfig(widths=(4, 8), norm="none")
+    config = dataclasses.replace(config, pool=dataclasses.replace(config.pool, size=1, model=model))
+    state, source = state_and_source(config, Arithmetic(half=half))
+    (slot,) = state.pool.slots
+    state.pool.fit(slot, state.x_syn.detach(), state.y_syn.detach())
+    first, second = slot.network.blocks[0].conv, slot.network.blocks[1].conv
+    with torch.no_grad():
+        first.weight.mul_(2**-13), first.bias.mul_(2**-13), second.weight.mul_(2**15)
+    before, rate = state.x_syn.detach().clone(), state.pool.lr
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = outer_step(state, source, RATE, ridge=1e-4, ridge_of="trace")
+    assert report.slot_age == (0 if half else 1) and state.pool.lr == (rate / 2 if half else rate)
+    assert [("diverged after 1 SGD steps" in str(one.message)) for one in said] == [True] * half
+    assert state.x_syn.isfinite().all() and state.y_syn.isfinite().all()
+    assert not torch.equal(state.x_syn, before), "the step was taken"
+
+
 def test_a_last_chunk_is_not_compiled_for_its_size(config, traced):
     _, target = read(config)
     fast, draw = FastTarget(target, Arithmetic(compiles=True)), generator(0, "images")
@@ -191,6 +242,57 @@ def test_a_last_chunk_is_not_compiled_for_its_size(config, traced):
         x = torch.randn(count, 3, 8, 8, generator=draw)
         torch.testing.assert_close(fast(x), target(x), rtol=1e-4, atol=1e-5)
     assert len(traced) == 1
+
+
+class NormFirst(nn.Module):
+    """An encoder whose norms come before their convolutions, and one with more than a norm."""
+
+    input_size, mean, std = 12, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.conv, self.last = nn.Conv2d(6, 6, 3, bias=False), nn.BatchNorm2d(6)
+        draw = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for value in (*self.parameters(), *self.buffers()):
+                if value.is_floating_point():
+                    value.copy_(0.1 + torch.rand(value.shape, generator=draw))
+
+    def forward(self, x):
+        return self.last(self.conv(self.norm(self.stem(x).relu()).relu()).relu()).relu()
+
+
+def of_encoder(config: DistillConfig, **changes) -> FrozenTarget:
+    return encoder_target(NormFirst().eval(), open_store(config.store), num_outputs=4, **changes)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_encoders_run_as_they_are_in_every_arithmetic(config, traced, half):
+    """Their modules say nothing of the order in which they are called."""
+    target = of_encoder(config)
+    fast = FastTarget(target, Arithmetic(half=half, compiles=True))
+    x = torch.randn(5, 3, 8, 8, generator=generator(0, "images"))
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(fast(x.to(dtype)), target(x))
+    assert not traced
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_a_run_in_float16_takes_an_encoder(config, cache, tmp_path):
+    (tmp_path / "first.py").write_text("from tests.test_distill_arithmetic import NormFirst\n")
+    encoder = f"{tmp_path / 'first.py'}:NormFirst"
+    made = TargetConfig(
+        store=config.store, out=tmp_path / "t", encoder=encoder, num_outputs=4, device="cpu"
+    )
+    train_target(made, progress=False)
+    whole = dataclasses.replace(
+        config, target=tmp_path / "t", steps=4, views=ViewConfig(padding=0), target_cache=cache
+    )
+    half = dataclasses.replace(whole, dtype="float16", out=config.out.with_name("half"))
+    for one in (whole, half):
+        distill(one, progress=False)
+    assert ((losses(half) - losses(whole)).abs() <= 0.05 * losses(whole)).all()
 
 
 def test_your_own_networks_run_as_they_are(config):

@@ -233,6 +233,33 @@ def test_a_rate_that_many_networks_stood_is_not_lowered_by_one_that_diverges():
         assert each.lr == 0.05
 
 
+def test_where_the_rate_stays_the_next_network_takes_the_place():
+    """The same one would diverge again at the same rate."""
+    pools = []
+    for resumed in (False, True):
+        pool = _pool(size=2, online_steps=3)
+        for slot in pool.slots:
+            slot.full_lives = 1
+        _explode(pool, 0)
+        if resumed:
+            saved = copy.deepcopy(pool.state_dict())
+            pool = _pool(size=2, online_steps=3)
+            pool.load_state_dict(saved)
+        slot, lost = pool.slots[0], _weights(_pool().slots[0])
+        with pytest.warns(UserWarning, match="3 SGD steps .*; the next network takes its place"):
+            slot.age = 2
+            pool.fit(slot, X, Y)
+        fresh = pool.fresh(0, 1)[0].state_dict()
+        assert (slot.age, slot.generation) == (0, 1) and pool.lr == pool.config.lr
+        assert all(torch.equal(fresh[name], x) for name, x in slot.network.state_dict().items())
+        assert not torch.equal(_weights(slot), lost)
+        for _ in range(5):  # its whole life, and the first step of the one after it
+            pool.advance(slot, X, Y)
+        assert (slot.age, slot.generation) == (1, 2)
+        pools.append(pool)
+    assert torch.equal(*(_weights(pool.slots[0]) for pool in pools))
+
+
 def test_images_that_are_not_finite_are_no_reason_for_a_lower_rate():
     pool = _pool()
     with pytest.raises(NonFiniteError, match="own loss"):

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from krrst_fast.models import ModelConfig, Network, build
 from krrst_fast.models.compiled import Compiled
-from krrst_fast.models.functional import AtRest, TrainingLoss, state_of
+from krrst_fast.models.functional import BUILT_IN, AtRest, TrainingLoss, is_functional, state_of
 
 CONVNET = ModelConfig(widths=(4, 8))
 EVERY = [
@@ -64,6 +64,49 @@ def test_at_rest_a_network_does_what_it_did(config: ModelConfig) -> None:
     assert all(error(a, b) <= 1e-9 for a, b in zip(got, exact))
     assert all(torch.equal(before[name], value) for name, value in state_of(net).items())
     assert all(value.grad is None for value in net.parameters())
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm with an activation, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+CONV = nn.Conv2d(3, 4, 3)
+NOT_FOLDED = {
+    "norm first": [nn.BatchNorm2d(3), CONV],
+    "norm first, later": [CONV, nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)],
+    "activation between": [CONV, nn.ReLU(inplace=True), nn.BatchNorm2d(4)],
+    "of other widths": [nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.BatchNorm2d(4)],
+    "norm twice": [CONV, nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)],
+    "with an activation": [CONV, Activated(4)],
+    "without a gain": [CONV, nn.BatchNorm2d(4, affine=False)],
+    "without statistics": [CONV, nn.BatchNorm2d(4, track_running_stats=False)],
+}
+
+
+@pytest.mark.parametrize("layers", NOT_FOLDED.values(), ids=NOT_FOLDED)
+@pytest.mark.parametrize("head", [False, True])
+def test_a_norm_that_does_not_follow_its_convolution_is_refused(
+    layers: list[nn.Module], head: bool
+) -> None:
+    net = network()
+    net.blocks = nn.Sequential(*copy.deepcopy(layers), nn.AdaptiveAvgPool2d(1))
+    net.fc = nn.Linear(4, 5)
+    with pytest.raises(ValueError, match=r"AtRest: .*of ConvNet must be a batch norm that direct"):
+        AtRest(net.eval(), head=head)
+
+
+def test_only_the_built_in_classes_themselves_are_functions() -> None:
+    class Own(type(network())):  # type: ignore[misc]
+        """Inherits everything, and may change any of it."""
+
+    every = [network(config, size=32) for config in EVERY]
+    assert {type(net) for net in every} == set(BUILT_IN) and all(map(is_functional, every))
+    derived = network()
+    derived.__class__ = Own
+    assert not is_functional(derived) and not is_functional(nn.Linear(2, 2))
 
 
 def test_other_weights_are_seen_at_the_next_call() -> None:

@@ -216,6 +216,23 @@ def test_a_run_that_goes_on_elsewhere_keeps_both_environments(tmp_path):
     assert read_json(second)["threads"] == read_json(first)["threads"] + 1
 
 
+@pytest.mark.parametrize("before", [{}, {"networks": "plain PyTorch", "convolutions": "in TF32"}])
+def test_other_arithmetic_on_the_same_device_is_another_environment(before, tmp_path):
+    """A run of an earlier version recorded no choice, as there was none."""
+    gpu = torch.device("cuda")
+    environment.record(tmp_path, gpu, **before)
+    environment.record(tmp_path, gpu, networks="plain PyTorch", convolutions="in TF32")
+    assert len(environment.recorded(tmp_path)) == 1
+    with pytest.warns(UserWarning, match="convolutions was in TF32 and is in float32"):
+        environment.record(tmp_path, gpu, networks="plain PyTorch", convolutions="in float32")
+    with pytest.warns(UserWarning, match="networks was plain PyTorch and is compiled; conv"):
+        environment.record(tmp_path, gpu, networks="compiled", convolutions="in TF32")
+    written = [read_json(path) for path in environment.recorded(tmp_path)]
+    assert [one.get("convolutions", "in TF32") for one in written] == [
+        *("in TF32", "in float32", "in TF32")
+    ]
+
+
 @pytest.mark.slow
 def test_commands_killed_at_any_moment_go_on_to_the_same_bits(tmp_path):
     """Whole commands are sent SIGKILL and SIGTERM by the clock."""

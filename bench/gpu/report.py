@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.gpu import table
-from bench.gpu.results import STAGES, Results, Row, write, wrong
+from bench.gpu.results import STAGES, Results, Row, measured_with, write, wrong
 from bench.gpu.table import RELEASED
 from bench.markdown import cells, digits, head, rewrite, scientific
 from krrst_fast.errors import DataError, KrrstError
@@ -198,7 +198,7 @@ def grid(rows: Mapping[str, Row]) -> Lines:
 def page(found: Results) -> Lines:
     """Yield the page with all results."""
     yield f"# {found.machine['gpu'] or 'Dry run on the CPU: no figure here means anything'}"
-    yield from ("", under(found), "", *readme_table(found), "")
+    yield from ("", under(found), "", *readme_table(found), "", newest(found), "")
     yield from head("stage", "state", "rows", "seconds", "measured with sources", "wrong")
     for name, one in found.stages.items():
         state = "finished" if one["finished"] else "not finished"
@@ -209,22 +209,43 @@ def page(found: Results) -> Lines:
     yield ""
     for name in STAGES:
         if found.rows(name):
-            yield from (f"## {name}", "", *grid(found.rows(name)), "")
+            rows = found.rows(name)
+            yield from (f"## {name}", "", f"Measured with {measured_with(rows.values())}.", "")
+            yield from (*grid(rows), "")
+
+
+def shown(found: Results) -> list[Row]:
+    """Return the rows that the table of shapes has numbers of."""
+    rows = []
+    for shape in shapes(found):
+        ways = [way for precision in PRECISIONS if (way := shape.best_in(precision))]
+        rows += [
+            shape.released,
+            *(row for way in ways for row in (way.eager, way.graph) if "ms" in row),
+        ]
+    return rows
 
 
 def under(found: Results) -> str:
-    """Return the machine, the versions and the command of the results."""
-    machine, about = found.machine, found.machine["about"]
-    versions = machine["versions"]
-    dates = [row["date"] for one in found.stages.values() for row in one["rows"].values()]
+    """Return what the table of shapes was measured on and with: what its rows have in common."""
+    versions, rows = found.machine["versions"], shown(found)
     words = [
-        machine["gpu"] or "CPU",
-        f"driver {about['driver']}, CUDA {about['cuda']}" if about else "no GPU",
-        f"torch {versions['torch']}, triton {versions['triton']}, nvcc {versions['nvcc']}",
-        f"commit {(machine['commit'] or 'unknown')[:8]}, sources {machine['sources']}",
-        max(dates, default="")[:10],
+        *(found.machine["gpu"] or "CPU", f"torch {versions['torch']}"),
+        f"triton {versions['triton']}",
+        *([measured_with(rows)] if rows else []),
     ]
     return f"{', '.join(words)}: `bench/gpu.sh`."
+
+
+def newest(found: Results) -> str:
+    """Return the driver, the compiler and the code of the stage that was measured last.
+
+    Those of earlier rows may have been others: see `measured_with`.
+    """
+    machine, about = found.machine, found.machine["about"]
+    driver = f"driver {about['driver']}, CUDA {about['cuda']}" if about else "no GPU"
+    code = f"nvcc {machine['versions']['nvcc']}, sources {machine['sources']}"
+    return f"The newest rows: {driver}, {code}."
 
 
 def short(found: Results) -> str:

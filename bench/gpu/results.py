@@ -6,7 +6,8 @@ A row carries a digest of the code it was measured with, so that repaired code t
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,28 @@ def about(machine: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what rows must have in common to be compared."""
     versions = machine["versions"]
     return machine["gpu"], machine["sizes"], versions["torch"], versions["triton"]
+
+
+def days(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the day on which rows were measured, or the first and the last one."""
+    found = sorted(row["date"][:10] for row in rows)
+    return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else ""
+
+
+def measured_with(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the code that rows were measured with, and when: the digest of all sources.
+
+    Of several the rows are counted. A commit would say less: what is checked out may be changed.
+    """
+    rows = list(rows)
+    of = Counter(row["sources"] for row in rows)
+    if len(of) == 1:
+        return f"sources {next(iter(of))}, {days(rows)}"
+    each = (
+        f"{digest} ({count} rows, {days(row for row in rows if row['sources'] == digest)})"
+        for digest, count in of.items()
+    )
+    return f"sources {', '.join(each)}"
 
 
 def wrong(row: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.results import Results, wrong
+from bench.gpu.results import Results, days, wrong
 
 RELEASED, KEPT_EYE = "released", "released, identity on the device"
 FILE = Path("krrst_fast/backends/tuned.json")
@@ -30,10 +30,10 @@ def dispatch(found: Results) -> dict[str, Any]:
         which = "eager_ms" if any("no_graph" in row for row in by_name.values()) else "ms"
         ms = {name: float(f"{row.get(which, row['ms']):.4g}") for name, row in by_name.items()}
         rows.append({"part": part, "precision": precision, "size": list(size), "ms": ms})
-    dates = [row["date"] for by_name in by_size.values() for row in by_name.values()]
+    date = days(row for by_name in by_size.values() for row in by_name.values())
     machine = found.machine
     gpu = machine["about"] or {"name": "none", "architecture": "cpu"}
-    about = {"gpu": gpu["name"], "date": max(dates, default="")[:10], "command": "bench/gpu.sh"}
+    about = {"gpu": gpu["name"], "date": date, "command": "bench/gpu.sh"}
     about |= {name: machine["versions"][name] for name in ("torch", "triton")}
     kept = [row for row in rows if "torch" in row["ms"]]
     return {gpu["architecture"]: {**about, "cuda": gpu.get("cuda"), "rows": kept}}

@@ -105,6 +105,18 @@ class FastTarget:
         return self._function(self._state, x)[:count]
 
 
+def environment_of(config: DistillConfig, device: torch.device) -> dict[str, str]:
+    """Return what the environment of a run records beside versions and hardware.
+
+    Convolutions are named where torch may round them to TF32, by its switch as it is now.
+    """
+    named = {"networks": str(arithmetic(config, device))}
+    if device.type == "cuda" and config.dtype != "float64":
+        rounds = torch.backends.cudnn.allow_tf32
+        named["convolutions"] = "in TF32" if rounds else "in float32"
+    return named
+
+
 @contextmanager
 def convolutions(*, tf32: bool) -> Iterator[None]:
     """Keep the convolutions of a GPU from rounding to TF32, or leave the switch as it is."""

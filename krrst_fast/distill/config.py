@@ -20,8 +20,8 @@ class PoolConfig:
     online_steps: int = 1000
     """SGD steps a network gets before a fresh one takes its slot (the paper's T)."""
     lr: float = 0.1
-    """Of the SGD steps. It is halved, with a warning, when a network diverges, unless `size` of
-    them have had all their steps since one did."""
+    """Of the SGD steps. It is halved, with a warning, when a network diverges. If `size` of them
+    have had all their steps since one did, it stays, and another network takes the place."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     reset: Literal["paper", "released"] = "paper"
@@ -51,7 +51,9 @@ FREE_SETTINGS = (
 )
 """Settings that may change in the middle of a run: they say where and how often, not what.
 
-The images and the target themselves may not change: the identities of both are compared.
+`device` and `tf32` change bits all the same: what they come to is part of the environment, of which
+a run keeps all that it had, with a warning. The images and the target themselves may not change:
+the identities of both are compared.
 """
 
 

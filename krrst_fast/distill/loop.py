@@ -12,7 +12,7 @@ import torch
 
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
-from krrst_fast.distill.arithmetic import arithmetic, convolutions, storage
+from krrst_fast.distill.arithmetic import arithmetic, convolutions, environment_of, storage
 from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
@@ -107,7 +107,7 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
         networks = arithmetic(config, device)
-        environment.record(config.out, device, networks=str(networks))
+        environment.record(config.out, device, **environment_of(config, device))
         if progress and not networks.is_plain:
             print(f"distill: the networks run by {networks}", file=sys.stderr)
         if not first.exists():

@@ -242,12 +242,13 @@ class Pool:
             self.start_again(last.slot, NonFiniteError(message), last.x_syn, last.y_syn)
 
     def start_again(self, slot: Slot, error: NonFiniteError, *given: Tensor) -> None:
-        """Give a slot its untrained network after its training diverged, at a lower rate.
+        """Give a slot an untrained network after its training diverged.
 
         The published rate is that of a thousand images; few images bend the loss more than it
-        allows. It is halved for the whole pool, and only when a network diverged. A rate that was
-        right for as many networks as there are slots stays: else a long run, where some network
-        diverges now and then, would end with no rate at all.
+        allows. It is halved for the whole pool, and only when a network diverged, which then starts
+        again. A rate that was right for as many networks as there are slots stays: else a long run,
+        where some network diverges now and then, would end with no rate at all. There the slot gets
+        its next network, as the same one would go the same way at the same rate.
 
         Args:
             slot: The slot.
@@ -265,12 +266,16 @@ class Pool:
                 hint = "" if "pool.lr" in text else "; the network has diverged: lower pool.lr"
                 raise NonFiniteError(f"{text}{hint}") from error
             self.lr /= 2
-            now = f"the whole pool's rate is now {self.lr:g}"
+            now = f"it starts again, and the whole pool's rate is now {self.lr:g}"
         else:
-            now = f"the pool's rate stays {self.lr:g}: {stood} networks had all their steps at it"
+            slot.generation += 1
+            now = (
+                "the next network takes its place, and the pool's rate stays "
+                f"{self.lr:g}: {stood} networks had all their steps at it"
+            )
         warnings.warn(
             f"distill: pool network {slot.number} diverged after {slot.age} SGD steps on "
-            f"{len(given[0])} images; it starts again, and {now} (pool.lr is {self.config.lr:g})",
+            f"{len(given[0])} images; {now} (pool.lr is {self.config.lr:g})",
             stacklevel=3,
         )
         for other in self.slots:
@@ -280,7 +285,7 @@ class Pool:
         self._restart(slot)
 
     def _restart(self, slot: Slot) -> None:
-        """Give a slot its untrained network."""
+        """Give a slot the untrained network of its generation."""
         slot.network, slot.optimizer = self.fresh(slot.number, slot.generation)
         slot.age = 0
 

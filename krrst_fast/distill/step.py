@@ -117,11 +117,11 @@ def outer_step(
     With solver.check="flag" the loss is not read: after a failure it is NaN, in this step and, as
     the images are then NaN too, in every later one.
 
-    A network whose features are not finite, or too large, starts again, and the step is taken with
-    it as new.
+    A network whose features, or gradients through it, are not finite or too large starts again, and
+    the step is taken with it as new.
 
     Raises:
-        NonFiniteError: The loss is NaN or infinite, or networks diverge at any rate.
+        NonFiniteError: The loss or a gradient is NaN or infinite, or networks diverge at any rate.
         NotPositiveDefiniteError: The Cholesky factorisation fails with the largest ridge.
     """
     x_syn, y_syn = state.x_syn, state.y_syn  # [M, C, H, W], [M, P]
@@ -131,7 +131,7 @@ def outer_step(
     if state.pool.unsettled is not None and state.pool.unsettled.slot is slot:
         state.settle()
 
-    def outer_loss() -> tuple[Tensor, SolveInfo]:
+    def loss_and_gradients() -> tuple[Tensor, SolveInfo]:
         # A network at rest is in evaluation mode and its parameters ask for no gradient.
         f_syn = slot.embed(x_syn)  # [M, D]
         with torch.no_grad():
@@ -149,22 +149,23 @@ def outer_step(
             solver=solver,
             return_info=True,
         )
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         if solver.check == "raise":
-            require_finite(loss)
-        return loss, solve
+            # Float16 overflows in a backward pass too, and AdamW would ruin the images by it.
+            require_finite(loss, x_syn.grad, y_syn.grad)
+        return loss.detach(), solve
 
     with located(state.step + 1, slot):
         try:
-            loss, solve = outer_loss()
+            loss, solve = loss_and_gradients()
         except NonFiniteError as error:
             # The network's last SGD step was too long; its own loss would tell at the next one.
             state.settle()
             state.pool.start_again(slot, error, x_syn, y_syn, y_real)
-            loss, solve = outer_loss()
+            loss, solve = loss_and_gradients()
     age = slot.age
 
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     set_rate(state.optimizer, lr)
     state.optimizer.step()
 
@@ -173,7 +174,7 @@ def outer_step(
         state.pool.advance(slot, x_syn.detach(), y_syn.detach())
     state.step += 1
     return StepReport(
-        loss=loss.detach(),
+        loss=loss,
         solve=solve,
         slot=slot.number,
         slot_age=age,
@@ -191,10 +192,14 @@ def located(step: int, slot: Slot) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
-def require_finite(loss: Tensor) -> None:
-    """Raise NonFiniteError if the loss is NaN or infinite."""
-    if not torch.isfinite(loss):
-        raise NonFiniteError(f"the loss is {loss.item()}")
+def require_finite(loss: Tensor, *gradients: Tensor | None) -> None:
+    """Raise NonFiniteError if the loss, or a gradient of it, holds NaN or infinity."""
+    tensors = [loss, *(one for one in gradients if one is not None)]
+    # One bool, so that the device is waited for once.
+    if not torch.stack([torch.isfinite(one).all() for one in tensors]).all():
+        text = f"the loss is {loss.item()}"
+        more = ", and its gradient holds NaN or infinity" if torch.isfinite(loss) else ""
+        raise NonFiniteError(text + more)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from krrst_fast.models.compiled import Compiled
+from krrst_fast.models.convnet import ConvNet
+from krrst_fast.models.mobilenet import MobileNet
 from krrst_fast.models.network import Network
-from krrst_fast.models.own import OwnNetwork
+from krrst_fast.models.resnet import ResNet
+from krrst_fast.models.stacked import Stacked
 
 State = Mapping[str, Tensor]
 """Parameters and buffers by name."""
+
+BUILT_IN = (ConvNet, ResNet, Stacked, MobileNet)
+"""Networks all of whose code is known here; not their subclasses, which are somebody's own."""
+
+_PROBED = 16
+"""Pixels of the images that a folded network is tried on, where any size will do."""
 
 _GRADIENT_BITS = 6
 """In half precision the largest gradient by a feature is scaled to nearly 2 to this power.
@@ -34,8 +43,11 @@ def state_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def is_functional(network: nn.Module) -> bool:
-    """Return whether a network can be made a function: it is built in, not the user's code."""
-    return isinstance(network, Network) and not isinstance(network, OwnNetwork)
+    """Return whether a network can be made a function: it is built in, by its exact class.
+
+    What else is a `Network`, as encoders and the user's own are, may hold any code.
+    """
+    return type(network) in BUILT_IN
 
 
 class AtRest:
@@ -49,12 +61,16 @@ class AtRest:
         head: Whether the outputs are those of `fc`, else the features.
         half: Compute in float16, channels innermost, with weights rounded from the state.
         compiles: Compile it, which is done at the first call; a failure costs a warning.
+
+    Raises:
+        ValueError: A batch norm does not follow the convolution that is defined before it.
     """
 
     def __init__(
         self, network: Network, *, head: bool, half: bool = False, compiles: bool = False
     ) -> None:
         self._skeleton, self._norms = _folded_skeleton(network, head)
+        _require_same_outputs(network, self._skeleton, self._norms, head)
         self._half = half
         self._function: Any = self._outputs
         if compiles:
@@ -68,15 +84,10 @@ class AtRest:
             state: The `state_of` a network.
             x: The images.
         """
-        state = {name: value for name, value in state.items() if self._needs(name)}
+        state = _needed(state, self._skeleton)
         if self._half and x.requires_grad and torch.is_grad_enabled():
             return _scaled(lambda x: self._function(state, x), x)
         return self._function(state, x)
-
-    def _needs(self, name: str) -> bool:
-        return not name.endswith(".num_batches_tracked") and (
-            isinstance(self._skeleton.fc, nn.Linear) or not name.startswith("fc.")
-        )
 
     def _outputs(self, state: dict[str, Tensor], x: Tensor) -> Tensor:
         weights = _fold(state, self._norms)
@@ -143,7 +154,7 @@ class TrainingLoss:
 def _folded_skeleton(network: Network, head: bool) -> tuple[Network, list[tuple[str, str, float]]]:
     """Return the network without batch norms and values, and (convolution, norm, eps) of each.
 
-    In every built-in network a batch norm follows the convolution that is defined before it.
+    Each batch norm is taken to follow the convolution that is defined before it.
     """
     skeleton = copy.deepcopy(network).eval().requires_grad_(False).to("meta")
     if not head:
@@ -154,12 +165,58 @@ def _folded_skeleton(network: Network, head: bool) -> tuple[Network, list[tuple[
             convolution = name
         elif isinstance(module, nn.BatchNorm2d):
             before = skeleton.get_submodule(convolution)
+            # A subclass may do more, such as an activation. A norm without numbers folds nothing.
+            is_plain = type(module) is nn.BatchNorm2d and module.affine
+            if not (is_plain and module.track_running_stats and isinstance(before, nn.Conv2d)):
+                raise ValueError(f"AtRest: {name} of {type(network).__name__} {_UNFOLDED}")
             before.bias = nn.Parameter(
                 torch.empty(module.num_features, device="meta"), requires_grad=False
             )
             skeleton.set_submodule(name, nn.Identity())
             norms.append((convolution, name, module.eps))
     return skeleton, norms
+
+
+def _needed(state: State, skeleton: Network) -> dict[str, Tensor]:
+    """Return the part of a state that a folded skeleton is called with."""
+    has_head = isinstance(skeleton.fc, nn.Linear)
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.endswith(".num_batches_tracked") and (has_head or not name.startswith("fc."))
+    }
+
+
+_UNFOLDED = "must be a batch norm that directly follows the convolution defined before it"
+
+
+@torch.no_grad()
+def _require_same_outputs(
+    network: Network, skeleton: Network, norms: list[tuple[str, str, float]], head: bool
+) -> None:
+    """Raise ValueError unless a folded network gives what the network gives.
+
+    Both are tried in float64, with statistics, gains and shifts of which none is trivial.
+    """
+    if not norms:
+        return
+    twin = copy.deepcopy(network).eval().to("cpu", torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    for value in state_of(twin).values():
+        if value.dim() == 1:
+            # Positive, as variances are; near 1, so that no layer dies or explodes.
+            value.copy_(0.75 + 0.5 * torch.rand(value.shape, generator=draw, dtype=torch.float64))
+    size = network.image_size or _PROBED
+    x = torch.randn(2, network.channels, size, size, generator=draw, dtype=torch.float64)
+    exact = twin(x) if head else twin.embed(x)
+    try:
+        weights = _fold(_needed(state_of(twin), skeleton), norms)
+        got = functional_call(skeleton, weights, (x,))
+    except (KeyError, RuntimeError):  # of other widths
+        got = torch.full_like(exact, torch.nan)
+    if not (got - exact).norm() <= 1e-6 * exact.norm():
+        names = ", ".join(norm for _, norm, _ in norms)
+        raise ValueError(f"AtRest: each of {names} of {type(network).__name__} {_UNFOLDED}")
 
 
 def _fold(state: State, norms: list[tuple[str, str, float]]) -> dict[str, Tensor]:

@@ -14,6 +14,12 @@ from krrst_fast.errors import ConfigError
 from krrst_fast.runs.files import read_json, write_json
 from krrst_fast.runs.version import version
 
+_EARLIER = {"networks": "plain PyTorch", "convolutions": "in TF32"}
+"""What runs did that recorded no such choice: their version had none, and torch's default is TF32.
+
+Without a GPU convolutions are not recorded.
+"""
+
 
 def describe() -> dict[str, Any]:
     """Return versions, processor, threads and GPU as JSON values."""
@@ -43,6 +49,8 @@ def record(out: Path, device: torch.device, **choices: str) -> None:
         write_json(out / "environment.json", now, sealed=True)
         return
     then = read_json(paths[-1])
+    if then.get("device") == now["device"]:
+        then = {**_EARLIER, **then}
     changes = [
         f"{name} was {then[name]} and is {now[name]}"
         for name in now
