@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from krrst_fast.baselines.coresets import require_kmeans
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
@@ -173,6 +174,8 @@ def open_materials(config: EvaluateConfig) -> Materials:
         ConfigError: The source or the target of the random rivals is not known.
     """
     wanted, every = set(config.methods), config.methods == USUAL
+    if "kmeans" in wanted:
+        require_kmeans()
     distilled = load_distilled(config.run)
     store = open_store(config.store)
     _check_labelled(store, distilled)
