@@ -125,6 +125,7 @@ def test_what_is_no_store_is_refused(store, tmp_path):
         ({"splits": {"train": [0, 31]}}, "exceed the number of images"),
         ({"splits": [1]}, "not the index of an image store"),
         ({"mean": None}, "not the index of an image store"),
+        ({"mean": [10**400]}, "not the index of an image store"),
         ({"size": "wide"}, "not the index of an image store"),
         ({"crc32": {}, "count": 29}, "images.u8: has 2250 bytes, the index says 2175"),
     ]:

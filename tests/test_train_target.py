@@ -299,6 +299,8 @@ def test_images_that_do_not_suit_are_refused_before_anything_is_written(config, 
         _train(dataclasses.replace(config, model=ModelConfig(widths=(2, 2, 2, 2))))
     with pytest.raises(ConfigError, match="mean and std must have a number for each of the 3"):
         _train(dataclasses.replace(config, mean=(0.5,)))
+    with pytest.raises(ConfigError, match=r"mean and std must be in units of \[0, 1\] pixels"):
+        _train(dataclasses.replace(config, mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4)))
     grey = tmp_path / "grey"
     shutil.copytree(config.store, grey)
     index = read_json(grey / "index.json")

@@ -106,7 +106,7 @@ def open_store(path: Path, verify: bool = False) -> ImageStore:
         store = _from_index(path, index)
         sums = _sums(index)
         count = int(index["count"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path / INDEX}: not the index of an image store ({error!r})") from error

@@ -22,10 +22,8 @@ FORMAT_VERSION = 1
 FILE_NAME = "distilled.safetensors"
 _METADATA_KEY = "krrst_fast"
 _RELEASED = ("x_syn.pt", "y_syn.pt")
-
-
 FAR = 8.0
-"""No pixel in [0, 1] units comes near it, those that a distillation moved out of range included."""
+"""Pixels of 0 to 255 are beyond it; those in [0, 1] are not, even where distillation moved them."""
 
 
 def is_finite(value: object) -> bool:

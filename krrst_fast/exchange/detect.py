@@ -56,7 +56,7 @@ def detect(path: Path) -> Detected:
     if FILE_NAME in names or "x_syn.pt" in names:
         raise ConfigError(f"{path}: is a distilled set already: every command reads it as it is")
     found = [name for name in names if name in _FIXED or _RESULTS.fullmatch(name)]
-    found += [name for name in names if _is_more(name) and name not in found]
+    found += [name for name in names if _is_archive(name) and name not in found]
     steps = [name for name in names if _STEPS.fullmatch(name)]
     if steps:
         found.append("images_best.pt" if "images_best.pt" in steps else steps[-1])
@@ -74,7 +74,7 @@ def detect(path: Path) -> Detected:
     raise DataError(f"{path}: holds no distilled set of a known layout, but {listed}")
 
 
-def _is_more(name: str) -> bool:
+def _is_archive(name: str) -> bool:
     return name.endswith(".npz") and not name.startswith(".")
 
 

@@ -126,6 +126,11 @@ def _normalisation(
             f"TargetConfig: mean and std must have a number for each of the {store.channels} "
             f"channels of {store.path}, got {list(mean)} and {list(std)}"
         )
+    if max(*mean, *std) > 2:
+        raise ConfigError(
+            "TargetConfig: mean and std must be in units of [0, 1] pixels: divide those of 0 to "
+            f"255 by 255; got {list(mean)} and {list(std)}"
+        )
     return tuple(mean), tuple(std)
 
 

@@ -176,8 +176,9 @@ def dogs(root: Path) -> tuple[Source, set[Path]]:
                 raise DataError(f"prepare: {path}: label {label + 1} is of more than one breed")
         rows = [(root / "Images" / name, int(label)) for name, label in zip(names, labels)]
         splits.append(Listed(split, rows, path))
-    if len(set(names_of.values())) < len(names_of):
-        raise DataError(f"prepare: {place}: a breed has more than one label")
+    breeds = Counter(names_of.values())
+    if twice := [breed for breed, count in breeds.items() if count > 1]:
+        raise DataError(f"prepare: {place}: {twice[0]} has more than one label")
     classes = tuple(names_of.get(label, str(label + 1)) for label in range(max(names_of) + 1))
     used = {root / "Images", *files.values(), place / "file_list.mat"}
     return _source("Stanford Dogs", splits, classes, [root / "Images"]), used
