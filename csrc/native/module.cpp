@@ -66,10 +66,10 @@ py::list index_tar(const std::string& path) {
   }
   py::list rows;
   for (const auto& member : members)
-    rows.append(py::make_tuple(any_bytes(member.name), member.offset, member.size,
-                               py::reinterpret_steal<py::str>(
-                                   PyUnicode_DecodeLatin1(&member.type, 1, nullptr)),
-                               any_bytes(member.target)));
+    rows.append(py::make_tuple(
+        any_bytes(member.name), member.offset, member.size,
+        py::reinterpret_steal<py::str>(PyUnicode_DecodeLatin1(&member.type, 1, nullptr)),
+        any_bytes(member.target)));
   return rows;
 }
 

@@ -169,8 +169,9 @@ std::vector<Member> index_tar(const std::string& path) {
     } else if (!extends) {
       const std::string name = next.name.empty() ? header_name(header) : next.name;
       const bool is_link = type == '1' || type == '2';
-      const std::string target =
-          !is_link ? "" : next.target.empty() ? text(&header[157], 100) : next.target;
+      const std::string target = !is_link              ? ""
+                                 : next.target.empty() ? text(&header[157], 100)
+                                                       : next.target;
       const char kind = type == '\0' || type == '7' ? '0' : type;
       if (!is_folder(type, name))
         members.push_back({name, data, kind == '0' ? size : 0, kind, target});
