@@ -164,8 +164,9 @@ class Trials:
         images, wanted = self.materials.held_out
         with torch.no_grad():
             outputs = torch.cat([net(chunk) for chunk in images.split(CHUNK)])
-        variance = wanted.double().var(0, correction=0).mean()
-        return 1 - float((outputs.double() - wanted.double()).square().mean() / variance)
+        outputs, wanted = outputs.cpu().double(), wanted.cpu().double()  # MPS has no float64
+        variance = wanted.var(0, correction=0).mean()
+        return 1 - float((outputs - wanted).square().mean() / variance)
 
     @property
     def _source(self) -> ImageStore:

@@ -38,9 +38,9 @@ def stable_rate(
         network
     ).train()  # as in training, batch norm takes the images' statistics
     with torch.no_grad(), seeded(0, images.device):
-        features = trial.embed(images[:_IMAGES]).double()
+        features = trial.embed(images[:_IMAGES]).cpu().double()  # MPS has no float64
     gram = features @ features.mT + 1
-    largest = float(torch.linalg.eigvalsh(gram.cpu())[-1])
+    largest = float(torch.linalg.eigvalsh(gram)[-1])
     curvature = 2 * largest / (len(features) * num_outputs)
     most = SAFETY * 2 * (1 + momentum) / curvature
     # NaN compares as false: features that are not finite are found by the training.

@@ -13,7 +13,7 @@ def standardize_head(head: nn.Linear, outputs: Tensor) -> None:
 
     An output that is constant over the images is shifted and not scaled: it would be noise.
     """
-    variance, mean = torch.var_mean(outputs.double(), dim=0, correction=0)
+    variance, mean = torch.var_mean(outputs.cpu().double(), dim=0, correction=0)
     std = variance.sqrt()
     std = torch.where(std > _DEAD * std.max(), std, 1.0).to(head.weight)
     head.weight.div_(std[:, None])
