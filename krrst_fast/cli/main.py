@@ -200,7 +200,8 @@ def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
 
     store = prepare(config, progress=_progress(switches))
     counts = ", ".join(f"{store.count(split)} {split}" for split in store.splits)
-    classes = f"{len(store.classes)} classes" if store.has_labels else "no labels"
+    count = len(store.classes)
+    classes = f"{count} class{'es' * (count != 1)}" if store.has_labels else "no labels"
     print(f"wrote {config.out}: {counts} images of {store.size}x{store.size}, {classes}")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in store.left_out.items())
     print(f"left out: {reasons or 'nothing'}")
