@@ -195,7 +195,7 @@ MISTAKES = {
         ["distill", "--pool.reset", "no"],
         ["--pool.reset must be one of paper, released, got 'no'"],
     ),
-    "wrong list": (["distill", "--pool.model.widths", "32"], ["must be a list such as [1, 2]"]),
+    "wrong list": (["distill", "--pool.model.widths", "x"], ["must be a list such as [1, 2]"]),
     "wrong range": (
         ["distill", *DISTILL_PATHS, *DISTILL, "--lr", "-1"],
         ["lr must be positive, got -1.0"],

@@ -134,6 +134,7 @@ def test_a_list_needs_no_brackets() -> None:
     for text in ("3,4", "3,4,", "[3,4]", "[3, 4]", "3, 4"):
         config = _parse("x", "--out", "y", "--pool.widths", text).config()
         assert config.pool.widths == (3, 4)
+    assert _parse("x", "--out", "y", "--pool.widths", "3").config().pool.widths == (3,)
     for text in ("0.5,1", "0.5, 1,", "[0.5, 1]"):
         assert _parse("--mean", text, "x", "--out", "y").config().mean == (0.5, 1.0)
     assert _parse("--mean", "null").values == {"mean": None}
@@ -161,12 +162,13 @@ def test_a_list_needs_no_brackets() -> None:
         (["--limit", ""], "--limit must be a whole number"),
         (["--flip=2"], "--flip must be true or false, got 2"),
         (["--limit", "few"], "--limit must be a whole number, got 'few'"),
-        (["--pool.widths", "3"], "--pool.widths must be a list such as [1, 2], got 3"),
+        (["--pool.widths", "x"], "--pool.widths must be a list such as [1, 2], got 'x'"),
+        (["--pool.widths", "true"], "--pool.widths must be a list such as [1, 2], got True"),
+        (["--pool.widths", "3.5"], "--pool.widths[0] must be a whole number, got 3.5"),
         (["--pool.widths", "[3,x]"], "--pool.widths[1] must be a whole number, got 'x'"),
         (["--pool.reset", "no"], "--pool.reset must be one of paper, released, got 'no'"),
         (["--pool.widths", "3,x"], "--pool.widths[1] must be a whole number, got 'x'"),
         (["--mean", "0.5, x"], "--mean[1] must be a number, got 'x'"),
-        (["--mean", "0.5"], "--mean must be a list such as [1, 2], got 0.5"),
         (
             ["--mean", f"1,{HUGE}"],
             "--mean[1] must be a number of at most 1.8e308, got one beyond that",

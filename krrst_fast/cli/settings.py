@@ -127,6 +127,8 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
             value = [word.strip() for word in value.removesuffix(",").split(",")]
         elif "," in value:
             value = _load_yaml(f"[{value}]")
+    elif items and isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
     # A name may be a number, as those of layers are.
     if str in kinds and value is not None:
         value = text
