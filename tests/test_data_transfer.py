@@ -163,9 +163,9 @@ def test_a_set_may_be_named_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published.flowers(tmp_path / "set")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    assert open_source("../work/../set", 8).left_out == ()
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "beside")
+    assert open_source("../beside/../set", 8).left_out == ()
 
 
 @pytest.mark.parametrize("name", UNLISTED)
@@ -196,9 +196,13 @@ def test_strict_takes_a_whole_set_and_no_more(name: str, tmp_path: Path) -> None
                 prepare(config)
 
 
+VERSION_7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(384)
+"""The header of a file in HDF5."""
+
 FAULTS: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("Flowers-102", "imagelabels.mat", write(b"no matlab" * 50), "not a readable .mat file"),
     ("Flowers-102", "imagelabels.mat", write(b""), "not a readable .mat file"),
+    ("Flowers-102", "imagelabels.mat", write(VERSION_7_3), "of version 7.3; save it in MATLAB"),
     ("Flowers-102", "imagelabels.mat", mat(label=[[1, 2]]), "holds no variable labels"),
     ("Flowers-102", "imagelabels.mat", mat(labels=[[1, 2]]), "images beyond the 2 labelled"),
     ("Flowers-102", "imagelabels.mat", mat(labels=np.zeros((1, 12))), "labels must be from 1 to"),

@@ -19,6 +19,7 @@ from krrst_fast.evaluate import (
     evaluate,
     trial,
 )
+from krrst_fast.evaluate import pretrain as pretrain_module
 from krrst_fast.evaluate.config import METHODS, Method
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
 from krrst_fast.evaluate.materials import HELD_OUT, open_materials
@@ -115,6 +116,18 @@ def test_a_rival_is_the_baseline_of_its_name(
     evaluate(replace(config, methods=("kmeans",), seeds=2), progress=False)
     assert [len(one) for one in seen] == [20, 20]
     assert not torch.equal(seen[0].images, seen[1].images)
+
+
+def test_the_target_runs_once_on_all_images_and_the_rate_is_found_once_a_trial(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, found = [], []
+    outputs = trial.all_outputs
+    monkeypatch.setattr(trial, "all_outputs", lambda *a: ran.append(a) or outputs(*a))
+    monkeypatch.setattr(pretrain_module, "stable_rate", lambda *a, **k: found.append(a) or 0.1)
+    chosen: tuple[Method, ...] = ("kmeans", "herding", "k_centre")
+    evaluate(replace(config, methods=chosen, seeds=2), progress=False)
+    assert (len(ran), len(found)) == (1, 6)
 
 
 def test_the_best_state_of_a_training_is_taken() -> None:

@@ -16,7 +16,14 @@ from krrst_fast.targets import FrozenTarget
 _ITERATIONS = 50
 
 
-def kmeans(store: ImageStore, target: FrozenTarget, num_images: int, *, seed: int) -> DistilledSet:
+def kmeans(
+    store: ImageStore,
+    target: FrozenTarget,
+    num_images: int,
+    *,
+    seed: int,
+    outputs: Tensor | None = None,
+) -> DistilledSet:
     """Choose the image nearest to each of M centres of k-means (Lloyd 1982, k-means++ starts).
 
     Args:
@@ -24,6 +31,7 @@ def kmeans(store: ImageStore, target: FrozenTarget, num_images: int, *, seed: in
         target: Gives the representations that are clustered, and those of the result.
         num_images: M.
         seed: Seed of the first centres.
+        outputs: The `all_outputs` of both [N, P], if they are known; else they are computed.
 
     Returns:
         Images [M, C, H, W] and targets [M, P], both float32 on the CPU.
@@ -33,29 +41,45 @@ def kmeans(store: ImageStore, target: FrozenTarget, num_images: int, *, seed: in
         ConfigError: scikit-learn is not installed.
     """
     require_kmeans()
-    index = kmeans_index(_representations(store, target, num_images), num_images, seed=seed)
+    require_enough(store, num_images)
+    outputs = all_outputs(store, target) if outputs is None else outputs
+    index = kmeans_index(outputs, num_images, seed=seed)
     return real_images(store, target, index, method="kmeans", seed=seed)
 
 
 def herding(
-    store: ImageStore, target: FrozenTarget, num_images: int, *, seed: int = 0
+    store: ImageStore,
+    target: FrozenTarget,
+    num_images: int,
+    *,
+    seed: int = 0,
+    outputs: Tensor | None = None,
 ) -> DistilledSet:
     """Choose images one by one so that their mean stays nearest to that of all (Welling 2009).
 
     As `kmeans`; nothing is drawn, so `seed` only says which rival of an evaluation this is.
     """
-    index = herding_index(_representations(store, target, num_images), num_images)
+    require_enough(store, num_images)
+    outputs = all_outputs(store, target) if outputs is None else outputs
+    index = herding_index(outputs, num_images)
     return real_images(store, target, index, method="herding", seed=seed)
 
 
 def k_centre(
-    store: ImageStore, target: FrozenTarget, num_images: int, *, seed: int
+    store: ImageStore,
+    target: FrozenTarget,
+    num_images: int,
+    *,
+    seed: int,
+    outputs: Tensor | None = None,
 ) -> DistilledSet:
     """Choose a random image, then always the one farthest from those chosen (Gonzalez 1985).
 
     As `kmeans`; known as k-center greedy (Sener and Savarese 2018).
     """
-    index = k_centre_index(_representations(store, target, num_images), num_images, seed=seed)
+    require_enough(store, num_images)
+    outputs = all_outputs(store, target) if outputs is None else outputs
+    index = k_centre_index(outputs, num_images, seed=seed)
     return real_images(store, target, index, method="k_centre", seed=seed)
 
 
@@ -124,7 +148,6 @@ def k_centre_index(features: Tensor, count: int, *, seed: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _representations(store: ImageStore, target: FrozenTarget, num_images: int) -> Tensor:
+def all_outputs(store: ImageStore, target: FrozenTarget) -> Tensor:
     """Compute the target's outputs [N, P] on the plain images of the train split, on the CPU."""
-    require_enough(store, num_images)
     return target.plain(store, torch.arange(store.count("train")))

@@ -244,11 +244,11 @@ class Pool:
     def start_again(self, slot: Slot, error: NonFiniteError, *given: Tensor) -> None:
         """Give a slot an untrained network after its training diverged.
 
-        The published rate is that of a thousand images; few images bend the loss more than it
-        allows. It is halved for the whole pool, and only when a network diverged, which then starts
-        again. A rate that was right for as many networks as there are slots stays: else a long run,
-        where some network diverges now and then, would end with no rate at all. There the slot gets
-        its next network, as the same one would go the same way at the same rate.
+        The rate is one that the head can bear (`lower_rate`); the layers below may still need a
+        lower one. It is halved for the whole pool, and only when a network diverged, which then
+        starts again. A rate that was right for as many networks as there are slots stays: else a
+        long run, where some network diverges now and then, would end with no rate at all. There the
+        slot gets its next network, as the same one would go the same way at the same rate.
 
         Args:
             slot: The slot.
@@ -280,8 +280,7 @@ class Pool:
         )
         for other in self.slots:
             other.full_lives = 0
-            for group in other.optimizer.param_groups:
-                group["lr"] = self.lr
+        self._set_rate(self.lr)
         self._restart(slot)
 
     def _restart(self, slot: Slot) -> None:

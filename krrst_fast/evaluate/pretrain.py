@@ -20,6 +20,7 @@ def pretrain(
     config: PretrainConfig,
     *,
     seed: int,
+    rate: float | None = None,
     tick: Callable[[], object] | None = None,
 ) -> float:
     """Train `net` to give each image's target representation, by mean squared error.
@@ -31,10 +32,11 @@ def pretrain(
         targets: Target representations [M, P].
         config: Steps, batch size and SGD settings.
         seed: Seed of the batch order.
+        rate: Rate of SGD; left out it is `pretraining_rate`.
         tick: Function to call after every step.
 
     Returns:
-        The loss of the last step. The rate is `pretraining_rate`.
+        The loss of the last step.
 
     Raises:
         NonFiniteError: Training diverged.
@@ -43,7 +45,8 @@ def pretrain(
     def loss_of(index: Tensor) -> Tensor:
         return F.mse_loss(net(images[index]), targets[index])
 
-    rate = pretraining_rate(net, images, targets, config)
+    if rate is None:
+        rate = pretraining_rate(net, images, targets, config)
     return _fit(net, loss_of, len(images), config, rate, config.weight_decay, seed, tick)
 
 

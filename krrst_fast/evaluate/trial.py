@@ -4,12 +4,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from krrst_fast.baselines import herding, k_centre, kmeans, random_subset, random_subset_labels
+from krrst_fast.baselines.coresets import all_outputs
 from krrst_fast.baselines.random_subset import random_index
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
@@ -39,6 +40,8 @@ from krrst_fast.runs.seeding import derive, generator
 
 Tick = Callable[[], object]
 
+CORESETS: tuple[Method, ...] = ("kmeans", "herding", "k_centre")
+"""Choices among the target's outputs on all images, which are computed once."""
 CHOICES: dict[Method, Callable[..., DistilledSet]] = {
     "random_target": random_subset,
     "random_early": random_subset,
@@ -122,7 +125,8 @@ class Trials:
         chosen = given.distilled
         if method != "distilled":
             assert given.target is not None
-            chosen = CHOICES[method](self._source, given.target, count, seed=seed)
+            known = {"outputs": self._outputs} if method in CORESETS else {}
+            chosen = CHOICES[method](self._source, given.target, count, seed=seed, **known)
         net = self._fresh(chosen.targets.shape[1], seed)
         images, targets = chosen.images.to(device), chosen.targets.to(device)
         early = EarlyStop(net, partial(self._validation, seed=seed), config.steps)
@@ -134,7 +138,7 @@ class Trials:
                 stopping.after_step()
 
         rate = pretraining_rate(net, images, targets, config)
-        loss = pretrain(net, images, targets, config, seed=seed, tick=after_step)
+        loss = pretrain(net, images, targets, config, seed=seed, rate=rate, tick=after_step)
         if stopping is None:
             return net, Start(loss=loss, rate=rate)
         return net, Start(steps=stopping.take_best(), rate=rate)
@@ -167,6 +171,12 @@ class Trials:
         outputs, wanted = outputs.cpu().double(), wanted.cpu().double()  # MPS has no float64
         variance = wanted.var(0, correction=0).mean()
         return 1 - float((outputs - wanted).square().mean() / variance)
+
+    @cached_property
+    def _outputs(self) -> Tensor:
+        """The target's outputs [N, P] on all images of the source."""
+        assert self.materials.target is not None
+        return all_outputs(self._source, self.materials.target)
 
     @property
     def _source(self) -> ImageStore:

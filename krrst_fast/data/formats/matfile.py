@@ -27,7 +27,7 @@ def read(path: Path, names: Sequence[str]) -> dict[str, Any]:
         raise DataError(f"prepare: {path}: there is no such file")
     try:
         found = loadmat(str(path), variable_names=list(names))
-    except NotImplementedError:
+    except NotImplementedError:  # scipy's word for HDF5, which is what version 7.3 is
         raise DataError(
             f"prepare: {path}: is a .mat file of version 7.3; save it in MATLAB with -v7"
         ) from None
