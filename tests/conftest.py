@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +51,19 @@ def _waits_are_allowed() -> Iterator[None]:
     """A test that ends while waits raise would fail all others of its process."""
     yield
     let_it_wait()
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Pytest runs some of its processes with SIGINT ignored, nohup all of them with SIGHUP."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

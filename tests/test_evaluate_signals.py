@@ -29,6 +29,8 @@ from krrst_fast.runs.files import read_jsonl
 from krrst_fast.runs.interrupt import SIGNALS, Interrupted
 from krrst_fast.targets import load_target
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,18 +63,6 @@ def config(store: Path, tiny_target: Path, tmp_path: Path) -> EvaluateConfig:
         finetune=FinetuneConfig(steps=2, batch_size=8),
         device="cpu",
     )
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Pytest runs some of its processes with SIGINT ignored, nohup all of them with SIGHUP."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, default)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def _send_in_call(monkeypatch, owner, name: str, number: int, call: int) -> None:

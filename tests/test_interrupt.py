@@ -28,6 +28,8 @@ from krrst_fast.targets import SSLAugmentConfig, TargetConfig, train_target
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 @pytest.fixture
 def config(tiny_store, tiny_target, tmp_path) -> DistillConfig:
@@ -44,18 +46,6 @@ def config(tiny_store, tiny_target, tmp_path) -> DistillConfig:
         checkpoint_every=100,
         log_every=1,
     )
-
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    """Pytest runs some of its processes with SIGINT ignored, nohup all of them with SIGHUP."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, default)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def _send_in_call(monkeypatch, module, name: str, number: int, *, call: int, times: int = 1):
