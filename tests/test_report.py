@@ -113,8 +113,8 @@ def make_evaluation(run: Path, probe: dict[str, list[float]], *, name: str = "di
         Row(
             method=method,
             seed=seed,
-            probe=value,
-            finetune=None if method == "target" else value + 5 + 0.5 * seed,
+            scores={"probe-all": value}
+            | ({} if method == "target" else {"finetune": value + 5 + 0.5 * seed}),
             pretrain_loss=None,
             seconds=1.0,
             fingerprint="0",
@@ -183,11 +183,11 @@ def page(run: Path) -> Page:
 def test_tables_hold_the_numbers_of_the_evaluation(run: Path, page: Page) -> None:
     summary = read_json(run / "evaluation" / "digits.json")["summary"]
     header, *rows = page.tables["7 images, 5 seeds"]
-    assert header == ["Method", "Linear probe", "difference", "Fine-tuning", "difference"]
+    assert header == ["Method", PROBE_TITLE, "difference", "Fine-tuning", "difference"]
     assert len(rows) == len(summary) == len(PROBE)
     for row, expected in zip(rows, summary):
-        for task, (accuracy, difference) in zip(("probe", "finetune"), (row[1:3], row[3:5])):
-            found = expected[task]
+        for task, (accuracy, difference) in zip(("probe-all", "finetune"), (row[1:3], row[3:5])):
+            found = expected["scores"].get(task)
             if found is None:
                 assert accuracy == "not run"
                 continue
@@ -200,7 +200,7 @@ def test_tables_hold_the_numbers_of_the_evaluation(run: Path, page: Page) -> Non
                 mean, error = map(float, difference.replace("−", "-").split(" ± "))
                 assert abs(mean - found["difference"]["mean"]) <= 0.05001
                 assert abs(error - found["difference"]["standard_error"]) <= 0.05001
-    by_seed = page.tables["Linear probe in %"]
+    by_seed = page.tables[f"{PROBE_TITLE} in %"]
     assert by_seed[0] == ["Method"] + [f"seed {seed}" for seed in range(SEEDS)]
     assert [[float(value) for value in row[1:]] for row in by_seed[1:]] == list(PROBE.values())
 

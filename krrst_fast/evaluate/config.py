@@ -1,5 +1,6 @@
 """Settings of an evaluation. The defaults are the paper's."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -48,33 +49,62 @@ class PretrainConfig:
         require_at_least(0, self, "weight_decay", "label_weight_decay")
 
 
+Labels = int | str
+"""How many labelled images: a number of each class, a share of the train split as "5%", or "all"."""
+Measure = Literal["probe", "outputs", "knn"]
+_SHARE = re.compile(r"(0|[1-9]\d?)(\.\d*[1-9])?%")
+
+
+def _is_labels(labels: Labels) -> bool:
+    """Return whether it is a whole number from 1, "all", or a share above 0 % and below 100 %."""
+    if isinstance(labels, int):
+        return labels >= 1
+    return labels == "all" or (bool(_SHARE.fullmatch(labels)) and float(labels[:-1]) > 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """A linear classifier on frozen features."""
+    """What is measured on frozen features, and with how many labels."""
 
-    solver: Literal["sgd", "ridge"] = "sgd"
+    solver: Literal["sgd", "ridge", "lbfgs"] = "sgd"
     """"sgd": cross-entropy on the raw features as in the paper (momentum 0.9, no weight decay,
-    cosine decay). "ridge": regression to one-hot labels in closed form, for when labels are few."""
-    labels_per_class: int | None = None
-    """Labelled images of each class, drawn anew for each seed; None takes the whole train split."""
+    cosine decay). "ridge": regression to one-hot labels in closed form, for when labels are few.
+    "lbfgs": logistic regression on standardised features."""
+    labels: tuple[Labels, ...] = ("all",)
+    """With how many labels: any of a number of each class (5), a share of the train split ("1%",
+    the same of each class and at least one image), and "all". Each is a column of the table. Few
+    are drawn anew for each seed; every pre-trained network is measured with all of them."""
     label_draws: int = 1
     """Draws of few labels in each seed, whose accuracies are averaged: the luck of one draw is most
     of the spread when labels are few, and needs no further pre-training to average out."""
+    measures: tuple[Measure, ...] = ("probe", "outputs")
+    """"probe": a linear classifier on features. "outputs": one on the network's outputs, where they
+    stand for the target's. "knn": the 20 nearest neighbours of the features, weighted."""
     steps: int = 5000
     batch_size: int = 512
     lr: float = 0.2
     ridge: float = 0.1
     """Of the ridge solver only: multiple of the mean diagonal of the centred gram. Accuracy is flat
     from 0.01 to 0.1 with two labels a class as with all; leave-one-out on so few picks badly."""
+    penalty: float = 1.0
+    """Of lbfgs only: weight of half the squared norm of the weights beside the summed cross-entropy
+    (scikit-learn's 1 / C)."""
 
     def __post_init__(self) -> None:
         settle(self)
-        enough = self.labels_per_class is None or self.labels_per_class >= 1
-        require(enough, self, "labels_per_class", "at least 1, or none for all")
-        draws = self.label_draws == 1 if self.labels_per_class is None else self.label_draws >= 1
+        known = len(self.labels) > 0 and all(map(_is_labels, self.labels))
+        require(known, self, "labels", "one or more of a number from 1, a share as '1%', or 'all'")
+        for field in ("labels", "measures"):
+            values = getattr(self, field)
+            require(0 < len(values) == len(set(values)), self, field, "given once each")
+        draws = self.label_draws == 1 if self.labels == ("all",) else self.label_draws >= 1
         require(draws, self, "label_draws", "at least 1, and 1 where all labels are taken")
         require_at_least(1, self, "steps", "batch_size")
-        require_positive(self, "lr", "ridge")
+        require_positive(self, "lr", "ridge", "penalty")
+
+    def draws(self, labels: Labels) -> int:
+        """Return how often so many labels are drawn."""
+        return 1 if labels == "all" else self.label_draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +135,10 @@ class FinetuneConfig:
 class EvaluateConfig:
     """Settings of an evaluation: the sets to pre-train on, the labelled store, the training."""
 
-    run: Path
-    """A distillation run, or a distilled set alone; results go to its folder `evaluation/`."""
+    run: Path | tuple[Path, ...]
+    """A distillation run, or a distilled set alone, or several of one size: seed s of the
+    evaluation takes number s modulo their number, so that the standard errors include the luck of
+    the distillation. Results go to the folder `evaluation/` of the first."""
     store: Path
     """The labelled images the networks are tested on."""
     source: Path | None = None
@@ -140,9 +172,26 @@ class EvaluateConfig:
         require(known, self, "methods", f"one or more of {', '.join(METHODS)}")
         twice = len(set(self.methods)) < len(self.methods)
         require(not twice, self, "methods", "given once each")
+        require(len(self.runs) > 0, self, "run", "a run or several")
         require_at_least(1, self, "seeds")
         require_at_least(0, self, "first_seed")
         reference = self.solver.backend == "reference"
         require(not reference, self, "solver", "of another backend than reference")
         plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
         require(plain, self, "name", "a file name without a folder")
+
+    @property
+    def runs(self) -> tuple[Path, ...]:
+        """The distillation runs, one or several."""
+        return self.run if isinstance(self.run, tuple) else (self.run,)
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        first = self.runs[0]
+        return (first if first.is_dir() else first.parent) / "evaluation"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods and then the rivals, by name."""
+        return self.methods

@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     verifications = [Verification(store) for store in stores.values()]
     trials = Trials(materials)
     name = config.name or config.store.resolve().name
-    folder = (config.run if config.run.is_dir() else config.run.parent) / "evaluation"
+    folder = config.folder
     config = replace(config, methods=materials.config.methods)
     keys = {method: materials.fingerprint(method) for method in config.methods}
     seeds = range(config.first_seed, config.first_seed + config.seeds)
@@ -88,6 +88,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
                 num_images=len(materials.distilled),
                 environment=describe(),
                 seconds=sum(row.seconds for row in ordered),
+                label_counts=trials.label_counts,
             )
             write_json(folder / f"{name}.json", evaluation.to_json(), sealed=True)
             partial.unlink(missing_ok=True)
@@ -133,7 +134,9 @@ def _rows_at_hand(
                     f"evaluate: {output} holds {row.method} with seed {row.seed} made with other "
                     "settings or data; pass --overwrite to replace it or --name to keep both"
                 )
-    found = finished + [from_dict(Row, row) for row in read_jsonl(partial)]
+    # Rows of version 1 had other settings, and are computed anew as all such rows are.
+    kept = [row for row in read_jsonl(partial) if "scores" in row]
+    found = finished + [from_dict(Row, row) for row in kept]
     return {
         (row.method, row.seed): row
         for row in found
@@ -144,8 +147,9 @@ def _rows_at_hand(
 def _ticks(materials: Materials, method: Method) -> int:
     """Count the progress of a row: one for each SGD step and each closed-form probe."""
     config = materials.config
-    probes = config.probe.label_draws * (2 if materials.has_outputs(method) else 1)
-    ticks = probes * (config.probe.steps if config.probe.solver == "sgd" else 1)
+    probe, linear = config.probe, config.probe.steps if config.probe.solver == "sgd" else 1
+    costs = {"probe": linear, "outputs": linear * materials.has_outputs(method), "knn": 1}
+    ticks = sum(map(probe.draws, probe.labels)) * sum(costs[m] for m in probe.measures)
     if method != "target":
         ticks += config.finetune.steps
         ticks += config.pretrain.steps if method != "none" else 0
