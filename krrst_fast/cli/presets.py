@@ -233,8 +233,8 @@ _CIFAR100_ENCODER = _encoder(
     pretrain_steps=300,
 )
 
-# The same on all images with the network, the size and the pre-training of the paper, for a GPU: not
-# run yet.
+# The same on all images with the network, the size and the pre-training of the paper, for a GPU. It
+# has not been run.
 _CIFAR100_ENCODER_1000 = _encoder(
     limit=None,
     num_outputs=256,
