@@ -208,16 +208,15 @@ def test_other_first_sets_are_compared_with_real_images_all_the_same(config):
 
 
 def test_a_short_run_holds_fewer_images_out(config):
-    _, _, _, held_out = _parts(dataclasses.replace(config, batch_size=256))
-    assert len(held_out._images) == 20 and len(held_out._train) == 40
-    many = dataclasses.replace(config, steps=100, batch_size=100)
     store, target = open_store(config.store), load_target(config.target)
-    source, initial = make_source(many, store, target, CPU), initial_set(many, store, target)
-    for batch_size, most in ((1, 10), (100, 20)):
-        short = dataclasses.replace(many, steps=10, batch_size=batch_size)
+    source, initial = make_source(config, store, target, CPU), initial_set(config, store, target)
+    # 500 passes of an image, 6 * 6 + 14 a step, for each that is held out; two real ones with it.
+    for steps, least, held_out, train in ((70, 2, 7, 14), (70, 10, 10, 20), (1000, 2, 20, 40)):
+        short = dataclasses.replace(config, steps=steps, batch_size=14)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("krrst_fast.distill.heldout.LEAST", 10)
-            assert len(HeldOut(short, store, target, source, initial)._images) == most
+            patch.setattr("krrst_fast.distill.heldout.LEAST", least)
+            measured = HeldOut(short, store, target, source, initial)
+        assert (len(measured._images), len(measured._train)) == (held_out, train)
 
 
 def test_a_target_that_real_images_predict_is_warned_of(config):
@@ -229,7 +228,7 @@ def test_a_target_that_real_images_predict_is_warned_of(config):
 
 @pytest.mark.parametrize(
     "real, attainable, nothing",
-    [(-0.3, 0.17, False), (0.64, 0.97, False), (0.95, 0.99, True), (0.0, -0.1, True)],
+    [(-0.3, 0.17, False), (0.73, 0.97, False), (0.95, 0.99, True), (-0.4, -0.1, True)],
 )
 def test_what_is_nothing_to_distil(real, attainable, nothing):
     assert nothing_to_distil({REAL: real, ATTAINABLE: attainable}) == nothing
@@ -243,6 +242,17 @@ def test_a_figure_that_cannot_be_computed_is_named_and_the_run_goes_on(config):
     message = rf"no held-out R2 at step 0, by pool network {slot.number} of age {slot.age}: .+"
     with pytest.warns(UserWarning, match=message):
         assert held_out.measure(state) == {}
+
+
+def test_a_target_that_fails_on_held_out_images_does_not_end_the_run(config):
+    store, target = open_store(config.store), load_target(config.target)
+    source, initial = make_source(config, store, target, CPU), initial_set(config, store, target)
+    for value, told in ((torch.nan, "hold NaN or infinity"), (0.0, "all the same")):
+        target.model.fc.weight.data.mul_(0.0)
+        target.model.fc.bias.data.fill_(value)
+        measured = HeldOut(config, store, target, source, initial)
+        assert told in measured.why_not and not measured.due(0)
+        assert in_words(measured.summary([])) == f"held-out R2: none, {measured.why_not}"
 
 
 def test_outputs_of_an_encoder_are_computed_once_for_all_runs(config, tmp_path, monkeypatch):

@@ -120,6 +120,8 @@ class DistillConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which there is a checkpoint whatever the step, also of the pool's warm-up."""
     log_every: int = 20
+    """Outer steps between rows of metrics.jsonl. Where the store has a test or val split there are
+    also rows with the held-out R2: at the start, and at the end of every tenth of the run."""
     sinks: tuple[SinkName, ...] = ()
     """Who gets the rows of metrics.jsonl too: tensorboard (OUT/tensorboard) and wandb (OUT/wandb,
     offline unless WANDB_MODE says online), each an extra of its name."""

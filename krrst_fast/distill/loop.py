@@ -2,7 +2,6 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +16,7 @@ from krrst_fast.distill.arithmetic import arithmetic, convolutions, environment_
 from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
-from krrst_fast.distill.heldout import ATTAINABLE, REAL, HeldOut, nothing_to_distil
+from krrst_fast.distill.heldout import HeldOut, warn_of_nothing
 from krrst_fast.distill.source import Source
 from krrst_fast.distill.start import (
     Identity,
@@ -278,15 +277,7 @@ class _Run:
         )
         with sinks, bar_of_steps as bar:
             if state.step == 0 and held_out.due(0):
-                row = log.write(0, held_out.measure(state))
-                if nothing_to_distil(row):
-                    warnings.warn(
-                        f"distill: {config.num_images} real images predict the target nearly as "
-                        f"well as thousands (held-out R2 {row[REAL]:+.3f} of {row[ATTAINABLE]:+.3f}"
-                        "), so there is hardly anything to distil; a stronger target helps more "
-                        "than any setting",
-                        stacklevel=4,
-                    )
+                warn_of_nothing(log.write(0, held_out.measure(state)), config.num_images)
             while state.step < config.steps:
                 report = outer_step(
                     state,

@@ -39,8 +39,10 @@ def _caption(run: Run) -> str:
             f"ridge: {found[ATTAINABLE]:+.3f}."
         )
     if nothing_to_distil(found):
+        near = "The real images come near that as they are"
+        reason = near if found[ATTAINABLE] > 0 else "No real images predict the target"
         text += (
-            " The real images come near that as they are, so there was hardly anything to distil: "
-            "a stronger target helps more than any setting."
+            f" {reason}, so there was hardly anything to distil: a stronger target helps more "
+            "than any setting."
         )
     return typographic(text)

@@ -212,6 +212,8 @@ def _sheets_note(initial: DistilledSet | None, distilled: DistilledSet | None) -
     if initial is None or distilled is None or initial.targets.shape != distilled.targets.shape:
         return note
     moved = (distilled.targets - initial.targets).norm(dim=1)
+    if not moved.any():
+        return f"{note} The target representations are those of the start."
     share = float((moved / initial.targets.norm(dim=1).clamp(min=1e-12)).median())
     return (
         f"{note} The target representations were learnt with them: the median image's moved by "
@@ -260,7 +262,8 @@ def _retried(run: Run) -> str:
     if count == 0:
         return " No logged solve needed a larger ridge than the one asked for."
     solves = "solve" if count == 1 else "solves"
-    return f" {count:,} of {len(retries):,} logged {solves} took a larger ridge than asked for."
+    logged = int(np.isfinite(retries).sum())
+    return f" {count:,} of {logged:,} logged {solves} took a larger ridge than asked for."
 
 
 def _curves_note(config: Mapping[str, Any]) -> str:
