@@ -40,6 +40,14 @@ def test_the_figures_at_the_end_are_on_top_and_in_words(tmp_path: Path) -> None:
     assert "% of the target" not in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_without_evaluation_is_headed_by_it(tmp_path: Path) -> None:
+    run, _ = _page(tmp_path, ROWS)
+    (run / "evaluation" / "digits.json").unlink()
+    (headline,) = parse(write_report(run)).text["h1"]
+    assert "held-out R2 +0.13 (as many real images −0.26)" in headline
+    assert "outer loss" not in headline
+
+
 def test_nothing_to_distil_is_said(tmp_path: Path) -> None:
     easy = {0: {OURS: 0.9, REAL: 0.9}, 61: {OURS: 0.97, REAL: 0.95, ATTAINABLE: 0.99}}
     _, page = _page(tmp_path, easy)

@@ -127,11 +127,13 @@ def _headline(run: Run) -> Headline:
     state = "Distilled" if run.distilled else "Still distilling"
     images = f"{_whole(count)} images" if count is not None else "images"
     reached = f", outer loss {number(loss)}" if loss is not None else ""
+    if (held_out := at_the_end(run)) is not None:
+        reached = f", held-out R2 {held_out[0]} ({held_out[1]})"
     return Headline(
         before=f"{state}: {images} after {run.steps_done:,} outer steps{reached}; "
         "whether they transfer has not been measured.",
-        lede="A low outer loss does not say that pre-training on the images helps: an evaluation "
-        "against random images with the same targets does.",
+        lede="A low outer loss or a high R2 does not say that pre-training on the images helps: an "
+        "evaluation against random images with the same targets does.",
     )
 
 
