@@ -43,10 +43,11 @@ passes of one through a network, of which a step makes some 6M + B; but at least
 RIDGES = tuple(10.0 ** (power / 2) for power in range(-8, 5))
 """Tried for the attainable R2, in units of the mean diagonal of the Gram."""
 SATURATED = 0.8
-"""Share of the attainable R2 from which on random real images leave hardly anything to distil. Gains
-on a probe (docs/results.md): +0.1 +- 0.5 with 0.96, an untrained ConvNet as the target; +0.3 +- 0.1
-with 0.81, a ConvNet after a short training on CIFAR-100; +1.7 +- 0.6 with 0.66 to 0.75, the digits;
-+1.9 to +2.7 with an encoder, by which real images are below 0."""
+"""Share of the attainable R2 from which on random real images leave hardly anything to distil.
+
+Gains on a probe (docs/evaluate.md): +0.1 +- 0.5 with 0.96, an untrained ConvNet as the target; +0.3
++- 0.1 with 0.81, a ConvNet after a short training on CIFAR-100; +1.7 +- 0.6 with 0.66 to 0.75, the
+digits; +1.9 to +2.7 with an encoder, by which real images are below 0."""
 OURS, REAL, ATTAINABLE = "held_out_r2", "held_out_r2_real", "held_out_r2_attainable"
 MISSING = "no_held_out_r2"
 _CHUNK = 256
