@@ -24,6 +24,7 @@ from krrst_fast.report.run_folder import read_run
 from krrst_fast.runs.files import append_jsonl, read_json, write_json
 
 SEEDS = 5
+PROBE_TITLE = "Linear probe, all training labels"
 PROBE = {
     "none": [76.0, 74.5, 79.0, 77.5, 75.5],
     "random_target": [81.0, 79.5, 84.0, 82.5, 80.5],

@@ -216,7 +216,7 @@ def _encoder(
             methods=("none", "random_target", "random_early", "kmeans", "distilled"),
             model=pool.model,
             pretrain=PretrainConfig(steps=pretrain_steps),
-            probe=ProbeConfig(solver="ridge", labels_per_class=50, label_draws=5),
+            probe=ProbeConfig(solver="ridge", labels=(5, 50), label_draws=5),
             finetune=FinetuneConfig(steps=0),
         ),
     )

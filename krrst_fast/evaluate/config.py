@@ -18,10 +18,16 @@ Method = Literal[
     "kmeans",
     "herding",
     "k_centre",
+    "random_5x",
+    "random_20x",
+    "random_100x",
     "distilled",
     "target",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
+OURS: Method = "distilled"
+RIVAL: Method = "random_target"
+"""The baseline: as many real images, with the same target and the same training."""
 USUAL: tuple[Method, ...] = ("none", "random_labels", "random_target", "distilled", "target")
 
 
@@ -50,7 +56,7 @@ class PretrainConfig:
 
 
 Labels = int | str
-"""How many labelled images: a number of each class, a share of the train split as "5%", or "all"."""
+"""How many labelled images: a number of each class, a share of the train split ("5%"), or "all"."""
 Measure = Literal["probe", "outputs", "knn"]
 _SHARE = re.compile(r"(0|[1-9]\d?)(\.\d*[1-9])?%")
 
@@ -132,37 +138,39 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of an evaluation: the sets to pre-train on, the labelled store, the training."""
+class Common:
+    """What an evaluation and a suite of them have in common."""
 
     run: Path | tuple[Path, ...]
-    """A distillation run, or a distilled set alone, or several of one size: seed s of the
-    evaluation takes number s modulo their number, so that the standard errors include the luck of
-    the distillation. Results go to the folder `evaluation/` of the first."""
-    store: Path
-    """The labelled images the networks are tested on."""
+    """A distillation run, or a distilled set alone, or several of one size: seed s takes number s
+    modulo their number, so that the standard errors include the luck of the distillation. Results
+    go to the folder `evaluation/` of the first."""
     source: Path | None = None
     """The images the random subsets are drawn from; None reads the run's config.json."""
     target: Path | None = None
     """The target network; None reads the run's config.json."""
-    name: str | None = None
-    """Of the result, `evaluation/NAME.json`; None takes the name of the store."""
     methods: tuple[Method, ...] = USUAL
     """How networks are pre-trained: not at all; on random real images with labels, or with the
     target's outputs (random_early: for the number of steps, up to pretrain.steps, that is best on
-    labelled images held out of the training ones); on real images chosen in the space of these
-    outputs by k-means, herding or k-centre; on the distilled set; or the target itself. Left out, a
-    source without labels leaves out random_labels."""
+    labelled images held out of the training ones; random_5x, random_20x and random_100x: on so many
+    times as many images, as a ceiling); on real images chosen in the space of these outputs by
+    k-means, herding or k-centre; on the distilled set; or the target itself. Left out, a source
+    without labels leaves out random_labels."""
+    rivals: tuple[str, ...] = ()
+    """Other sets to pre-train on: runs, folders of `krrst baseline` or of `krrst import`, or files,
+    each as NAME=PATH, or PATH for its own name. Several of one name take turns, as runs do."""
     seeds: int = 5
     """Every method runs once for each seed, from the same weights, labels and batch order."""
     first_seed: int = 0
-    model: ModelConfig = ModelConfig()
     pretrain: PretrainConfig = PretrainConfig()
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     solver: Solver = Solver()
     """How a probe in closed form (`probe.solver` ridge) is computed."""
     device: str = "auto"
+    workers: int = 1
+    """Processes that compute rows side by side, each with a share of the cores: for small networks
+    two processes of one thread are faster than one of two."""
     overwrite: bool = False
     """Replace a result of that name that was made with other settings."""
 
@@ -173,17 +181,29 @@ class EvaluateConfig:
         twice = len(set(self.methods)) < len(self.methods)
         require(not twice, self, "methods", "given once each")
         require(len(self.runs) > 0, self, "run", "a run or several")
-        require_at_least(1, self, "seeds")
+        taken = sorted(self.rival_paths.keys() & set(METHODS))
+        require(not taken, self, "rivals", "of other names than those of the methods")
+        require("" not in self.rival_paths, self, "rivals", "PATH or NAME=PATH")
+        require_at_least(1, self, "seeds", "workers")
         require_at_least(0, self, "first_seed")
         reference = self.solver.backend == "reference"
         require(not reference, self, "solver", "of another backend than reference")
-        plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
-        require(plain, self, "name", "a file name without a folder")
 
     @property
     def runs(self) -> tuple[Path, ...]:
         """The distillation runs, one or several."""
         return self.run if isinstance(self.run, tuple) else (self.run,)
+
+    @property
+    def rival_paths(self) -> dict[str, tuple[Path, ...]]:
+        """Return the sets of each rival by its name, in the order they were given."""
+        found: dict[str, tuple[Path, ...]] = {}
+        for text in self.rivals:
+            name, equals, path = text.partition("=")
+            if not equals:
+                name, path = Path(text).resolve().name, text
+            found[name if path else ""] = (*found.get(name, ()), Path(path))
+        return found
 
     @property
     def folder(self) -> Path:
@@ -194,4 +214,20 @@ class EvaluateConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """The methods and then the rivals, by name."""
-        return self.methods
+        return (*self.methods, *self.rival_paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Common):
+    """Settings of an evaluation: the sets to pre-train on, the labelled store, the training."""
+
+    store: Path
+    """The labelled images the networks are tested on."""
+    name: str | None = None
+    """Of the result, `evaluation/NAME.json`; None takes the name of the store."""
+    model: ModelConfig = ModelConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
+        require(plain, self, "name", "a file name without a folder")

@@ -1,25 +1,23 @@
 """The evaluation itself: every method with every seed, resumable, into one JSON file."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError
-from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.evaluate.config import EvaluateConfig
 from krrst_fast.evaluate.materials import Materials, open_materials
 from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
+from krrst_fast.evaluate.workers import Job, rows_by_processes
 from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.environment import describe
 from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, write_json
 from krrst_fast.runs.interrupt import Interrupted, Interrupts, raised_signals
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.progress import progress_bar
-
-Job = tuple[Method, int]
-"""A trial: a method and a seed."""
 
 
 def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
@@ -51,9 +49,9 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     name = config.name or config.store.resolve().name
     folder = config.folder
     config = replace(config, methods=materials.config.methods)
-    keys = {method: materials.fingerprint(method) for method in config.methods}
+    keys = {method: materials.fingerprint(method) for method in config.names}
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    jobs = [(method, seed) for seed in seeds for method in config.methods]
+    jobs = [(method, seed) for seed in seeds for method in config.names]
     partial = folder / f"{name}.partial.jsonl"
     # Refused before anything is written.
     _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
@@ -64,21 +62,18 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         try:
             rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
             missing = [job for job in jobs if job not in rows]
-            total = sum(_ticks(materials, method) for method, _ in missing)
             with (
                 _told(rows, jobs, partial),
-                progress_bar(progress, total=total, unit="step") as bar,
+                closing(_finished(trials, config, missing, keys, progress)) as finished,
             ):
-                for method, seed in missing:
-                    bar.set_description(f"{method} seed {seed}")
-                    row = trials.run(method, seed, keys[method], bar.update)
+                for row in finished:
                     # A row that is finished is kept, and wholly, when a signal comes now.
                     with Interrupts().noted(""):
                         # What a damaged store led to is not saved.
                         for verification in verifications:
                             verification.finish()
                         append_jsonl(partial, asdict(row))
-                        rows[method, seed] = row
+                        rows[row.method, row.seed] = row
 
             ordered = tuple(rows[job] for job in jobs)
             evaluation = Evaluation(
@@ -99,6 +94,27 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
                 partial.unlink()
 
 
+def _finished(
+    trials: Trials,
+    config: EvaluateConfig,
+    jobs: Sequence[Job],
+    keys: Mapping[str, str],
+    progress: bool,
+) -> Generator[Row]:
+    """Yield the rows of `jobs` as they are finished, here or in other processes."""
+    if config.workers > 1 and len(jobs) > 1:
+        with progress_bar(progress, total=len(jobs), unit="row") as bar:
+            for row in rows_by_processes(config, jobs, keys):
+                yield row
+                bar.update()
+        return
+    total = sum(_ticks(trials.materials, method) for method, _ in jobs)
+    with progress_bar(progress, total=total, unit="step") as bar:
+        for method, seed in jobs:
+            bar.set_description(f"{method} seed {seed}")
+            yield trials.run(method, seed, keys[method], bar.update)
+
+
 @contextmanager
 def _told(rows: Mapping[Job, Row], jobs: Sequence[Job], partial: Path) -> Iterator[None]:
     """Let a signal end the block at once, and say how many rows are finished and where they are."""
@@ -116,7 +132,7 @@ def _rows_at_hand(
     config: EvaluateConfig,
     output: Path,
     partial: Path,
-    keys: dict[Method, str],
+    keys: Mapping[str, str],
     jobs: Sequence[Job],
 ) -> dict[Job, Row]:
     """Return the rows of this evaluation that an earlier call has computed."""
@@ -144,7 +160,7 @@ def _rows_at_hand(
     }
 
 
-def _ticks(materials: Materials, method: Method) -> int:
+def _ticks(materials: Materials, method: str) -> int:
     """Count the progress of a row: one for each SGD step and each closed-form probe."""
     config = materials.config
     probe, linear = config.probe, config.probe.steps if config.probe.solver == "sgd" else 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.evaluate.config import OURS, RIVAL, EvaluateConfig
 from krrst_fast.evaluate.paired import (
     Sample,
     Summary,
@@ -19,9 +19,6 @@ from krrst_fast.evaluate.paired import (
 from krrst_fast.runs.config import from_dict, to_dict
 
 FORMAT_VERSION = 2
-RIVAL: Method = "random_target"
-"""The baseline: as many real images, with the same target and the same training."""
-OURS: Method = "distilled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +124,7 @@ class Evaluation:
         lines = []
         for task in self.tasks():
             baseline = self.summary(OURS, task)
-            said = {}
+            said: dict[str, str] = {}
             if baseline is not None and baseline.difference is not None:
                 said[RIVAL] = f"{OURS} - {RIVAL} = {in_words(baseline.difference)}"
             best = self.best_rival(task)

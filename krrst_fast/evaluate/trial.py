@@ -16,11 +16,11 @@ from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import KrrstError, NonFiniteError
-from krrst_fast.evaluate.config import Labels, Method
+from krrst_fast.evaluate.config import Labels
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
 from krrst_fast.evaluate.finetune import finetune
 from krrst_fast.evaluate.labelled import draw_labelled
-from krrst_fast.evaluate.materials import CHUNK, REPRESENTED, Materials, Split
+from krrst_fast.evaluate.materials import CHUNK, TIMES, Materials, Split
 from krrst_fast.evaluate.pretrain import (
     pretrain,
     pretrain_labels,
@@ -41,11 +41,12 @@ from krrst_fast.runs.seeding import derive, generator
 
 Tick = Callable[[], object]
 
-CORESETS: tuple[Method, ...] = ("kmeans", "herding", "k_centre")
+CORESETS = ("kmeans", "herding", "k_centre")
 """Choices among the target's outputs on all images, which are computed once."""
-CHOICES: dict[Method, Callable[..., DistilledSet]] = {
+CHOICES: dict[str, Callable[..., DistilledSet]] = {
     "random_target": random_subset,
     "random_early": random_subset,
+    **dict.fromkeys(TIMES, random_subset),
     "kmeans": kmeans,
     "herding": herding,
     "k_centre": k_centre,
@@ -84,7 +85,7 @@ class Trials:
         }
         self._labelled(config.finetune.labels_per_class or "all", config.first_seed)
 
-    def run(self, method: Method, seed: int, fingerprint: str, tick: Tick) -> Row:
+    def run(self, method: str, seed: int, fingerprint: str, tick: Tick) -> Row:
         """Pre-train, probe and fine-tune."""
         started = time.perf_counter()
         try:
@@ -107,15 +108,16 @@ class Trials:
             seconds=time.perf_counter() - started,
             fingerprint=fingerprint,
             num_images=start.images,
-            r2=self._explained(net) if method in REPRESENTED else None,
+            set_index=self.materials.set_index(method, seed),
+            r2=self._explained(net) if self.materials.is_represented(method) else None,
             pretrain_steps=start.steps,
             pretrain_lr=start.rate,
         )
 
-    def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, Start]:
+    def _start(self, method: str, seed: int, tick: Tick) -> tuple[Network, Start]:
         """Return the network of `method`, pre-trained, in eval mode, and how that went."""
         given = self.materials
-        config, device, count = given.config.pretrain, given.device, len(given.distilled)
+        config, device, count = given.config.pretrain, given.device, given.count(method)
         if method == "none":
             net = self._fresh(0, seed)
             settle_norms(net, self._random_images(seed))
@@ -126,8 +128,9 @@ class Trials:
             images = self._random_images(seed)
             loss = pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
             return net, Start(images=count, loss=loss)
-        chosen = given.distilled
-        if method != "distilled":
+        if (number := given.set_index(method, seed)) is not None:
+            chosen = given.sets[method][number]
+        else:
             assert given.target is not None
             known = {"outputs": self._outputs} if method in CORESETS else {}
             chosen = CHOICES[method](self._source, given.target, count, seed=seed, **known)
@@ -217,7 +220,7 @@ class Trials:
             seed=derive(seed, "network"),
         )
 
-    def _probe(self, net: Network, method: Method, seed: int, tick: Tick) -> dict[str, float]:
+    def _probe(self, net: Network, method: str, seed: int, tick: Tick) -> dict[str, float]:
         """Return the accuracies of a frozen network by task, means over the draws of labels."""
         config, all_tests = self.materials.config.probe, self._all_tests
         tests = self._features(net, method, self.materials.test, all_tests, "test")
@@ -247,8 +250,10 @@ class Trials:
         given, config = self.materials, self.materials.config.probe
         train_labels = given.train.labels[index].to(given.device)
         test_labels = given.test.labels.to(given.device)
-        found = {}
-        pairs = dict(zip(("probe", "outputs"), zip(trains, tests)))
+        found: dict[str, float] = {}
+        pairs: dict[str, tuple[Tensor, Tensor]] = dict(
+            zip(("probe", "outputs"), zip(trains, tests))
+        )
         for measure in config.measures:
             if measure == "knn":
                 votes = knn_scores(trains[0], train_labels, tests[0], given.classes)
@@ -265,7 +270,7 @@ class Trials:
         return found
 
     def _features(
-        self, net: Network, method: Method, split: Split, index: Tensor, name: str
+        self, net: Network, method: str, split: Split, index: Tensor, name: str
     ) -> tuple[Tensor, ...]:
         """Compute features, and outputs that stand for the target's; of it once for all seeds."""
         fixed = method == "target" and len(index) == len(split.labels)
@@ -281,7 +286,7 @@ class Trials:
             self._target_features[name] = found
         return found
 
-    def _finetune(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
+    def _finetune(self, net: Network, method: str, seed: int, tick: Tick) -> float:
         given = self.materials
         config = given.config.finetune
         tuned = self._fresh(given.classes, seed)

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from krrst_fast.evaluate.config import OURS, RIVAL
 from krrst_fast.evaluate.paired import Sample, Summary, ends, plus_minus, signed
-from krrst_fast.evaluate.table import OURS, RIVAL, Evaluation
+from krrst_fast.evaluate.table import Evaluation
 from krrst_fast.report.figures import ACCENT, INK, MUTED, RIVAL_BLUE, Curve, DotRow, dot_plot
 from krrst_fast.runs.config import to_dict
 
@@ -18,6 +19,9 @@ LABELS = {
     "kmeans": "k-means, targets",
     "herding": "Herding, targets",
     "k_centre": "k-centre, targets",
+    "random_5x": "Random, 5 times as many",
+    "random_20x": "Random, 20 times as many",
+    "random_100x": "Random, 100 times as many",
     "distilled": "Distilled",
     "target": "Target network",
 }
