@@ -123,6 +123,10 @@ def _dispatch(argv: list[str]) -> int:
         from krrst_fast.runs.version import version
 
         print(f"krrst {version()}")
+    elif command == "evaluate" and any(word.partition("=")[0] == "--suite" for word in rest):
+        from krrst_fast.cli.suite import run_suite
+
+        run_suite(rest)
     elif command in _STAGES:
         _run_stage(_STAGES[command], rest)
     elif command in _OTHERS:
@@ -162,9 +166,11 @@ def _run_stage(stage: Stage, argv: list[str]) -> None:
         run = f" --run {parsed.run}" if parsed.run else ""
         config = parsed.config()
         for field in stage.inputs:
-            if (path := getattr(config, field)) is not None and str(path) != "digits":
-                shown = field.upper() if field in stage.positionals else f"--{field}"
-                _require_there(f"{stage.name}: {shown}: {path}", Path(path))
+            paths = getattr(config, field)
+            for path in paths if isinstance(paths, tuple) else (paths,):
+                if path is not None and str(path) != "digits":
+                    shown = field.upper() if field in stage.positionals else f"--{field}"
+                    _require_there(f"{stage.name}: {shown}: {path}", Path(path))
         stage.refuse(config, parsed.switches)
         stage.call(config, parsed.switches, run)
 
@@ -255,10 +261,9 @@ def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.evaluate import evaluate
 
     result = evaluate(config, progress=_progress(switches))
-    folder = config.run if config.run.is_dir() else config.run.parent
     print(result.table())
-    print(f"\nwrote {folder / 'evaluation' / result.name}.json")
-    print(f"next: krrst report {shlex.quote(str(config.run))}")
+    print(f"\nwrote {config.folder / result.name}.json")
+    print(f"next: krrst report {shlex.quote(str(config.runs[0]))}")
 
 
 def _report(argv: list[str]) -> None:

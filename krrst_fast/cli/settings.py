@@ -125,11 +125,14 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
     kinds = _alternatives(hint)
     # A list needs no brackets; a word in it that is wrong is named.
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
+    of = set(_alternatives(items[0])) if items else set()
     if items and isinstance(value, str) and value[:1] not in ("", "["):
-        if typing.get_origin(items[0]) is typing.Literal:
-            value = [word.strip() for word in value.removesuffix(",").split(",")]
+        if typing.get_origin(items[0]) is typing.Literal or of <= {str, Path}:
+            value = [word.strip() for word in text.removesuffix(",").split(",")]
         elif "," in value:
             value = _load_yaml(f"[{value}]")
+        elif str in of:
+            value = [value]
     elif items and isinstance(value, int | float) and not isinstance(value, bool):
         value = [value]
     # A name may be a number, as those of layers are.
