@@ -166,10 +166,22 @@ def test_results_are_sets_of_labels_as_imported_ones(path: Path, tmp_path: Path)
     learning.advance()
     assert not torch.equal(learning.result().images, made.images)
 
-    torch.save({"data": [[made.images, labels]], "accs_all_exps": {}}, tmp_path / "res_DM.pt")
-    read = import_set(
-        tmp_path / "res_DM.pt", mean=store.mean, std=store.std, classes=store.classes
-    ).distilled
+    trials = [[made.images + 1, labels], [made.images, labels]]
+    accuracies = {"ConvNet": [np.float64(0.25), np.float64(0.5)]}
+    # The file format of torch before 1.6, in which sets of that time are published too.
+    torch.save(
+        {"data": trials, "accs_all_exps": accuracies},
+        tmp_path / "res_DM_digits_ConvNet_2ipc.pt",
+        _use_new_zipfile_serialization=False,
+    )
+    imported = import_set(
+        tmp_path / "res_DM_digits_ConvNet_2ipc.pt",
+        mean=store.mean,
+        std=store.std,
+        classes=store.classes,
+    )
+    read = imported.distilled
+    assert imported.left_out == ("1 earlier trials of data", "accs_all_exps of the file")
     assert torch.equal(read.targets, made.targets) and torch.equal(read.images, made.images)
     for key in ("label_kind", "classes"):
         assert read.meta[key] == made.meta[key]
