@@ -68,7 +68,7 @@ def parse(
     """Read the command line of one command. `--help` prints and exits.
 
     Args:
-        runs: The settings of each named run, for --run.
+        runs: The settings of each named run, for --run; without any there is no --run.
         positionals: Fields that are given without a flag, in this order.
         switches: Names of flags without a value, and what they do.
 
@@ -76,7 +76,9 @@ def parse(
         ConfigError: A flag or a key is unknown, or has a value of the wrong type.
     """
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--run")
+    early.set_defaults(run=None)
+    if runs:
+        early.add_argument("--run")
     early.add_argument("--config", action="append", default=[])
     chosen, rest = early.parse_known_args(argv)
     values: dict[str, Any] = dict(_named(runs, chosen.run))
@@ -226,7 +228,7 @@ def _parser(
     words = "".join(f"[{name.upper()}] " for name in positionals)
     parser = Parser(
         prog=prog,
-        usage=f"{prog} {words}[--run NAME] [--config FILE] [--SETTING VALUE ...]",
+        usage=f"{prog} {words}{'[--run NAME] ' * bool(runs)}[--config FILE] [--SETTING VALUE ...]",
         description=about,
         allow_abbrev=False,
         formatter_class=_Help,
@@ -235,11 +237,11 @@ def _parser(
     for name, help in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=help)
     _add_fields(parser, parser, config_class, values, "", positionals)
-    # `parse` has read these two before; they are listed for --help.
-    for name, metavar, about in (
-        ("run", "NAME", f"one of {', '.join(runs)}"),
-        ("config", "FILE", "YAML settings, over those of --run"),
-    ):
+    # `parse` has read these before; they are listed for --help.
+    listed = [("config", "FILE", "YAML settings" + ", over those of --run" * bool(runs))]
+    if runs:
+        listed.insert(0, ("run", "NAME", f"one of {', '.join(runs)}"))
+    for name, metavar, about in listed:
         sources.add_argument(
             f"--{name}", metavar=metavar, dest=f"_{name}", help=about, default=argparse.SUPPRESS
         )
@@ -286,10 +288,11 @@ class _Help(argparse.HelpFormatter):
 
 
 def _notes(config_class: type) -> dict[str, str]:
-    """Return the text under each field of a dataclass."""
+    """Return the text under each field of a dataclass, also of fields that it inherits."""
     from docstring_parser import parse_from_object
 
-    notes = parse_from_object(config_class).params
+    classes = [kind for kind in reversed(config_class.__mro__) if dataclasses.is_dataclass(kind)]
+    notes = [note for kind in classes for note in parse_from_object(kind).params]
     return {note.arg_name: _flat(note.description or "") for note in notes}
 
 
