@@ -1,38 +1,11 @@
 """DM: dataset condensation with distribution matching (Zhao and Bilen 2023, arXiv 2110.04181)."""
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from krrst_fast.baselines.image_learner import (
-    ImageLearner,
-    MatchingConfig,
-    published_network,
-    require_families,
-)
-from krrst_fast.baselines.siamese import FAMILIES, Family
-from krrst_fast.models import ModelConfig, Network
-
-
-@dataclass(frozen=True, kw_only=True)
-class DMConfig(MatchingConfig):
-    """Distribution matching. The defaults are those of the released code."""
-
-    steps: int = 20_000
-    """Each is of a new network."""
-    lr: float = 1.0
-    """The rate of SGD on the images; published for up to 50 images per class, and 10 for 100 and
-    more on CIFAR-10."""
-    init_images: Literal["real", "noise"] = "real"
-    augment: tuple[Family, ...] = FAMILIES
-    """Families of the differentiable siamese augmentation; none for no augmentation."""
-    model: ModelConfig = field(default_factory=published_network)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_families(self, least=0)
+from krrst_fast.baselines.image_learner import ImageLearner
+from krrst_fast.baselines.matching_config import DMConfig
+from krrst_fast.models import Network
 
 
 class DM(ImageLearner):

@@ -5,78 +5,34 @@ siamese augmentation.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from krrst_fast.baselines.image_learner import (
-    ImageLearner,
-    MatchingConfig,
-    published_network,
-    require_families,
-)
-from krrst_fast.baselines.siamese import FAMILIES, Family
-from krrst_fast.models import ModelConfig, Network
-from krrst_fast.runs.config import require_at_least, require_positive
+from krrst_fast.baselines.image_learner import ImageLearner
+from krrst_fast.baselines.matching_config import DCConfig, DSAConfig
+from krrst_fast.models import Network
 from krrst_fast.runs.seeding import derive, generator, seeded
 
 _PUBLISHED = ((1, 10, 20, 30, 40, 50), (1, 10, 20, 30, 40, 50), (1, 50, 25, 20, 15, 10))
-"""Images per class, updates a network and epochs an update, of the released code."""
+"""Images per class, updates of the images with a network, and epochs between two updates."""
 _TRAIN_BATCH = 256
 _TINY = 1e-6
+"""Added to the product of two norms, which may be 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DCConfig(MatchingConfig):
-    """Gradient matching. The defaults are those of the released code."""
+def loops(config: DCConfig) -> tuple[int, int]:
+    """Return the updates of the images with a network, and its epochs between two of them.
 
-    steps: int = 10_000
-    """Updates of the images: 1,000 networks of `updates` each is what was published, so 1,000 for
-    1 image per class, 10,000 for 10 and 50,000 for 50."""
-    lr: float = 0.1
-    """The rate of SGD on the images."""
-    init_images: Literal["real", "noise"] = "noise"
-    updates: int | None = None
-    """Updates of the images with a network before a fresh one takes its place. null for those
-    published: 1, 10 .. 50 for as many images per class, interpolated between."""
-    epochs: int | None = None
-    """Epochs that a network is trained on the images between two updates. null for those published:
-    1, 50, 25, 20, 15, 10 for 1, 10, 20, 30, 40, 50 images per class, interpolated between."""
-    network_lr: float = 0.01
-    """The rate of SGD, without momentum, on the networks."""
-    model: ModelConfig = field(default_factory=published_network)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("updates", "epochs"):
-            if getattr(self, name) is not None:
-                require_at_least(1, self, name)
-        require_positive(self, "network_lr")
-
-    def loops(self) -> tuple[int, int]:
-        """Return the updates of a network and the epochs after each but the last."""
-        images, updates, epochs = _PUBLISHED
-        found = (round(np.interp(self.images_per_class, images, way)) for way in (updates, epochs))
-        return tuple(  # type: ignore[return-value]
-            given or published for given, published in zip((self.updates, self.epochs), found)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DSAConfig(DCConfig):
-    """Gradient matching with siamese augmentation. The defaults are those of the released code."""
-
-    init_images: Literal["real", "noise"] = "real"
-    augment: tuple[Family, ...] = FAMILIES
-    """Families of the differentiable siamese augmentation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_families(self, least=1)
+    What the settings leave open is as published, interpolated between the published numbers of
+    images per class and constant beyond.
+    """
+    images, updates, epochs = _PUBLISHED
+    found = [round(np.interp(config.images_per_class, images, way)) for way in (updates, epochs)]
+    return config.updates or found[0], config.epochs or found[1]
 
 
 class GradientMatching(ImageLearner):
@@ -98,7 +54,7 @@ class GradientMatching(ImageLearner):
             super().__init__(config, method="dsa", augment=config.augment)
         else:
             super().__init__(config, method="dc")
-        self._updates, self._epochs = config.loops()
+        self._updates, self._epochs = loops(config)
         self._network: Network | None = None
 
     def advance(self) -> dict[str, float]:
@@ -155,17 +111,17 @@ def matching_loss(network: Network, label: int, synthetic: Tensor, real: Tensor)
     """Return the distance of gradients of one class, with a graph to the synthetic images.
 
     Args:
-        network: Its parameters ask for gradients.
+        network: Of its parameters those count that require a gradient.
         label: Of all images.
         synthetic: [M, C, H, W].
         real: [B, C, H, W].
     """
-    parameters = list(network.parameters())
+    parameters = [x for x in network.parameters() if x.requires_grad]
 
     def gradients(images: Tensor, keep: bool) -> tuple[Tensor, ...]:
         labels = torch.full((len(images),), label, device=images.device)
         loss = functional.cross_entropy(network(images), labels)
-        return torch.autograd.grad(loss, parameters, create_graph=keep)
+        return torch.autograd.grad(loss, parameters, create_graph=keep, materialize_grads=True)
 
     wanted = gradients(real, keep=False)
     return gradient_distance(gradients(synthetic, keep=True), wanted)

@@ -1,70 +1,22 @@
 """What the methods that learn labelled images by gradient descent have in common."""
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from krrst_fast.baselines.labelled import RealClasses
-from krrst_fast.baselines.siamese import Augmentation, Family, draw_augmentation
+from krrst_fast.baselines.matching_config import Family, MatchingConfig
+from krrst_fast.baselines.siamese import Augmentation, draw_augmentation
 from krrst_fast.data.store import open_store
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, NonFiniteError
-from krrst_fast.models import ModelConfig, Network, build, place
-from krrst_fast.runs.config import require, require_at_least, require_positive, settle, to_dict
+from krrst_fast.models import Network, build, check, place
 from krrst_fast.runs.environment import pick_device
 from krrst_fast.runs.seeding import derive, generator, seeded
-
-
-def require_families(config: Any, *, least: int) -> None:
-    """Raise ConfigError unless `augment` has different families, and at least `least`."""
-    families = config.augment
-    require(len(set(families)) == len(families), config, "augment", "given once each")
-    require(len(families) >= least, config, "augment", f"at least {least} family")
-
-
-def published_network() -> ModelConfig:
-    """Return the network of the publications: three blocks of 128 channels with instance norm."""
-    return ModelConfig(widths=(128, 128, 128), norm="instance")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchingConfig:
-    """Settings that distribution matching and gradient matching share."""
-
-    store: Path
-    """A folder made by `krrst prepare`; the labels of its train split are needed."""
-    out: Path
-    """The run folder."""
-    images_per_class: int
-    steps: int
-    batch_size: int = 256
-    """Real images of each class in a step; all of a class that has fewer."""
-    lr: float
-    """The rate of SGD on the images."""
-    momentum: float = 0.5
-    init_images: Literal["real", "noise"]
-    """"noise": normal, of the mean and standard deviation of the real pixels."""
-    model: ModelConfig
-    seed: int = 0
-    device: str = "auto"
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        settle(self)
-        require_at_least(
-            1, self, "images_per_class", "steps", "batch_size", "checkpoint_every", "log_every"
-        )
-        require_positive(self, "lr")
-        require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
 
 
 class ImageLearner(ABC):
@@ -102,7 +54,7 @@ class ImageLearner(ABC):
         self.images = first.clone().requires_grad_(True)
         self.labels = self.real.labels_of_set(config.images_per_class).to(self.device)
         self.optimizer = torch.optim.SGD([self.images], lr=config.lr, momentum=config.momentum)
-        self._require_no_batch_norm()
+        self._check_network()
 
     def advance(self) -> dict[str, float]:
         """Take a step: a new gradient of the images, and SGD with it.
@@ -140,15 +92,7 @@ class ImageLearner(ABC):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors: `load_state_dict` goes on from them with the same bits.
-
-        Raises:
-            NonFiniteError: The images hold NaN or infinity.
-        """
-        if not torch.isfinite(self.images).all():
-            raise NonFiniteError(
-                f"{self.method}: the images hold NaN or infinity at step {self.step}"
-            )
+        """Return plain values and tensors that `load_state_dict` goes on from, bit by bit."""
         return {
             "step": self.step,
             "images": self.images.detach(),
@@ -165,9 +109,7 @@ class ImageLearner(ABC):
 
     def result(self) -> DistilledSet:
         """Return the images as they are, with one-hot targets."""
-        settings = json.dumps(to_dict(self.config), sort_keys=True)
-        about = {"method": self.method, "step": str(self.step), "config": settings}
-        return self.real.as_set(self.images, self.labels, about)
+        return self.real.as_set(self.images, self.labels, method=self.method)
 
     def network(self) -> Network:
         """Return the network of this step; each step has a fresh one."""
@@ -192,14 +134,11 @@ class ImageLearner(ABC):
     def pair(self, label: int) -> tuple[Tensor, Tensor]:
         """Return synthetic and real images of a class for this step, augmented alike."""
         draw = generator(self.config.seed, self.method, self.step, label)
-        synthetic, real = (
-            self.images_of(label),
-            self.real.batch(label, self.config.batch_size, draw),
-        )
-        if self._augment:
-            augmentation = self.draw_augmentation(draw)
-            synthetic, real = augmentation(synthetic), augmentation(real)
-        return synthetic, real
+        real = self.real.batch(label, self.config.batch_size, draw)
+        if not self._augment:
+            return self.images_of(label), real
+        augmentation = self.draw_augmentation(draw)
+        return augmentation(self.images_of(label)), augmentation(real)
 
     def draw_augmentation(self, draw: torch.Generator, count: int = 1) -> Augmentation:
         """Draw an augmentation, of all images alike or of `count` images each."""
@@ -217,12 +156,22 @@ class ImageLearner(ABC):
         )
         return place(network, self.device).train()
 
-    def _require_no_batch_norm(self) -> None:
-        """Raise ConfigError where statistics of a batch of one class would enter."""
-        network = self.fresh_network(0)
-        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
+    def _check_network(self) -> None:
+        """Raise ConfigError where networks cannot be trained, or see more than one image at a time.
+
+        Statistics of a batch of one class say more of the class than of the images.
+        """
+        check(
+            self.config.model,
+            image_size=self.images.shape[-1],
+            num_outputs=self.real.count,
+            channels=self.images.shape[1],
+            device=self.device,
+        )
+        modules = self.fresh_network(0).modules()
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
             raise ConfigError(
-                f"{self.method}: model must be without batch norm, as batches are of one class "
-                f"each: a convnet with norm instance or none, got {self.config.model.kind} with "
-                "batch norm"
+                f"{self.method}: the batches are of one class each, so the model must be without "
+                "batch norm, as a convnet with norm instance or none is; got "
+                f"{self.config.model.kind} with batch norm"
             )

@@ -1,7 +1,6 @@
 """Labelled real images class by class, and the label set that is learnt of them."""
 
 import json
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -66,17 +65,21 @@ class RealClasses:
         shape = (self.count * images_per_class, *self._images.shape[1:])
         return torch.randn(shape, generator=generator).to(self.device)
 
-    def as_set(self, images: Tensor, labels: Tensor, meta: Mapping[str, str]) -> DistilledSet:
+    def as_set(self, images: Tensor, labels: Tensor, *, method: str) -> DistilledSet:
         """Return images [M, C, H, W] with labels [M] as one-hot targets, on the CPU.
 
         `krrst import` stores a set of labels of another project in this form too.
         """
         classes = self.store.classes
-        kind = {"label_kind": "class", "classes": json.dumps(classes)}
         return DistilledSet(
-            images=images.detach().cpu().float(),
+            images=images.detach().cpu().float().clone(),
             targets=targets_of(Labels("class", labels.cpu()), classes),
             mean=self.store.mean,
             std=self.store.std,
-            meta={**kind, "store": self.store.identity(), **meta},
+            meta={
+                "method": method,
+                "label_kind": "class",
+                "classes": json.dumps(classes),
+                "store": self.store.identity(),
+            },
         )

@@ -8,14 +8,14 @@ pixels. Outside of an image is zero, which in normalised images is the mean of a
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Family = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
+from krrst_fast.baselines.matching_config import FAMILIES, Family
+
+__all__ = ["FAMILIES", "Augmentation", "Family", "draw_augmentation"]
 
 BRIGHTNESS = 1.0
 """Width of the interval round 0 of what is added to normalised pixels."""
