@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from krrst_fast.baselines.student import Student
 from krrst_fast.baselines.trajectory_config import ExpertConfig
 from krrst_fast.errors import CheckpointError, ConfigError, NonFiniteError
 from krrst_fast.models import ModelConfig
+from krrst_fast.runs.interrupt import Interrupted
 
 MODEL = ModelConfig(widths=(3, 4), norm="instance")
 CONFIG = ExpertConfig(count=2, lr=0.05, momentum=0.9, weight_decay=1e-3, batch_size=8)
@@ -112,8 +114,9 @@ def test_the_steps_are_those_of_torchs_sgd(make: Make) -> None:
     experts = make(epochs=1, batch_size=20)
     experts.train(progress=False)
     vector = experts.parameters(1, 0).requires_grad_()
-    lesson, draw = experts._lesson, module.generator(
-        module.derive(0, "expert", 1), "expert views", 0
+    lesson, draw = (
+        experts._lesson,
+        module.generator(module.derive(0, "expert", 1), "expert views", 0),
     )
     order = module.Epochs(20, module.derive(0, "expert", 1), "expert").take(0, 20)
     images = lesson.augment(lesson.images(order), draw)
@@ -180,7 +183,9 @@ def test_the_room_that_is_needed_is_told_and_compared(
     free = experts.bytes_needed() - 1
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match=r"of 2 x 3 epochs take .*, of which 0 MB .* are free; lower experts"):
+    with pytest.raises(
+        ConfigError, match=r"of 2 x 3 epochs take .*, of which 0 MB .* are free; lower experts"
+    ):
         experts.train(progress=False)
     assert not experts.folder.exists()
     usage = usage._replace(free=free + 1)
@@ -194,6 +199,23 @@ def test_an_expert_that_diverges_is_not_saved(make: Make) -> None:
     with pytest.raises(NonFiniteError, match=r"expert 0 hold NaN.*experts\.lr, which is 1e\+30"):
         experts.train(progress=False)
     assert experts.epochs_left() == 6
+
+
+def test_a_signal_says_what_is_saved(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = make()
+    real, calls = module.save_state, []
+
+    def interrupted(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        calls.append(args)
+        if len(calls) == 4:
+            raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "save_state", interrupted)
+    told = "^interrupted by SIGTERM while expert 1 was trained; its epochs are saved$"
+    with pytest.raises(Interrupted, match=told):
+        experts.train(progress=False)
+    assert experts.epochs_left() == 2
 
 
 def test_losses_are_means_over_experts_and_are_kept(make: Make, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ class Experts:
             NonFiniteError: An expert diverged.
             Interrupted: A signal came; the epochs that are done are saved.
         """
-        self._require_same()
+        self.check()
         left = self.epochs_left()
         if not left:
             return
@@ -264,7 +264,13 @@ class Experts:
         files = [self._file(expert, epoch).exists() for epoch in range(self.epochs + 1)]
         return 0 if all(files) else min(self.epochs, self.epochs + 1 - files.index(False))
 
-    def _require_same(self) -> None:
+    def check(self) -> None:
+        """Raise an error if the folder holds something else than these experts.
+
+        Raises:
+            CheckpointError: They have other settings, or are of other images.
+            ConfigError: There is no record of experts among the files.
+        """
         path = self.folder / SETTINGS
         if not path.exists():
             if self.folder.is_dir() and any(self.folder.glob("[!.]*")):

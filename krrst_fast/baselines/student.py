@@ -76,7 +76,7 @@ class Student:
 
         They are differentiable by the images and targets of the batches and by the rate, through
         all steps: the graph holds the activations of every step, forward and backward, until it is
-        released.
+        released. Without gradients, as under torch.no_grad, nothing is held.
 
         Args:
             start: The parameters at the start, [size].
@@ -84,11 +84,15 @@ class Student:
             batches: (images [B, C, H, W], targets) of each step.
             loss: What SGD makes smaller.
         """
+        differentiable = torch.is_grad_enabled()
         vector = start.detach().requires_grad_()
         for images, targets in batches:
-            value = loss(self(vector, images), targets)
-            (gradient,) = torch.autograd.grad(value, vector, create_graph=True)
+            with torch.enable_grad():
+                value = loss(self(vector, images), targets)
+                (gradient,) = torch.autograd.grad(value, vector, create_graph=differentiable)
             vector = vector - rate * gradient
+            if not differentiable:
+                vector.requires_grad_()
         return vector
 
 

@@ -43,8 +43,9 @@ class TrajectoryMatching(ABC):
     and the student's rate so that the student comes nearer to the parameters that the expert had
     some epochs later. All draws are functions of the seed and the step.
 
-    The graph of all the student's steps is in memory at once, which is what the method costs:
-    MEMORY
+    The graph of all the student's steps is in memory at once: ConvNet 128-128-128 at 32 px takes
+    4 MB for each image of each step (measured), so 0.8 GB for 20 steps on 10 images, and 40 GB for
+    40 steps on 256. Fewer `student_steps` and a smaller `batch_size` take less in proportion.
 
     Args:
         config: The settings.
@@ -335,6 +336,7 @@ def _trained(
 ) -> Experts:
     folder, epochs = experts_of(config), last_epoch(config)
     experts = Experts(folder, config.experts, config.model, student, epochs, lesson)
+    experts.check()
     if experts.epochs_left():
         # What a damaged store leads to is not saved.
         Verification(store).finish()
