@@ -178,20 +178,20 @@ def test_the_room_that_is_needed_is_told_and_compared(
     make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     make("small", count=1, epochs=1).train(progress=True)
-    assert "experts: the snapshots of 1 x 1 epochs take 0.00365 MB in " in capsys.readouterr().err
+    told = f"experts: 0.00365 MB are needed for 1 x 1 epochs in {tmp_path / 'small'}\n"
+    assert capsys.readouterr().err == told
     experts = make()
-    free = experts.bytes_needed() - 1
-    usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(
-        ConfigError, match=r"of 2 x 3 epochs take .*, of which 0 MB .* are free; lower experts"
-    ):
+    need = experts.bytes_missing()
+    assert need == 2 * (4 + 2) * 4 * experts._student.size
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
+    with pytest.raises(ConfigError, match="0.0109 MB are needed .* MB are free; lower experts"):
         experts.train(progress=False)
     assert not experts.folder.exists()
-    usage = usage._replace(free=free + 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need))
     experts.train(progress=False)
-    # The estimate is of the numbers alone; frames and records of files are small beside them.
-    assert experts.bytes_needed() == 2 * (4 + 2) * 4 * experts._student.size
+    assert experts.bytes_missing() == 0
+    assert make(epochs=4).bytes_missing() == 2 * 4 * experts._student.size
 
 
 def test_an_expert_that_diverges_is_not_saved(make: Make) -> None:

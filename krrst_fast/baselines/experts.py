@@ -124,10 +124,15 @@ class Experts:
             raise CheckpointError(f"{path}: need {size} {key}, got {shape}")
         return found
 
-    def bytes_needed(self) -> int:
-        """Return how many bytes all files of the experts take, those that are there too."""
-        vectors = self.epochs + 1 + (2 if self.config.momentum else 1)
-        return self.config.count * vectors * self._student.size * _BYTES
+    def bytes_missing(self) -> int:
+        """Return how many bytes the snapshots and states that are not there will take."""
+        of_state = 2 if self.config.momentum else 1
+        vectors = 0
+        for expert in range(self.config.count):
+            files = [self._file(expert, epoch) for epoch in range(self.epochs + 1)]
+            vectors += sum(not path.exists() for path in files)
+            vectors += 0 if self._state(expert).exists() else of_state
+        return vectors * self._student.size * _BYTES
 
     def train(self, *, progress: bool) -> None:
         """Train the experts that are missing, and the epochs that those that are there lack.
@@ -152,6 +157,7 @@ class Experts:
         self.folder.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(progress, total=left, desc="experts", unit="epoch")
         with locked(self.folder), bar:
+            self.check()  # again, as another process may have begun others meanwhile
             write_json(
                 self.folder / SETTINGS,
                 {"format_version": FORMAT_VERSION, **self._about},
@@ -209,7 +215,7 @@ class Experts:
                 "parameters": vector.detach().cpu(),
                 "optimizer": optimizer.state_dict(),
             }
-            save_state(self._file(expert, 0).with_name(_STATE), saved)
+            save_state(self._state(expert), saved)
             tick()
 
     def _save(self, expert: int, epoch: int, vector: Tensor) -> None:
@@ -218,7 +224,7 @@ class Experts:
 
     def _saved_state(self, expert: int) -> dict | None:
         """Return the state that training goes on from; None for a start at epoch 0."""
-        path = self._file(expert, 0).with_name(_STATE)
+        path = self._state(expert)
         if not path.exists():
             return None
         state = load_state(path)
@@ -292,24 +298,23 @@ class Experts:
 
     def _require_room(self, progress: bool) -> None:
         """Raise ConfigError if the files that are missing do not fit on the disk."""
-        files = sum(path.stat().st_size for path in self.folder.glob("expert-*/*"))
-        need = self.bytes_needed()
+        need = self.bytes_missing()
         on = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(on).free
-        about = (
-            f"the snapshots of {self.config.count} x {self.epochs} epochs take {_size(need)} in "
-            f"{self.folder}"
-        )
-        if need - files > free:
+        about = f"{_size(need)} are needed for {self.config.count} x {self.epochs} epochs"
+        if need > free:
             raise ConfigError(
-                f"experts: {about}, of which {_size(files)} are there, and {_size(free)} are free; "
-                "lower experts.count or max_start_epoch, or name another expert_folder"
+                f"experts: {about} in {self.folder}, and {_size(free)} are free; lower "
+                "experts.count or max_start_epoch, or name another expert_folder"
             )
         if progress and sys.stderr is not None:
-            print(f"experts: {about}", file=sys.stderr)
+            print(f"experts: {about} in {self.folder}", file=sys.stderr)
 
     def _file(self, expert: int, epoch: int) -> Path:
         return self.folder / f"expert-{expert:04}" / f"epoch-{epoch:04}.safetensors"
+
+    def _state(self, expert: int) -> Path:
+        return self.folder / f"expert-{expert:04}" / _STATE
 
     def _name(self, expert: int, epoch: int) -> str:
         return f"expert {expert}, epoch {epoch}, settings {self._digest}"

@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from krrst_fast.baselines.experts import Experts, Lesson
 from krrst_fast.baselines.labelled import RealClasses
+from krrst_fast.baselines.matching_config import FAMILIES, Family
 from krrst_fast.baselines.random_subset import random_index
-from krrst_fast.baselines.siamese import FAMILIES, draw_augmentation
+from krrst_fast.baselines.siamese import draw_augmentation
 from krrst_fast.baselines.student import Student, distance_ratio
 from krrst_fast.baselines.subset import require_enough
 from krrst_fast.baselines.trajectory_config import MKDTConfig, MTTConfig, experts_of, last_epoch
@@ -346,12 +347,12 @@ def _trained(
 
 def _normalised(
     store: ImageStore, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> Any:
+) -> Callable[[Tensor], Tensor]:
     pixels = store.images("train").to(device)
     return lambda index: plain_views(pixels, index.to(device), mean, std)
 
 
-def _augmented(families: Any, images: Tensor, draw: torch.Generator) -> Tensor:
+def _augmented(families: Sequence[Family], images: Tensor, draw: torch.Generator) -> Tensor:
     """Transform images by one family of the augmentation, each by parameters of its own."""
     size, count = images.shape[-1], len(images)
     return draw_augmentation(families, draw, size=size, count=count)(images)
