@@ -170,7 +170,7 @@ class TrajectoryMatching(ABC):
         warnings.warn(
             f"{self.method}: at step {self.step} the student's rate has fallen from "
             f"{self.config.student_lr:g} to {self.student_lr:.2g}, so nothing is learnt any more; "
-            "start again with lower rates of the images and targets",
+            "start again with a lower lr_rate, or lower rates of the images and targets",
             stacklevel=3,
         )
 
