@@ -51,9 +51,11 @@ class TrajectoryMatching(ABC):
     Args:
         config: The settings.
         method: What the set says that it was made by.
-        experts: They are trained, as far as they are not there.
+        experts: Trained.
         student: Of the experts' architecture.
         lesson: What the experts are trained on.
+        images: The first images [M, C, H, W], normalised.
+        targets: Their labels [M], or representations [M, P].
 
     Attributes:
         step: The outer steps done.
