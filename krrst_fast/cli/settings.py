@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from krrst_fast.errors import ConfigError
-from krrst_fast.runs.config import from_dict, to_dict, typed
+from krrst_fast.runs.config import from_dict, overlaid, to_dict, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Parsed:
         import yaml
 
         typed(self.config_class, self.values)
-        given = _plain(_defaults(self.config_class) | self.values)
+        given = overlaid(_plain(_defaults(self.config_class)), _plain(self.values))
         names = [field.name for field in dataclasses.fields(self.config_class)]
         values = {name: given[name] for name in names if name in given}
         missing = [name for name in _required(self.config_class) if name not in self.values]
@@ -83,7 +83,7 @@ def parse(
     chosen, rest = early.parse_known_args(argv)
     values: dict[str, Any] = dict(_named(runs, chosen.run))
     for path in chosen.config:
-        values = _merge(values, _read_yaml(config_class, Path(path)))
+        values = overlaid(values, _read_yaml(config_class, Path(path)))
     parser = _parser(config_class, values, prog, about, runs, positionals, switches)
     flags = {f"--{name}": hint for name, hint in _flags(config_class)}
     known = ["--help", *(f"--{name}" for name in switches), *flags]
@@ -95,7 +95,7 @@ def parse(
     given = vars(parser.parse_args(rest))
     on = frozenset(name for name in switches if given.pop(name.replace("-", "_")))
     for name, text in given.items():
-        values = _merge(values, _checked(config_class, name, text, flags[f"--{name}"]))
+        values = overlaid(values, _checked(config_class, name, text, flags[f"--{name}"]))
     return Parsed(
         config_class=config_class,
         values=values,
@@ -206,16 +206,6 @@ def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
     return values
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` overridden by `over`, section by section."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
 def _parser(
     config_class: type,
     values: Mapping[str, Any],
@@ -258,7 +248,7 @@ def _add_fields(
 ) -> None:
     """Add a flag for each field, with its value as the default; sections last, each in a group."""
     hints, notes = typing.get_type_hints(config_class), _notes(config_class)
-    values = _plain(_defaults(config_class)) | dict(values)
+    values = overlaid(_plain(_defaults(config_class)), values)
     sections = []
     for field in dataclasses.fields(config_class):
         name, hint = field.name, hints[field.name]
