@@ -50,7 +50,7 @@ class Learner(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors that `load_state_dict` goes on from with the same bits."""
+        """Return plain values and tensors; `load_state_dict` goes on with the same bits."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
