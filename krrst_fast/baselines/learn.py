@@ -36,7 +36,11 @@ CHECKPOINT_MINUTES = 10.0
 
 
 class Learner(Protocol):
-    """A set that is being learnt. Making one writes nothing."""
+    """A set that is being learnt. Making one writes nothing in the run folder."""
+
+    @property
+    def method(self) -> str:
+        """Name of the method, as the set's metadata has it."""
 
     @property
     def step(self) -> int:
@@ -56,7 +60,7 @@ class Learner(Protocol):
         """Go on from what `state_dict` returned."""
 
     def result(self) -> DistilledSet:
-        """Return the set as it is now; its metadata has "method"."""
+        """Return the set as it is now; "method" in its metadata is `method`."""
 
 
 class LearnConfig(Protocol):
@@ -104,7 +108,8 @@ def learn(
 
     Args:
         config: The settings.
-        make_learner: The method: makes what learns.
+        make_learner: The method: makes what learns. May train networks first that are kept
+            elsewhere, as the experts of trajectory matching are.
         resume: Go on from the folder's checkpoint; a finished run gives its result, and a run that
             was killed before its first checkpoint, or never begun, starts. On a CPU with as many
             threads the result has the bits of a run that was not interrupted.
@@ -131,13 +136,13 @@ def _learn(
     # "method" is in the file and not among the settings: the inputs are compared with it.
     check_folder(config.out, config, resume=resume, free=(*FREE_SETTINGS, "method"))
     store = open_store(config.store)
-    verification = Verification(store)
-    learner = make_learner(config)
-    inputs = {"method": learner.result().meta["method"], **_inputs(config, store)}
+    inputs = _inputs(config, store)
     if (config.out / FILE_NAME).exists():
         finished = load_distilled(config.out)
         require_same_inputs(config.out / FILE_NAME, finished.meta, inputs)
         return finished
+    verification = Verification(store)
+    learner = make_learner(config)
 
     new_folder(config.out, overwrite=resume)
     with nullcontext() if held else locked(config.out):
@@ -187,8 +192,8 @@ class _Run:
         learner: Learner,
         verification: Verification,
     ) -> None:
-        self.config, self.inputs, self.learner = config, dict(inputs), learner
-        self.method = self.inputs["method"]
+        self.config, self.learner, self.method = config, learner, learner.method
+        self.inputs = {"method": self.method, **inputs}
         self.device = environment.pick_device(config.device)
         self.totals = {"seconds": 0.0, "peak_memory_mb": 0.0}
         self.interrupts = Interrupts()

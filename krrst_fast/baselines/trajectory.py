@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from krrst_fast.baselines.experts import Experts, Lesson
 from krrst_fast.baselines.labelled import RealClasses
 from krrst_fast.baselines.matching_config import FAMILIES, Family
-from krrst_fast.baselines.random_subset import random_index
+from krrst_fast.baselines.random_images import random_index
 from krrst_fast.baselines.siamese import draw_augmentation
 from krrst_fast.baselines.student import Student, distance_ratio
 from krrst_fast.baselines.subset import require_enough

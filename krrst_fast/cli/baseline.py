@@ -3,6 +3,7 @@
 import difflib
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -43,17 +44,23 @@ def _overview(about: str) -> str:
 
 
 def _stage(name: str, method: Method, switches: Mapping[str, str]) -> Stage:
+    reads = ("store", "target") if "target" in _settings(method) else ("store",)
     return Stage(
         name=f"baseline {name}",
         about=method.about,
         config=method.config,
         positionals=(),
         switches=switches,
-        inputs=("store",),
+        inputs=reads,
         refuse=_refuse,
         call=partial(_call, name, method),
         has_presets=False,
     )
+
+
+def _settings(method: Method) -> set[str]:
+    module, config = method.config.split(":")
+    return {field.name for field in fields(getattr(import_module(module), config))}
 
 
 def _refuse(config: Any, switches: frozenset[str]) -> None:
@@ -69,8 +76,10 @@ def _call(name: str, method: Method, config: Any, switches: frozenset[str], run:
     from krrst_fast.runs.log import loss_at_end
 
     module, learner = method.learner.split(":")
-    make = getattr(import_module(module), learner)
-    made = learn(config, make, resume="resume" in switches, progress="quiet" not in switches)
+    make, progress = getattr(import_module(module), learner), "quiet" not in switches
+    if method.trains_first:
+        make = partial(make, progress=progress)
+    made = learn(config, make, resume="resume" in switches, progress=progress)
     print(
         f"wrote {config.out}: {len(made.images)} images with {made.targets.shape[1]} targets each"
     )
