@@ -135,6 +135,19 @@ def _run(path: Path) -> dict[str, str]:
     return rows
 
 
+def _baseline(path: Path) -> dict[str, str]:
+    config, rows = read_json(path / "config.json"), read_jsonl(path / "metrics.jsonl")
+    found = {"kind": "learnt baseline", "method": str(config["method"])}
+    found["saved"] = _saved(path, config)
+    found["logged"] = f"up to step {rows[-1].get('step', 0) if rows else 0}"
+    found |= {key: str(config[key]) for key in ("store", "target") if key in config}
+    if (loss := loss_at_end(rows)) is not None:
+        found["loss at the end"] = f"{loss:.4g}"
+    if (path / "distilled.safetensors").exists():
+        found |= {k: v for k, v in _distilled(path).items() if k != "kind"}
+    return found | _environments(path)
+
+
 def _training(path: Path) -> dict[str, str]:
     config, rows = read_json(path / "config.json"), read_jsonl(path / "metrics.jsonl")
     last = rows[-1].get("step", 0) if rows else 0
@@ -190,6 +203,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[str, str]]], .
     (lambda path: (path / "index.json").exists(), _store),
     (lambda path: (path / "target.safetensors").exists(), _target),
     (lambda path: path.name == "target.safetensors", _target),
+    (lambda path: _config_has(path, "method"), _baseline),
     (lambda path: _config_has(path, "num_images"), _run),
     (lambda path: _config_has(path, "projector"), _training),
     (lambda path: path.suffix == ".safetensors", _distilled),
