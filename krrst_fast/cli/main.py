@@ -164,16 +164,28 @@ def _run_stage(stage: Stage, argv: list[str]) -> None:
         for field in stage.inputs:
             if (path := getattr(config, field)) is not None and str(path) != "digits":
                 shown = field.upper() if field in stage.positionals else f"--{field}"
-                _require_there(f"{stage.name}: {shown}: {path}", Path(path))
+                _require_there(f"{stage.name}: {shown}: {path}", Path(path), is_set=field == "run")
         stage.refuse(config, parsed.switches)
         stage.call(config, parsed.switches, run)
 
 
-def _require_there(where: str, path: Path) -> None:
-    """Raise DataError, before anything imports torch, if there is nothing at a path."""
+def _require_there(where: str, path: Path, *, is_set: bool = False) -> None:
+    """Raise DataError, before anything imports torch, if there is nothing at a path.
+
+    Args:
+        where: The setting and the path, for the message.
+        path: The path.
+        is_set: Whether the name of a shipped set will do.
+    """
+    from krrst_fast.distill.shipped import is_shipped, nothing_at
+
     # A folder whose replacement was killed is still there under another name, and is put back.
-    if not path.exists() and not any(path.parent.glob(f".{glob.escape(path.name)}.*")):
+    if path.exists() or any(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        return
+    if not is_set:
         raise DataError(f"{where}: there is no such file or folder")
+    if not is_shipped(path):
+        raise DataError(f"{where}: {nothing_at(path)}")
 
 
 def _refuse_store(config: Any, switches: frozenset[str]) -> None:
@@ -254,7 +266,8 @@ def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     folder = config.run if config.run.is_dir() else config.run.parent
     print(result.table())
     print(f"\nwrote {folder / 'evaluation' / result.name}.json")
-    print(f"next: krrst report {shlex.quote(str(config.run))}")
+    if config.run.is_dir():
+        print(f"next: krrst report {shlex.quote(str(config.run))}")
 
 
 def _report(argv: list[str]) -> None:
@@ -277,13 +290,16 @@ def _info(argv: list[str]) -> None:
     parser.add_argument("path", nargs="?", type=Path, help="a store, target, run or distilled set")
     given = parser.parse_args(argv)
     if given.path is not None:
-        _require_there(str(given.path), given.path)
+        _require_there(str(given.path), given.path, is_set=True)
     from krrst_fast.cli.info import about_path, about_this_machine
+    from krrst_fast.distill.shipped import card_of, is_shipped
 
     rows = about_this_machine() if given.path is None else about_path(given.path)
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
+    if given.path is not None and is_shipped(given.path):
+        print(f"\n{card_of(given.path)}", end="")
 
 
 def _export(argv: list[str]) -> None:

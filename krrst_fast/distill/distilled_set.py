@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from krrst_fast.distill.shipped import file_of_set, nothing_at
 from krrst_fast.errors import DataError
 from krrst_fast.runs.config import flat
 from krrst_fast.runs.files import read_json
@@ -168,16 +169,18 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 def load_distilled(path: str | Path) -> DistilledSet:
-    """Read a distilled set from a run folder, a safetensors file or released tensors.
+    """Read a distilled set from a run folder, a file or released tensors, or a shipped one.
 
     Args:
-        path: A `.safetensors` file, the folder of a distillation run, or a folder with the
-            released `x_syn.pt` and `y_syn.pt` (whose images are taken as pixels in [0, 1]).
+        path: A `.safetensors` file, the folder of a distillation run, a folder with the released
+            `x_syn.pt` and `y_syn.pt` (whose images are taken as pixels in [0, 1]), or the name of a
+            set that comes with the package, "digits-30". A file or folder of that name in the
+            current directory is taken instead, with a warning.
 
     Raises:
         DataError: There is no set there, or it is damaged.
     """
-    path = Path(path)
+    path = file_of_set(path)
     if not path.is_dir():
         return _load_file(path)
     if (path / FILE_NAME).exists():
@@ -219,7 +222,7 @@ def _load_file(path: Path) -> DistilledSet:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: {nothing_at(path)}")
     try:
         sealed = check_safetensors(path, failure=DataError)
         with safe_open(path, framework="pt") as file:

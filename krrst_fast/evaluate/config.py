@@ -106,7 +106,8 @@ class EvaluateConfig:
     """Settings of an evaluation: the sets to pre-train on, the labelled store, the training."""
 
     run: Path
-    """A distillation run, or a distilled set alone; results go to its folder `evaluation/`."""
+    """A distillation run, or a distilled set alone; results go to its folder `evaluation/`. The
+    name of a shipped set, digits-30, will do; its results go to `evaluation/` where you are."""
     store: Path
     """The labelled images the networks are tested on."""
     source: Path | None = None

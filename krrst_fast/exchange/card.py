@@ -6,20 +6,24 @@ from typing import Any
 
 from krrst_fast.distill.distilled_set import DistilledSet
 
+_LICENCE = (
+    " Before you publish them, put the licence of that set into the first lines of this file."
+)
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
 
 
 def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     """Return the card of an exported set; `about` is what its krrst.json holds.
 
-    The licence is `unknown`: it is that of the images that were distilled, their owner's to say.
+    Where the set does not say its licence it is `unknown`: it is that of the images that were
+    distilled, their owner's to say.
     """
-    count = len(distilled)
+    count, licence = len(distilled), about["meta"].get("license")
     size = next((name for most, name in _SIZES if count < most), "100K<n<1M")
     header = [
         "---",
         "pretty_name: Distilled images",
-        "license: unknown",
+        f"license: {licence or 'unknown'}",
         "library_name: krrst_fast",
         "task_categories:",
         "- image-feature-extraction",
@@ -51,8 +55,8 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     body = [
         "# Distilled images",
         "",
-        "A few synthetic images that stand for a larger set, made by krrst_fast. Before you "
-        "publish them, put the licence of that set into the first lines of this file.",
+        "A few synthetic images that stand for a larger set, made by krrst_fast."
+        + ("" if licence else _LICENCE),
         "",
         "| | |",
         "|---|---|",
