@@ -107,12 +107,8 @@ def test_the_commands_take_the_name(
         assert main([*words.split(), *(["--out", "o"] if "export" in words else [])]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "shipped: digits-30" in line
-    assert (
-        main(
-            ["distill", "--store", "digits-30", "--target", "x", "--out", "o", "--num_images", "3"]
-        )
-        == 2
-    )
+    words = f"distill --store digits-30 --target x --out {empty}/o --num_images 3"
+    assert main(words.split()) == 2
     assert "shipped" not in capsys.readouterr().err
 
 
@@ -140,14 +136,17 @@ def _both(seed: int, store: ImageStore) -> tuple[Network, Network]:
 def test_more_of_the_target_is_learnt_from_them_than_from_real_digits(
     digits: ImageStore, empty: Path
 ) -> None:
-    """Measured: a held-out R2 of MEASURED."""
+    """Measured: a held-out R2 of 0.65 and of 0.49 after 50 steps, the difference +- 0.04."""
     wanted = torch.from_numpy(np.load(OUTPUTS)).float()[digits.count("train") :]
+    variance = float(wanted.var(0, correction=0).mean())
     images = plain_views(digits.images("test"), torch.arange(597), digits.mean, digits.std)
-    for seed in range(2):
+    errors = []
+    for seed in range(4):
+        nets = _both(seed, digits)
         with torch.no_grad():
-            errors = [float((net(images) - wanted).square().mean()) for net in _both(seed, digits)]
-        ours, theirs = (1 - error / float(wanted.var(0).mean()) for error in errors)
-        assert ours > 0.6 and ours - theirs > 0.1
+            errors.append([float((net(images) - wanted).square().mean()) for net in nets])
+    ours, theirs = (1 - statistics.fmean(column) / variance for column in zip(*errors))
+    assert ours > 0.53 and ours - theirs > 0.06, (ours, theirs)
 
 
 def _probes(net: Network, store: ImageStore, seed: int) -> tuple[float, float]:
@@ -172,13 +171,17 @@ def _probes(net: Network, store: ImageStore, seed: int) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_their_probe_gain_over_real_digits_holds(digits: ImageStore, empty: Path) -> None:
-    """Measured MEASURED."""
+    """Measured: 1.9 +- 0.4 points on features and 5.6 +- 1.2 on outputs.
+
+    Errors of 1e-5 in the images, which stand for other processors, change that by 0.3; other random
+    digits in place of the set gain 0.5 +- 0.6 and 0.2 +- 1.5 over the same rivals.
+    """
     gains = []
     for seed in range(8):
         ours, theirs = (_probes(net, digits, seed) for net in _both(seed, digits))
         gains.append([a - b for a, b in zip(ours, theirs)])
     on_features, on_outputs = (statistics.fmean(column) for column in zip(*gains))
-    assert on_features > 0.8 and on_outputs > 2.5, gains
+    assert on_features > 1 and on_outputs > 3, gains
 
 
 @pytest.mark.slow
