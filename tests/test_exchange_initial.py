@@ -128,7 +128,7 @@ def test_where_they_are_not_known_the_reason_is_said(
     # Of the same store, in the folder of a run that began with other images.
     shutil.copy(copy / "noise" / "distilled.safetensors", copy / "run" / "other.safetensors")
     line = _refused(copy / "run" / "other.safetensors", tmp_path, capsys)
-    assert "other.safetensors was made with other settings than" in line
+    assert "other.safetensors: is the set of another run: init_images is 'noise' there" in line
     labels = copy / "store" / LABELS
     data = bytearray(labels.read_bytes())
     data[0] ^= 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from krrst_fast import DistilledSet, ImageStore, PrepareConfig, load_distilled, prepare
+from krrst_fast import DistilledSet, ImageStore, PrepareConfig, export_set, load_distilled, prepare
 from krrst_fast.baselines.random_subset import random_index
 from krrst_fast.cli.main import main
 from krrst_fast.data.augment import plain_views
@@ -94,6 +95,7 @@ def test_the_commands_take_the_name(
     assert main(["export", "digits-30", "--to", "imagefolder", "--out", "folder"]) == 0
     card = (empty / "folder" / "README.md").read_text()
     assert "license: cc-by-4.0\n" in card and "put the licence" not in card
+    assert "| Made from | Optical Recognition of Handwritten Digits, E. Alpaydin" in card
 
     small = "--seeds 1 --model.widths 4 --pretrain.steps 1 --finetune.steps 0 --probe.solver ridge"
     words = f"evaluate digits-30 --store {digits.path} --methods distilled --name mine {small}"
@@ -110,6 +112,16 @@ def test_the_commands_take_the_name(
     words = f"distill --store digits-30 --target x --out {empty}/o --num_images 3"
     assert main(words.split()) == 2
     assert "shipped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("licence", ["mit\nevil: 1", "", "[a]"])
+def test_a_licence_that_is_no_plain_word_stays_out_of_the_header(
+    tmp_path: Path, licence: str
+) -> None:
+    made = load_distilled(FOLDER / "digits-30.safetensors")
+    other = replace(made, meta={"method": "krr-st", "license": licence})
+    card = (export_set(other, tmp_path / "out", to="npz") / "README.md").read_text()
+    assert "license: unknown\n" in card and "put the licence of that set" in card
 
 
 def _pretrained(images: Tensor, targets: Tensor, seed: int) -> Network:

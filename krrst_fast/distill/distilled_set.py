@@ -185,7 +185,7 @@ def load_distilled(path: str | Path) -> DistilledSet:
         return _load_file(path)
     if (path / FILE_NAME).exists():
         found = _load_file(path / FILE_NAME)
-        _require_its_run(path, found)
+        require_its_run(path, found, path / FILE_NAME)
         return found
     if all((path / name).exists() for name in _RELEASED):
         return _load_released(path)
@@ -197,8 +197,11 @@ def load_distilled(path: str | Path) -> DistilledSet:
     raise DataError(f"{path}: holds neither {FILE_NAME} nor {' and '.join(_RELEASED)}")
 
 
-def _require_its_run(folder: Path, found: DistilledSet) -> None:
-    """Raise DataError if the set in a run folder was made with other settings than the folder's."""
+def require_its_run(folder: Path, found: DistilledSet, path: Path) -> None:
+    """Raise DataError if a set, read from `path`, was made with other settings than a run folder's.
+
+    A set that does not say its settings, or a folder without any, is taken.
+    """
     if "config" not in found.meta or not (folder / "config.json").exists():
         return
     now = read_json(folder / "config.json")
@@ -207,7 +210,7 @@ def _require_its_run(folder: Path, found: DistilledSet) -> None:
     except json.JSONDecodeError:
         made = None
     if not isinstance(made, dict) or not isinstance(now, dict):
-        raise DataError(f"{folder / FILE_NAME}: does not hold the settings of a run")
+        raise DataError(f"{path}: does not hold the settings of a run")
     made, now = flat(made), flat(now)
     changes = [
         f"{name} is {value!r} there and {now.get(name)!r} in config.json"
@@ -215,7 +218,7 @@ def _require_its_run(folder: Path, found: DistilledSet) -> None:
         if now.get(name) != value
     ]
     if changes:
-        raise DataError(f"{folder / FILE_NAME}: is the set of another run: {'; '.join(changes)}")
+        raise DataError(f"{path}: is the set of another run: {'; '.join(changes)}")
 
 
 def _load_file(path: Path) -> DistilledSet:

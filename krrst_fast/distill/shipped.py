@@ -4,6 +4,8 @@ import re
 import warnings
 from pathlib import Path
 
+from krrst_fast.runs.files import recover_folder
+
 FOLDER = Path(__file__).resolve().parent.parent / "sets"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -23,6 +25,8 @@ def file_of_set(path: str | Path) -> Path:
 
     What is on disk under the name of a shipped set is taken, with a warning.
     """
+    if str(path) in shipped_names():
+        recover_folder(Path(path))
     if is_shipped(path):
         return FOLDER / f"{path}.safetensors"
     if str(path) in shipped_names():

@@ -1,6 +1,7 @@
 """The README.md of a data set on Hugging Face: a YAML header and a page."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,12 +19,14 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     Where the set does not say its licence it is `unknown`: it is that of the images that were
     distilled, their owner's to say.
     """
-    count, licence = len(distilled), about["meta"].get("license")
+    count, licence = len(distilled), about["meta"].get("license", "")
+    # It becomes a value in YAML, and a set may come from anywhere.
+    known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) is not None
     size = next((name for most, name in _SIZES if count < most), "100K<n<1M")
     header = [
         "---",
         "pretty_name: Distilled images",
-        f"license: {licence or 'unknown'}",
+        f"license: {licence if known else 'unknown'}",
         "library_name: krrst_fast",
         "task_categories:",
         "- image-feature-extraction",
@@ -48,6 +51,8 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
         "Target network": about["encoder"] or "not known",
         "Method": about["meta"].get("method", "not known"),
     }
+    if "source" in about["meta"]:
+        rows["Made from"] = about["meta"]["source"]
     table = [
         f"| {key} | {str(value).replace('|', chr(92) + '|').replace(chr(10), ' ')} |"
         for key, value in rows.items()
@@ -56,7 +61,7 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
         "# Distilled images",
         "",
         "A few synthetic images that stand for a larger set, made by krrst_fast."
-        + ("" if licence else _LICENCE),
+        + ("" if known else _LICENCE),
         "",
         "| | |",
         "|---|---|",

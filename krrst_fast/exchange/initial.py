@@ -5,12 +5,17 @@ from pathlib import Path
 import torch
 
 from krrst_fast.data.store import LABELS, ImageStore, checksum, checksums, open_store
-from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
-from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.distill.config import DistillConfig
+from krrst_fast.distill.distilled_set import (
+    FILE_NAME,
+    DistilledSet,
+    load_distilled,
+    require_its_run,
+)
 from krrst_fast.distill.start import initial_index
 from krrst_fast.errors import DataError
 from krrst_fast.exchange.labels import Labels
-from krrst_fast.runs.config import config_hash, from_dict
+from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.files import read_json
 
 
@@ -42,9 +47,7 @@ def _found(path: Path, distilled: DistilledSet) -> Labels:
         raise DataError(f"{path} {where} no folder of a run")
     config = from_dict(DistillConfig, read_json(run / "config.json"))
     # Another set may lie there, or be named where the current directory is a run.
-    made_by = distilled.meta.get("config_hash")
-    if made_by is not None and made_by != config_hash(config, ignore=FREE_SETTINGS):
-        raise DataError(f"{path} was made with other settings than {run / 'config.json'} has")
+    require_its_run(run, distilled, path)
     if config.init_images != "real":
         raise DataError(f"the run began with {config.init_images}")
     store = open_store(config.store)
