@@ -198,7 +198,7 @@ MISTAKES = {
     "wrong list": (["distill", "--pool.model.widths", "x"], ["must be a list such as [1, 2]"]),
     "wrong range": (
         ["distill", *DISTILL_PATHS, *DISTILL, "--lr", "-1"],
-        ["lr must be positive, got -1.0"],
+        ["lr must be at least 0, got -1.0"],
     ),
     "not finite": (
         ["distill", *DISTILL_PATHS, *DISTILL, "--lr", ".inf"],
