@@ -209,7 +209,8 @@ def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     result = evaluate(config, progress=_progress(switches))
     print(result.table())
     print(f"\nwrote {config.folder / result.name}.json")
-    print(f"next: krrst report {shlex.quote(str(config.runs[0]))}")
+    if config.runs[0].is_dir():
+        print(f"next: krrst report {shlex.quote(str(config.runs[0]))}")
 
 
 def _report(argv: list[str]) -> None:
@@ -232,13 +233,16 @@ def _info(argv: list[str]) -> None:
     parser.add_argument("path", nargs="?", type=Path, help="a store, target, run or distilled set")
     given = parser.parse_args(argv)
     if given.path is not None:
-        require_there(str(given.path), given.path)
+        require_there(str(given.path), given.path, is_set=True)
     from krrst_fast.cli.info import about_path, about_this_machine
+    from krrst_fast.distill.shipped import card_of, is_shipped
 
     rows = about_this_machine() if given.path is None else about_path(given.path)
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
+    if given.path is not None and is_shipped(given.path):
+        print(f"\n{card_of(given.path)}", end="")
 
 
 def _baseline(argv: list[str]) -> None:
