@@ -48,15 +48,18 @@ def draw_labelled(
     """
     if per_class is None:
         return torch.arange(len(labels))
+    counts = torch.bincount(labels, minlength=classes)
+    if bool((counts < per_class).any()):
+        short = (counts < per_class).nonzero().flatten().tolist()
+        more = f", as {len(short) - 1} other classes" if len(short) > 1 else ""
+        raise DataError(
+            f"{where}: class {short[0]} has only {int(counts[short[0]])} labelled training images"
+            f"{more}, and labels_per_class is {per_class}"
+        )
     draw = generator(seed, "labels")
     picks = []
     for label in range(classes):
         members = (labels == label).nonzero().flatten()
-        if len(members) < per_class:
-            raise DataError(
-                f"{where}: class {label} has only {len(members)} labelled training images, and "
-                f"labels_per_class is {per_class}"
-            )
         picks.append(members[torch.randperm(len(members), generator=draw)[:per_class]])
     return torch.cat(picks).sort().values
 

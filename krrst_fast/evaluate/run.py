@@ -8,6 +8,7 @@ from pathlib import Path
 from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError
 from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.evaluate.notes import data_notes
 from krrst_fast.evaluate.materials import Materials, open_materials
 from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
@@ -47,6 +48,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     materials = open_materials(config)
     stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
     verifications = [Verification(store) for store in stores.values()]
+    notes = data_notes(materials.store, materials.test_split, materials.held_out_from[0])
     trials = Trials(materials)
     name = config.name or config.store.resolve().name
     folder = (config.run if config.run.is_dir() else config.run.parent) / "evaluation"
@@ -88,6 +90,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
                 num_images=len(materials.distilled),
                 environment=describe(),
                 seconds=sum(row.seconds for row in ordered),
+                notes=notes,
             )
             write_json(folder / f"{name}.json", evaluation.to_json(), sealed=True)
             partial.unlink(missing_ok=True)

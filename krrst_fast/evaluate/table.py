@@ -121,6 +121,8 @@ class Evaluation:
     environment: Mapping[str, Any]
     seconds: float
     """The sum over the rows, however often the evaluation was stopped."""
+    notes: tuple[str, ...] = ()
+    """What of the data the accuracies are to be read with: `notes.data_notes`."""
 
     def accuracies(self, method: Method, task: Task) -> dict[int, float]:
         """Return the accuracy by seed, in per cent; empty where the method was not run."""
@@ -177,6 +179,7 @@ class Evaluation:
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
         notes = [*self.verdicts(), *filter(None, [self._explained_in_words(), self.stopped()])]
+        notes += self.notes
         return "\n".join([self._title(), "", *text, "", *notes]).rstrip()
 
     def _explained_in_words(self) -> str:
@@ -244,6 +247,7 @@ class Evaluation:
                 for method in self.config.methods
             ],
             "verdicts": self.verdicts(),
+            "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
             "config": to_dict(self.config),
             "environment": dict(self.environment),
@@ -266,6 +270,7 @@ class Evaluation:
                 num_images=int(values["num_images"]),
                 environment=dict(values["environment"]),
                 seconds=float(values["seconds"]),
+                notes=tuple(map(str, values.get("notes", ()))),
             )
         except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a result of krrst evaluate ({error!r})") from None
