@@ -203,7 +203,11 @@ def test_a_matrix_of_features_is_a_target_for_the_views_it_has(mirrored, tiny_st
     for wrong in (ViewConfig(padding=1, flip=False), ViewConfig(padding=0, flip=True)):
         if wrong != plain:
             refused = dataclasses.replace(run, out=tmp_path / "wrong", views=wrong)
-            with pytest.raises(ConfigError, match=r"pass --views.padding 0"):
+            kept, flag = (
+                ("plain and mirrored", "") if mirrored else ("plain", " --views.flip false")
+            )
+            message = f"features of {kept} images.* pass --views.padding 0{flag}$"
+            with pytest.raises(ConfigError, match=message):
                 distill(refused, progress=False)
     noise = dataclasses.replace(run, out=tmp_path / "noise", init_images="noise")
     with pytest.raises(ConfigError, match="table of features"):

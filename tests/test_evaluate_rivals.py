@@ -61,7 +61,7 @@ def config(base: Path, tmp_path: Path) -> EvaluateConfig:
         seeds=1,
         model=NETWORK,
         pretrain=PretrainConfig(steps=40),
-        probe=ProbeConfig(solver="ridge", labels_per_class=3),
+        probe=ProbeConfig(solver="ridge", labels=(3,)),
         finetune=FinetuneConfig(steps=0),
         device="cpu",
     )
@@ -72,11 +72,11 @@ def test_every_method_has_its_figures(config: EvaluateConfig) -> None:
     row_of = {row.method: row for row in result.rows}
     assert tuple(row_of) == METHODS
     without = {"none", "random_labels"}
-    assert {m for m in METHODS if row_of[m].outputs is None} == without
+    assert {m for m in METHODS if "outputs-3" not in row_of[m].scores} == without
     assert {m for m in METHODS if row_of[m].r2 is None} == without | {"target"}
     assert row_of["random_early"].pretrain_steps in (10, 30, 40)
     assert f"best after {row_of['random_early'].pretrain_steps} steps" in result.table()
-    assert result.tasks() == ("probe", "outputs")
+    assert result.tasks() == ("probe-3", "outputs-3")
     assert "held-out R2" in result.table()
     assert result.to_json()["summary"][2]["r2"] == row_of["random_target"].r2
 
@@ -180,10 +180,10 @@ def test_a_set_of_another_project_has_no_r2_and_its_rivals_their_own_scale(
     pixels.meta["method"] = "imported from lgm"
     pixels.save(config.run / "distilled.safetensors")
     moved = evaluate(replace(config, methods=methods, name="y"), progress=False)
-    for name in ("probe", "outputs"):
+    for name in ("probe-3", "outputs-3"):
         assert moved.accuracies("random_target", name) == own.accuracies("random_target", name)
     assert [row.r2 for row in moved.rows] == [None, None]
-    assert moved.accuracies("distilled", "outputs") == {}
+    assert moved.accuracies("distilled", "outputs-3") == {}
 
 
 def test_the_target_is_not_needed_for_what_is_asked(config: EvaluateConfig) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from krrst_fast.cli.presets import PRESETS
+from krrst_fast.distill.cache import LARGEST, is_cached
 from krrst_fast.models import build
 from krrst_fast.runs.config import from_dict, to_dict
 
@@ -19,8 +20,15 @@ PAPER = {
 }
 
 
+# limit, P, M, pool widths, B, steps, T, pre-training steps
+ENCODER = {
+    "cifar100-encoder": (10_000, 64, 100, (16, 32, 64), 128, 2500, 100, 300),
+    "cifar100-encoder-1000": (None, 256, 1000, (128, 256, 512), 1024, 20_000, 1000, 4000),
+}
+
+
 def test_names() -> None:
-    assert set(PRESETS) == {*PAPER, "digits"}
+    assert set(PRESETS) == {*PAPER, *ENCODER, "digits"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -73,6 +81,34 @@ def test_target_has_the_papers_outputs(name: str, outputs: int) -> None:
     network = build(config.model, image_size=size, num_outputs=config.num_outputs, seed=0)
     assert (config.num_outputs or network.feature_dim) == outputs
     assert config.loss == "barlow_twins"
+
+
+@pytest.mark.parametrize("name", ENCODER)
+def test_encoder_settings(name: str) -> None:
+    limit, outputs, num_images, widths, batch_size, steps, online_steps, pretrain = ENCODER[name]
+    preset = PRESETS[name]
+    prepare = preset.prepare(source="x", out=Path("out"))
+    assert (prepare.size, prepare.limit) == (32, limit)
+    target = preset.target(store=Path("store"), out=Path("out"))
+    assert (target.encoder, target.input_size) == ("efficientnet_lite0", 112)
+    assert target.num_outputs == outputs and not target.standardize
+    distill = preset.distill(**PATHS)
+    assert (distill.num_images, distill.batch_size, distill.steps) == (
+        num_images,
+        batch_size,
+        steps,
+    )
+    assert (distill.lr, distill.lr_targets) == (1e-2, None)
+    assert (distill.views.padding, distill.views.flip) == (0, True)
+    assert (distill.pool.size, distill.pool.online_steps) == (20, online_steps)
+    # The outputs of the encoder are kept without a flag that says so.
+    assert is_cached(distill, prepare.limit or 50_000, outputs)
+    assert outputs * 2 * (prepare.limit or 50_000) * 4 < LARGEST
+    evaluate = preset.evaluate(run=Path("out"), store=Path("store"))
+    assert evaluate.model == distill.pool.model and distill.pool.model.widths == widths
+    assert evaluate.pretrain.steps == pretrain and evaluate.seeds == 4
+    assert {"none", "random_target", "random_early", "kmeans", "distilled"} == {*evaluate.methods}
+    assert evaluate.probe.solver == "ridge" and evaluate.finetune.steps == 0
 
 
 def test_digits_are_never_mirrored() -> None:

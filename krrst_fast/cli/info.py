@@ -117,6 +117,7 @@ def _target(path: Path) -> dict[str, str]:
 
 
 def _run(path: Path) -> dict[str, str]:
+    from krrst_fast.distill.heldout import in_words, last_figures
     from krrst_fast.report.run_folder import read_run
 
     run = read_run(path)
@@ -125,6 +126,8 @@ def _run(path: Path) -> dict[str, str]:
     rows |= {key: str(run.config[key]) for key in ("store", "target") if key in run.config}
     if (loss := loss_at_end(run.rows)) is not None:
         rows["loss at the end"] = f"{loss:.4g}"
+    if said := in_words(run.summary or last_figures(run.rows)):
+        rows["held-out R2"] = said.removeprefix("held-out R2: ")
     if run.distilled is not None:
         rows |= {k: v for k, v in _distilled(path).items() if k != "kind"}
     rows |= _environments(path)

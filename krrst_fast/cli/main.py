@@ -237,7 +237,8 @@ def _target(config: Any, switches: frozenset[str], run: str) -> None:
 
 def _distill(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.distill import distill
-    from krrst_fast.runs.files import read_jsonl
+    from krrst_fast.distill.heldout import in_words
+    from krrst_fast.runs.files import read_json, read_jsonl
     from krrst_fast.runs.log import loss_at_end
 
     made = distill(config, resume="resume" in switches, progress=_progress(switches))
@@ -247,6 +248,9 @@ def _distill(config: Any, switches: frozenset[str], run: str) -> None:
     loss = loss_at_end(read_jsonl(config.out / "metrics.jsonl"))
     if loss is not None:
         print(f"loss at the end: {loss:.4g} (mean of the last tenth of the logged steps)")
+    summary = config.out / "summary.json"
+    if summary.exists() and (said := in_words(read_json(summary))):
+        print(said)
     print(f"next: krrst evaluate {shlex.quote(str(config.out))}{run} --store LABELLED_STORE")
 
 

@@ -90,9 +90,12 @@ def parse(
     for at, (token, after) in reversed(list(enumerate(zip(rest, [*rest[1:], ""])))):
         if flags.get(token) is bool and after not in ("true", "false"):
             rest[at] = f"{token}=true"
-    given = vars(parser.parse_args(rest))
+    given = vars(parser.parse_intermixed_args(rest))
     on = frozenset(name for name in switches if given.pop(name.replace("-", "_")))
     for name, text in given.items():
+        if isinstance(text, list):  # the words of a positional
+            values = _merge(values, {name: text} if len(text) > 1 else {name: text[0]})
+            continue
         values = _merge(values, _checked(config_class, name, text, flags[f"--{name}"]))
     return Parsed(
         config_class=config_class,
@@ -267,7 +270,7 @@ def _add_fields(
         note = f"{notes.get(name, '')} {shown}".strip()
         plain: dict[str, Any] = {"help": note.replace("%", "%%"), "default": argparse.SUPPRESS}
         if name in positionals:
-            group.add_argument(name, nargs="?", metavar=name.upper(), **plain)
+            group.add_argument(name, nargs=_count(hint), metavar=name.upper(), **plain)
         else:
             flag = f"{prefix}{name}"
             group.add_argument(f"--{flag}", metavar=_metavar(hint), dest=flag, **plain)
@@ -276,6 +279,11 @@ def _add_fields(
         about = (section.__doc__ or "").partition("\n")[0]
         below = parser.add_argument_group(title, about)
         _add_fields(parser, below, section, values.get(name, {}), f"{prefix}{name}.", ())
+
+
+def _count(hint: Any) -> str:
+    """Return how many words a positional takes: any number where it may be a list."""
+    return "*" if any(typing.get_origin(kind) is tuple for kind in _alternatives(hint)) else "?"
 
 
 class _Help(argparse.HelpFormatter):
@@ -289,7 +297,9 @@ def _notes(config_class: type) -> dict[str, str]:
     """Return the text under each field of a dataclass."""
     from docstring_parser import parse_from_object
 
-    notes = parse_from_object(config_class).params
+    # A class shows the fields of those it is built on.
+    parts = [part for part in config_class.__mro__[::-1] if dataclasses.is_dataclass(part)]
+    notes = [note for part in parts for note in parse_from_object(part).params]
     return {note.arg_name: _flat(note.description or "") for note in notes}
 
 

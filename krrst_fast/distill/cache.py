@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ def check_views(config: DistillConfig, store: ImageStore, target: FrozenTarget) 
                 "--target_cache on (to keep them all), or off (to run it at every step)"
             )
     if is_cached(config, count, target.dim):
-        folder = _folder(config, store, target)
+        folder = outputs_folder(config, _inputs(config, store, target))
         there = _size_on_disk(folder)
         while not folder.exists():
             folder = folder.parent
@@ -124,12 +124,17 @@ def _inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> d
     }
 
 
-def _folder(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> Path:
-    """Return where the outputs are kept: by the target, or in the run where that is read-only."""
+def outputs_folder(config: DistillConfig, inputs: Mapping[str, str]) -> Path:
+    """Return where outputs are kept: by the target, or in the run where that is read-only.
+
+    Args:
+        config: Settings of the run.
+        inputs: What the outputs depend on.
+    """
     home = config.target if config.target.is_dir() else config.target.parent
     if not os.access(home, os.W_OK):
         home = config.out
-    key = json.dumps(_inputs(config, store, target), sort_keys=True).encode()
+    key = json.dumps(dict(inputs), sort_keys=True).encode()
     return home / "outputs" / hashlib.sha256(key).hexdigest()[:16]
 
 
@@ -154,6 +159,7 @@ def make_cache(
     """
     kept = kept_views(config.views, config.fixed_views) if config.fixed_views else None
     on_disk = isinstance(target.config, EncoderInfo)
+    inputs = _inputs(config, store, target)
     return TargetCache(
         target,
         images,
@@ -162,8 +168,8 @@ def make_cache(
         kept_as=kept_dtype(config),
         compute=compute,
         kept=kept,
-        folder=_folder(config, store, target) if on_disk else None,
-        inputs=_inputs(config, store, target) if on_disk else {},
+        folder=outputs_folder(config, inputs) if on_disk else None,
+        inputs=inputs if on_disk else {},
         progress=progress,
     )
 

@@ -74,9 +74,13 @@ class DistillConfig:
     """Real images in an outer step (B). May be larger than the store: batches run through the
     shuffled store again and again, so such a batch holds an image more than once."""
     lr: float = 1e-4
-    """The rate of AdamW on the images and the targets; it decays linearly."""
+    """The rate of AdamW on the images and the targets; it decays linearly. With 0 the images stay
+    those that the run starts with, and no gradient to them is computed."""
+    lr_targets: float | None = None
+    """The rate of AdamW on the targets, where it is another than `lr`. With 0 they stay as they
+    are."""
     final_lr_fraction: float = 1e-3
-    """What is left of `lr` at the end."""
+    """What is left of both rates at the end."""
     ridge: float = 1e-6
     ridge_of: RidgeOf = "trace"
     """What `ridge` is a multiple of."""
@@ -116,6 +120,8 @@ class DistillConfig:
     checkpoint_minutes: float = 10.0
     """Minutes after which there is a checkpoint whatever the step, also of the pool's warm-up."""
     log_every: int = 20
+    """Outer steps between rows of metrics.jsonl. Where the store has a test or val split there are
+    also rows with the held-out R2: at the start, and at the end of every tenth of the run."""
     sinks: tuple[SinkName, ...] = ()
     """Who gets the rows of metrics.jsonl too: tensorboard (OUT/tensorboard) and wandb (OUT/wandb,
     offline unless WANDB_MODE says online), each an extra of its name."""
@@ -126,7 +132,14 @@ class DistillConfig:
             *(1, self, "num_images", "steps", "batch_size", "checkpoint_every", "log_every")
         )
         require_at_least(0, self, "fixed_views")
-        require_positive(self, "lr", "ridge", "checkpoint_minutes")
+        require_positive(self, "ridge", "checkpoint_minutes")
+        require_at_least(0, self, "lr")
+        if self.lr_targets is None:
+            require(self.lr > 0, self, "lr", "positive, or lr_targets given")
+        else:
+            require_at_least(0, self, "lr_targets")
+            at_rest = self.lr == self.lr_targets == 0
+            require(not at_rest, self, "lr_targets", "positive where lr is 0")
         require(len(set(self.sinks)) == len(self.sinks), self, "sinks", "given once each")
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
         reference = self.solver.backend == "reference"

@@ -16,6 +16,7 @@ from krrst_fast.distill.arithmetic import arithmetic, convolutions, environment_
 from krrst_fast.distill.cache import check_views
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.distill.heldout import HeldOut, warn_of_nothing
 from krrst_fast.distill.source import Source
 from krrst_fast.distill.start import (
     Identity,
@@ -24,7 +25,6 @@ from krrst_fast.distill.start import (
     initial_set,
     make_source,
     make_state,
-    target_variance,
 )
 from krrst_fast.distill.step import (
     LinearDecay,
@@ -120,15 +120,16 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
             run.take_up(progress)
         try:
             source = make_source(config, store, target, device, progress=progress)
+            held_out = HeldOut(config, store, target, source, initial, progress=progress)
         except Interrupted as error:  # at once: the outputs of an encoder are saved as they come
             where = f"before step {state.step + 1} of {config.steps}; the checkpoint is kept"
             raise Interrupted(error.signum, where) from None
         with run.interrupts.noted():
-            run.go_on(source, progress)
+            run.go_on(source, held_out, progress)
 
         written = summary(run.totals, config.steps, config.batch_size)
-        written["target_variance"] = target_variance(config, store, target)
-        write_json(config.out / "summary.json", written, sealed=True)
+        figures = held_out.summary(read_jsonl(config.out / "metrics.jsonl"))
+        write_json(config.out / "summary.json", {**written, **figures}, sealed=True)
         result = as_distilled(config, inputs, state, target)
         result.save(config.out / FILE_NAME)
         return result
@@ -213,7 +214,7 @@ class _Run:
             state.load_state_dict(saved["state"])
             self.totals, ages = saved["totals"], saved.get("warm_up_ages")
             if ages is None:
-                cut_metrics(self.config.out / "metrics.jsonl", state.step)
+                self._cut_metrics()
                 return
         if ages is None:
             ages = state.pool.starting_ages(state.generator)
@@ -234,7 +235,11 @@ class _Run:
         count_time()
         self.totals["peak_memory_mb"] = environment.peak_memory_mb(state.x_syn.device)
         self._save("the pool's warm-up")
-        cut_metrics(self.config.out / "metrics.jsonl", 0)
+        self._cut_metrics()
+
+    def _cut_metrics(self) -> None:
+        # The row of step 0 is not of a step that was saved: it is written anew.
+        cut_metrics(self.config.out / "metrics.jsonl", self.state.step or -1)
 
     def _save(self, what: str, **more: Any) -> None:
         # What a damaged store led to is not saved.
@@ -248,12 +253,15 @@ class _Run:
         save_checkpoint(self._path, self.config, {**contents, **more})
         self._saves.done(what)
 
-    def go_on(self, source: Source, progress: bool) -> None:
+    def _decay(self, rate: float) -> LinearDecay:
+        config = self.config
+        return LinearDecay(start=rate, final=rate * config.final_lr_fraction, steps=config.steps)
+
+    def go_on(self, source: Source, held_out: HeldOut, progress: bool) -> None:
         """Take the outer steps that are left, with log and checkpoints."""
         config, state = self.config, self.state
-        rate = LinearDecay(
-            start=config.lr, final=config.lr * config.final_lr_fraction, steps=config.steps
-        )
+        rate = self._decay(config.lr)
+        rate_targets = None if config.lr_targets is None else self._decay(config.lr_targets)
         metrics = config.out / "metrics.jsonl"
         sinks = Sinks(config.sinks, config.out, settings=to_dict(config), rows=read_jsonl(metrics))
         log = RunLog(
@@ -268,16 +276,20 @@ class _Run:
             progress, total=config.steps, initial=state.step, desc="distill", unit="step"
         )
         with sinks, bar_of_steps as bar:
+            if state.step == 0 and held_out.due(0):
+                warn_of_nothing(log.write(0, held_out.measure(state)), config.num_images)
             while state.step < config.steps:
                 report = outer_step(
                     state,
                     source,
                     rate,
+                    rate_targets=rate_targets,
                     ridge=config.ridge,
                     ridge_of=config.ridge_of,
                     solver=config.solver,
                 )
-                logs = due(state.step, config.log_every, config.steps)
+                measures = held_out.due(state.step)
+                logs = measures or due(state.step, config.log_every, config.steps)
                 saves = self._saves.due(state.step)
                 if logs or saves:
                     state.settle()
@@ -287,9 +299,10 @@ class _Run:
                 # The row before the checkpoint: a kill between them leaves a row too many, which
                 # is cut, and never one too few.
                 if logs:
-                    bar.set_postfix(
-                        _shown(log.write(state.step, _values(report, state.pool.lr))), refresh=False
-                    )
+                    values = _values(report, state.pool.lr)
+                    if measures:
+                        values |= held_out.measure(state)
+                    bar.set_postfix(_shown(log.write(state.step, values)), refresh=False)
                 if saves:
                     log.count_time()
                     self._save(f"step {state.step} of {config.steps}")
@@ -328,6 +341,7 @@ def warm_up(
 def _values(report: StepReport, pool_lr: float) -> dict[str, float]:
     """Return what the log keeps of a step."""
     solve = report.solve
+    apart = {} if report.lr_targets == report.lr else {"lr_targets": report.lr_targets}
     return {
         "loss": float(report.loss),
         "ridge": float(solve.ridge),
@@ -336,6 +350,7 @@ def _values(report: StepReport, pool_lr: float) -> dict[str, float]:
         "slot": report.slot,
         "slot_age": report.slot_age,
         "lr": report.lr,
+        **apart,
         "pool_lr": pool_lr,
     }
 

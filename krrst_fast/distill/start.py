@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import draw_among, draw_views, kept_views, plain_views, render
+from krrst_fast.data.augment import kept_views, plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.arithmetic import FastTarget, arithmetic, storage
 from krrst_fast.distill.cache import is_cached, make_cache, most_bytes
@@ -21,7 +21,6 @@ from krrst_fast.runs.seeding import generator
 from krrst_fast.targets import FrozenTarget
 
 CHUNK = 256
-VARIANCE_IMAGES = 1024
 
 
 Identity = Mapping[str, str]
@@ -82,31 +81,6 @@ def represent(target: FrozenTarget, images: Tensor) -> Tensor:
     """Compute the target's outputs [N, P] on normalised images [N, C, H, W], in chunks."""
     device = target.device
     return torch.cat([target(chunk.to(device)).cpu().float() for chunk in images.split(CHUNK)])
-
-
-def target_variance(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> float:
-    """Compute the variance of the target's outputs over images: the scale of the loss.
-
-    It is averaged over outputs and, like the loss, of images in random views.
-    """
-    draw = generator(config.seed, "variance")
-    index = torch.randperm(store.count("train"), generator=draw)[:VARIANCE_IMAGES]
-    if config.fixed_views:
-        view = draw_among(index, kept_views(config.views, config.fixed_views), draw)
-    else:
-        view = draw_views(index, config.views, draw)
-    if target.table is not None:
-        outputs = target.table.rows(index, view.flip).cpu()
-    else:
-        images = render(
-            store.images("train"),
-            view,
-            padding=config.views.padding,
-            mean=target.mean,
-            std=target.std,
-        )
-        outputs = represent(target, images)
-    return outputs.var(0, correction=0).mean().item()
 
 
 def make_source(

@@ -35,9 +35,9 @@ class State:
 
     Attributes:
         step: The outer steps done.
-        x_syn: The synthetic images [M, C, H, W], a leaf with gradient.
-        y_syn: Targets of x_syn [M, P], a leaf with gradient.
-        optimizer: AdamW on these two, without weight decay.
+        x_syn: The synthetic images [M, C, H, W], a leaf with gradient unless its rate is 0.
+        y_syn: Targets of x_syn [M, P], likewise.
+        optimizer: AdamW without weight decay, a group for each of these two.
         pool: The networks.
         generator: Draws slots and views.
     """
@@ -48,7 +48,8 @@ class State:
         self.step = 0
         self.x_syn = x_syn.detach().clone().requires_grad_(True)
         self.y_syn = y_syn.detach().clone().requires_grad_(True)
-        self.optimizer = torch.optim.AdamW([self.x_syn, self.y_syn], weight_decay=0.0, fused=True)
+        groups = [{"params": [self.x_syn]}, {"params": [self.y_syn]}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.pool = pool
         self.generator = generator
 
@@ -85,7 +86,7 @@ class State:
             self.x_syn.copy_(state["x_syn"])
             self.y_syn.copy_(state["y_syn"])
         # The optimizer would keep the very tensors of the dict, and change them.
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.optimizer.load_state_dict(copy.deepcopy(_two_groups(state["optimizer"])))
         self.pool.load_state_dict(state["pool"])
         self.generator.set_state(state["generator"].cpu())
 
@@ -101,6 +102,9 @@ class StepReport:
     slot_age: int
     """SGD steps the network had had when its features were taken."""
     lr: float
+    """The rate of the images."""
+    lr_targets: float
+    """The rate of the targets."""
 
 
 def outer_step(
@@ -108,11 +112,15 @@ def outer_step(
     source: Source,
     rate: LinearDecay,
     *,
+    rate_targets: LinearDecay | None = None,
     ridge: float,
     ridge_of: RidgeOf,
     solver: Solver = DEFAULT,
 ) -> StepReport:
     """Take one step of Algorithm 1 of KRR-ST, in place on `state`.
+
+    `rate` is that of the images, and of the targets too unless `rate_targets` is given. What has a
+    rate of 0 stays as it is, and no gradient to it is computed.
 
     With solver.check="flag" the loss is not read: after a failure it is NaN, in this step and, as
     the images are then NaN too, in every later one.
@@ -128,6 +136,9 @@ def outer_step(
     x_real, y_real = source.draw(state.step, state.generator)  # [B, C, H, W], [B, P]
     slot = state.pool.draw(state.generator)
     lr = rate(state.step)
+    lr_targets = lr if rate_targets is None else rate_targets(state.step)
+    x_syn.requires_grad_(lr > 0)
+    y_syn.requires_grad_(lr_targets > 0)
     if state.pool.unsettled is not None and state.pool.unsettled.slot is slot:
         state.settle()
 
@@ -166,7 +177,7 @@ def outer_step(
             loss, solve = loss_and_gradients()
     age = slot.age
 
-    set_rate(state.optimizer, lr)
+    set_rates(state.optimizer, lr, lr_targets)
     state.optimizer.step()
 
     state.settle()
@@ -179,6 +190,7 @@ def outer_step(
         slot=slot.number,
         slot_age=age,
         lr=lr,
+        lr_targets=lr_targets,
     )
 
 
@@ -202,7 +214,15 @@ def require_finite(loss: Tensor, *gradients: Tensor | None) -> None:
         raise NonFiniteError(text + more)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the learning rate."""
-    for group in optimizer.param_groups:
+def set_rates(optimizer: torch.optim.Optimizer, *rates: float) -> None:
+    """Give each parameter group its learning rate."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def _two_groups(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of an optimizer with the single group of earlier versions split in two."""
+    groups = saved["param_groups"]
+    if len(groups) == 1:
+        groups = [{**groups[0], "params": [number]} for number in groups[0]["params"]]
+    return {**saved, "param_groups": groups}

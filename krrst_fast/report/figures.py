@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from krrst_fast.evaluate.table import Sample
+from krrst_fast.evaluate.paired import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,8 +99,8 @@ def age_bins(age: Series, loss: Series) -> list[tuple[str, Series]]:
     return bins
 
 
-def outer_loss(step: Series, loss: Series, variance: float | None) -> Curve:
-    """Plot the outer loss on a log scale, with its share of the target variance."""
+def outer_loss(step: Series, loss: Series) -> Curve:
+    """Plot the outer loss on a log scale."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -109,14 +109,6 @@ def outer_loss(step: Series, loss: Series, variance: float | None) -> Curve:
         _readable_log(axes)
         axes.set_xlabel("outer step")
         axes.set_ylabel("loss (mean squared error)")
-        if variance:
-            scale = variance / 100
-            share = axes.secondary_yaxis(
-                "right", functions=(lambda v: np.divide(v, scale), lambda v: np.multiply(v, scale))
-            )
-            share.set_ylabel("% of the target variance")
-            share.spines["right"].set_visible(False)
-            _readable_log(share, axes)
 
     x, y = _finite(step, loss, positive=True)
     median = running_median(x, y)[1]
@@ -125,14 +117,36 @@ def outer_loss(step: Series, loss: Series, variance: float | None) -> Curve:
         behind = "of the logged losses the lowest and the highest of each stretch stand"
     caption = (
         f"Running median {number(median[0])} at step {x[0]:,.0f}, {number(median[-1])} at "
-        f"step {x[-1]:,.0f}; {behind} faint behind it."
+        f"step {x[-1]:,.0f}; {behind} faint behind it. It says that the run is sound, not that the "
+        "images are worth anything: a target that is easy to predict has a low one from the start."
     )
-    if variance:
-        caption += (
-            f" The right scale is the same loss against the variance of the target's outputs, "
-            f"{number(variance)}: 100 % is what predicting their mean would score."
-        )
     return _curve("Outer loss", draw, caption)
+
+
+def held_out(
+    step: Series, ours: Series, real: Series, attainable: Series, caption: str
+) -> Curve | None:
+    """Plot the held-out R2 of the synthetic set, of real images, and what is attainable."""
+    if not has_data(ours):
+        return None
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for values, label, colour, style in (
+            (attainable, "attainable", INK, "s--"),
+            (ours, "distilled", ACCENT, "o-"),
+            (real, "as many real images", RIVAL_BLUE, "o-"),
+        ):
+            if np.isfinite(values).any():
+                axes.plot(*_finite(step, values), style, color=colour, label=label, markersize=4)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.margins(x=0.02)
+        _readable_steps(axes)
+        axes.legend(frameon=False, labelcolor=INK)
+        axes.set_xlabel("outer step")
+        axes.set_ylabel("held-out R2")
+
+    return _curve("Held-out R2", draw, caption)
 
 
 def loss_by_age(step: Series, loss: Series, age: Series) -> Curve | None:
@@ -221,14 +235,11 @@ def _readable_steps(axes: "Axes") -> None:
     )
 
 
-def _readable_log(axes: Any, parent: "Axes | None" = None, *, low_panel: bool = False) -> None:
-    """Set ticks within a decade, in plain digits: most runs span less than one decade.
-
-    A secondary axis learns its limits only when it is drawn, and spans what its `parent` spans.
-    """
+def _readable_log(axes: "Axes", *, low_panel: bool = False) -> None:
+    """Set ticks within a decade, in plain digits: most runs span less than one decade."""
     from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-    low, high = (parent or axes).get_ylim()
+    low, high = axes.get_ylim()
     decades = np.log10(high / low)
     locator: Locator
     if decades < 0.35:

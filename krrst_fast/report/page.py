@@ -11,12 +11,13 @@ import numpy as np
 
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import DataError, KrrstError
-from krrst_fast.evaluate.table import plus_minus, signed
+from krrst_fast.evaluate.paired import plus_minus, signed
 from krrst_fast.report import figures
 from krrst_fast.report.contact_sheet import percent, sheets
 from krrst_fast.report.figures import Curve, column, has_data, number
+from krrst_fast.report.heldout import at_the_end, held_out_curve
 from krrst_fast.report.run_folder import Run, read_run
-from krrst_fast.report.verdict import LABELS, Headline, headline_of, typographic
+from krrst_fast.report.verdict import Headline, headline_of, label_of, typographic
 from krrst_fast.runs.config import flat
 from krrst_fast.runs.files import write_text
 from krrst_fast.runs.log import loss_at_end
@@ -103,7 +104,7 @@ def _render(run: Run) -> str:
         cost=_cost(run),
         cost_caption=_cost_caption(run),
         tables=_tables(run),
-        label=lambda method: LABELS.get(method, method),
+        label=label_of,
         plus_minus=plus_minus,
         signed=signed,
         typographic=typographic,
@@ -112,11 +113,6 @@ def _render(run: Run) -> str:
 
 def _count(run: Run) -> int | None:
     return len(run.distilled) if run.distilled else run.config.get("num_images")
-
-
-def _variance(run: Run) -> float | None:
-    value = run.summary.get("target_variance")
-    return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def _last_loss(run: Run) -> float | None:
@@ -131,17 +127,19 @@ def _headline(run: Run) -> Headline:
     state = "Distilled" if run.distilled else "Still distilling"
     images = f"{_whole(count)} images" if count is not None else "images"
     reached = f", outer loss {number(loss)}" if loss is not None else ""
+    if (held_out := at_the_end(run)) is not None:
+        reached = f", held-out R2 {held_out[0]} ({held_out[1]})"
     return Headline(
         before=f"{state}: {images} after {run.steps_done:,} outer steps{reached}; "
         "whether they transfer has not been measured.",
-        lede="A low outer loss does not say that pre-training on the images helps: an evaluation "
-        "against random images with the same targets does.",
+        lede="A low outer loss or a high R2 does not say that pre-training on the images helps: an "
+        "evaluation against random images with the same targets does.",
     )
 
 
 def _stats(run: Run) -> list[Stat]:
     stats = []
-    count, loss, variance = _count(run), _last_loss(run), _variance(run)
+    count, loss, held_out = _count(run), _last_loss(run), at_the_end(run)
     if count is not None:
         shape = run.distilled.images.shape if run.distilled else None
         note = f"{shape[3]} \u00d7 {shape[2]} pixels" if shape is not None else ""
@@ -150,12 +148,10 @@ def _stats(run: Run) -> list[Stat]:
         planned = run.config.get("steps")
         note = f"of {_whole(planned)}" if planned else ""
         stats.append(Stat(label="Outer steps", value=f"{run.steps_done:,}", note=note))
+    if held_out is not None:
+        stats.append(Stat(label="Held-out R2", value=held_out[0], note=held_out[1]))
     if loss is not None:
-        note = (
-            f"{100 * loss / variance:.1f} % of the target variance"
-            if variance
-            else "mean of the last tenth"
-        )
+        note = "mean of the last tenth"
         stats.append(Stat(label="Outer loss at the end", value=number(loss), note=note))
     top = [item for item in _cost(run) if item.label in _TOP]
     return stats + [Stat(label=i.label, value=i.value, note=i.unit) for i in top]
@@ -218,6 +214,8 @@ def _sheets_note(initial: DistilledSet | None, distilled: DistilledSet | None) -
     if initial is None or distilled is None or initial.targets.shape != distilled.targets.shape:
         return note
     moved = (distilled.targets - initial.targets).norm(dim=1)
+    if not moved.any():
+        return f"{note} The target representations are those of the start."
     share = float((moved / initial.targets.norm(dim=1).clamp(min=1e-12)).median())
     return (
         f"{note} The target representations were learnt with them: the median image's moved by "
@@ -227,10 +225,12 @@ def _sheets_note(initial: DistilledSet | None, distilled: DistilledSet | None) -
 
 def _curves(run: Run) -> list[Curve]:
     step, loss = column(run.rows, "step"), column(run.rows, "loss")
-    curves: list[Curve | None] = []
+    curves: list[Curve | None] = [held_out_curve(run)]
     if has_data(loss, positive=True):
-        curves.append(figures.outer_loss(step, loss, _variance(run)))
+        curves.append(figures.outer_loss(step, loss))
         curves.append(figures.loss_by_age(step, loss, column(run.rows, "slot_age")))
+    targets = column(run.rows, "lr_targets")
+    apart = " of the images" if has_data(targets) else ""
     condition, ridge = column(run.rows, "condition"), column(run.rows, "ridge")
     curves.append(
         figures.stacked(
@@ -246,7 +246,8 @@ def _curves(run: Run) -> list[Curve]:
             "Pace",
             step,
             [
-                ("learning rate", column(run.rows, "lr"), False),
+                (f"learning rate{apart}", column(run.rows, "lr"), False),
+                ("learning rate of the targets", targets, False),
                 ("real images a second", column(run.rows, "images_per_second"), False),
             ],
             "The rate of the outer optimiser, and the throughput of whole outer steps.",
@@ -263,7 +264,8 @@ def _retried(run: Run) -> str:
     if count == 0:
         return " No logged solve needed a larger ridge than the one asked for."
     solves = "solve" if count == 1 else "solves"
-    return f" {count:,} of {len(retries):,} logged {solves} took a larger ridge than asked for."
+    logged = int(np.isfinite(retries).sum())
+    return f" {count:,} of {logged:,} logged {solves} took a larger ridge than asked for."
 
 
 def _curves_note(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.distill.heldout import MISSING
 from krrst_fast.errors import DataError
 from krrst_fast.evaluate.table import Evaluation
 from krrst_fast.report.verdict import EvaluationSection
@@ -113,11 +114,13 @@ def _read_results(run: Run) -> None:
     )
     if summary.exists():
         run.summary = _object(summary)
+        if MISSING in run.summary:
+            run.lacks(f"The held-out R2, {run.summary[MISSING]}.", "")
     if final.exists():
         # By its folder, so that the set of another run is noticed.
         run.distilled = load_distilled(run.folder)
         if not summary.exists():
-            run.lacks("The cost and the target variance (summary.json).", "krrst distill")
+            run.lacks("The cost and the held-out R2 (summary.json).", "krrst distill")
     else:
         what = f"The distilled images ({FILE_NAME}) and what they cost: the run has not finished."
         run.lacks(what, f"krrst distill --config {run.folder / 'config.json'} --resume")

@@ -49,14 +49,18 @@ class RunLog:
         self._totals["peak_memory_mb"] = max(self._totals["peak_memory_mb"], peak)
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Append the row of a step, with speed and totals beside its values. Returns the row."""
+        """Append the row of a step, with speed and totals beside its values. Returns the row.
+
+        That of the step at which the log begins has no speed.
+        """
         self.count_time()
         seconds = self._totals["seconds"]
         images = (step - self._row_step) * self._batch_size
+        speed = {"images_per_second": images / max(seconds - self._row_seconds, 1e-9)}
         row = {
             "step": step,
             **values,
-            "images_per_second": images / max(seconds - self._row_seconds, 1e-9),
+            **(speed if images else {}),
             "seconds": seconds,
             "peak_memory_mb": self._totals["peak_memory_mb"],
         }
