@@ -20,7 +20,7 @@ from krrst_fast.evaluate import (
     PretrainConfig,
     ProbeConfig,
     evaluate,
-    trial,
+    tuning,
 )
 from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.trial import Trials
@@ -262,7 +262,7 @@ def test_methods_share_the_body_and_fine_tuning_takes_it_with_a_new_head(digits,
         taken.append({name: value.clone() for name, value in net.state_dict().items()})
         net.eval()
 
-    monkeypatch.setattr(trial, "finetune", keep)
+    monkeypatch.setattr(tuning, "finetune", keep)
     net = trials._fresh(10, 3)  # as many outputs as classes: only its name tells the head
     with torch.no_grad():
         for value in (*net.parameters(), *net.buffers()):

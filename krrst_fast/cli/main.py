@@ -149,6 +149,7 @@ def _progress(switches: frozenset[str]) -> bool:
 
 def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.data import prepare
+    from krrst_fast.data.splits import remarks
 
     store = prepare(config, progress=_progress(switches))
     counts = ", ".join(f"{store.count(split)} {split}" for split in store.splits)
@@ -157,6 +158,8 @@ def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
     print(f"wrote {config.out}: {counts} images of {store.size}x{store.size}, {classes}")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in store.left_out.items())
     print(f"left out: {reasons or 'nothing'}")
+    for told in remarks(store):
+        print(f"krrst: warning: prepare: {told}", file=sys.stderr)
     print(f"next: krrst target{run} --store {shlex.quote(str(config.out))} --out TARGET")
 
 

@@ -120,21 +120,35 @@ class FinetuneConfig:
     steps: int = 10_000
     """0 leaves fine-tuning out."""
     batch_size: int = 256
-    lr: float = 0.01
+    lr: float | tuple[float, ...] = 0.01
+    """One rate, or several (0.003,0.01,0.03,0.1) of which each method and seed takes the one that
+    is best on labelled training images that fine-tuning does not use."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     labels_per_class: int | None = None
-    """As in the probe: None takes the whole train split."""
+    """How many labelled images of each class; None takes the whole train split."""
+    label_draws: int = 1
+    """Draws of few labels in each seed, whose accuracies are averaged, as in the probe; each is a
+    fine-tuning of its own."""
     views: ViewConfig = ViewConfig()
 
     def __post_init__(self) -> None:
         settle(self)
         require_at_least(0, self, "steps", "weight_decay")
         require_at_least(1, self, "batch_size")
-        require_positive(self, "lr")
+        rates = self.rates
+        positive = all(rate > 0 for rate in rates) and 0 < len(rates) == len(set(rates))
+        require(positive, self, "lr", "positive, one rate or several different ones")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
-        enough = self.labels_per_class is None or self.labels_per_class >= 1
-        require(enough, self, "labels_per_class", "at least 1, or none for all")
+        few = self.labels_per_class
+        require(few is None or few >= 1, self, "labels_per_class", "at least 1, or none for all")
+        draws = self.label_draws == 1 if few is None else self.label_draws >= 1
+        require(draws, self, "label_draws", "at least 1, and 1 where all labels are taken")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rates, one or several."""
+        return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,12 @@ class Materials:
     @cached_property
     def test(self) -> Split:
         """The labelled images that accuracy is measured on."""
-        return self._split(_test_split(self.store))
+        return self._split(self.test_split)
+
+    @property
+    def test_split(self) -> str:
+        """The name of the split that accuracy is measured on."""
+        return _test_split(self.store)
 
     @cached_property
     def held_out(self) -> tuple[Tensor, Tensor] | None:

@@ -9,8 +9,10 @@ from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError
 from krrst_fast.evaluate.config import EvaluateConfig
 from krrst_fast.evaluate.materials import Materials, open_materials
+from krrst_fast.evaluate.notes import data_notes
 from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
+from krrst_fast.evaluate.tuning import finetune_steps
 from krrst_fast.evaluate.workers import Job, rows_by_processes
 from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.environment import describe
@@ -45,6 +47,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     materials = open_materials(config)
     stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
     verifications = [Verification(store) for store in stores.values()]
+    notes = data_notes(materials.store, materials.test_split, materials.held_out_from[0])
     trials = Trials(materials)
     name = config.name or config.store.resolve().name
     folder = config.folder
@@ -84,6 +87,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
                 environment=describe(),
                 seconds=sum(row.seconds for row in ordered),
                 label_counts=trials.label_counts,
+                notes=notes,
             )
             write_json(folder / f"{name}.json", evaluation.to_json(), sealed=True)
             partial.unlink(missing_ok=True)
@@ -167,6 +171,6 @@ def _ticks(materials: Materials, method: str) -> int:
     costs = {"probe": linear, "outputs": linear * materials.has_outputs(method), "knn": 1}
     ticks = sum(map(probe.draws, probe.labels)) * sum(costs[m] for m in probe.measures)
     if method != "target":
-        ticks += config.finetune.steps
+        ticks += finetune_steps(config.finetune)
         ticks += config.pretrain.steps if method != "none" else 0
     return ticks

@@ -46,6 +46,8 @@ class Row:
     """Steps of the pre-training that were best, where their number was chosen."""
     pretrain_lr: float | None = None
     """Rate of the pre-training on the target's outputs."""
+    finetune_lr: float | None = None
+    """Rate of the fine-tuning, chosen where there are several; None without fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Evaluation:
     """The sum over the rows, however often the evaluation was stopped."""
     label_counts: Mapping[str, int] = field(default_factory=dict)
     """Labelled images in all for each of `probe.labels`, as text; empty in files of version 1."""
+    notes: tuple[str, ...] = ()
+    """What of the data the accuracies are to be read with: `notes.data_notes`."""
 
     def accuracies(self, method: str, task: str) -> dict[int, float]:
         """Return the accuracy by seed, in per cent; empty where the method was not run."""
@@ -119,6 +123,18 @@ class Evaluation:
         seeds = ", ".join(str(row.seed) for row in chosen)
         return f"random_early: best after {steps} steps (seeds {seeds})" if chosen else ""
 
+    def chosen_rates(self) -> str:
+        """Return in words at which rates each method was fine-tuned, where they were chosen."""
+        if len(self.config.finetune.rates) == 1:
+            return ""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.finetune_lr is not None:
+                found.setdefault(row.method, []).append(f"{row.finetune_lr:g}")
+        told = ", ".join(f"{method} {' '.join(rates)}" for method, rates in found.items())
+        grid = " ".join(f"{rate:g}" for rate in self.config.finetune.rates)
+        return f"finetune: rates chosen of {grid}, by seed: {told}" if found else ""
+
     def verdicts(self) -> list[str]:
         """Return a line for each task: the set minus the baseline, and minus the best rival."""
         lines = []
@@ -147,8 +163,12 @@ class Evaluation:
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
-        notes = [*self.verdicts(), *filter(None, [self._notes(), self.stopped()])]
-        return "\n".join([self._title(), "", *text, "", *notes]).rstrip()
+        notes = [
+            *self.verdicts(),
+            *filter(None, [self._notes(), self.stopped(), self.chosen_rates()]),
+        ]
+        notes += self.notes
+        return "\n".join([self._title(), "", *text, "", *filter(None, notes)]).rstrip()
 
     def _notes(self) -> str:
         words = []
@@ -239,6 +259,7 @@ class Evaluation:
                 for method in self.config.names
             ],
             "verdicts": self.verdicts(),
+            "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
             "config": to_dict(self.config),
             "environment": dict(self.environment),
@@ -264,6 +285,7 @@ class Evaluation:
                 environment=dict(values["environment"]),
                 seconds=float(values["seconds"]),
                 label_counts={str(k): int(v) for k, v in values["label_counts"].items()},
+                notes=tuple(map(str, values.get("notes", ()))),
             )
         except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a result of krrst evaluate ({error!r})") from None

@@ -15,10 +15,9 @@ from krrst_fast.baselines.random_images import random_index
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
-from krrst_fast.errors import KrrstError, NonFiniteError
+from krrst_fast.errors import KrrstError
 from krrst_fast.evaluate.config import Labels
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
-from krrst_fast.evaluate.finetune import finetune
 from krrst_fast.evaluate.labelled import draw_labelled
 from krrst_fast.evaluate.materials import CHUNK, TIMES, Materials, Split
 from krrst_fast.evaluate.pretrain import (
@@ -31,11 +30,11 @@ from krrst_fast.evaluate.probe import (
     accuracy,
     embed,
     embed_both,
-    in_chunks,
     knn_scores,
     probe_accuracy,
 )
 from krrst_fast.evaluate.table import Row
+from krrst_fast.evaluate.tuning import Tuned, Tuner
 from krrst_fast.models import Network, build, place
 from krrst_fast.runs.seeding import derive, generator
 
@@ -95,9 +94,10 @@ class Trials:
                 net, start = self.materials.target.model, Start()
             else:
                 net, start = self._start(method, seed, tick)
-            scores = self._probe(net, method, seed, tick)
+            scores, tuned = self._probe(net, method, seed, tick), None
             if method != "target" and self.materials.config.finetune.steps:
-                scores["finetune"] = self._finetune(net, method, seed, tick)
+                tuned = self._finetune(net, method, seed, tick)
+                scores["finetune"] = tuned.accuracy
         except KrrstError as error:
             raise type(error)(f"evaluate: {method}, seed {seed}: {error}") from None
         return Row(
@@ -112,6 +112,7 @@ class Trials:
             r2=self._explained(net) if self.materials.is_represented(method) else None,
             pretrain_steps=start.steps,
             pretrain_lr=start.rate,
+            finetune_lr=None if tuned is None else tuned.rate,
         )
 
     def _start(self, method: str, seed: int, tick: Tick) -> tuple[Network, Start]:
@@ -286,29 +287,20 @@ class Trials:
             self._target_features[name] = found
         return found
 
-    def _finetune(self, net: Network, method: str, seed: int, tick: Tick) -> float:
-        given = self.materials
-        config = given.config.finetune
-        tuned = self._fresh(given.classes, seed)
-        tuned.load_state_dict(tuned.state_dict() | net.body_state())
-        index = self._labelled(config.labels_per_class or "all", seed)
+    def _finetune(self, net: Network, method: str, seed: int, tick: Tick) -> Tuned:
+        given, config = self.materials, self.materials.config.finetune
+        body = net.body_state()
+
+        def fresh() -> Network:
+            tuned = self._fresh(given.classes, seed)
+            tuned.load_state_dict(tuned.state_dict() | body)
+            return tuned
+
         mean, std = given.mean_std(method)
-        labels = given.train.labels[index]
-        finetune(
-            tuned,
-            given.train.images,
-            index,
-            labels,
-            config,
-            mean=mean,
-            std=std,
-            seed=seed,
-            tick=tick,
-        )
-        scores = in_chunks(tuned, given.test.images, self._all_tests, mean=mean, std=std)
-        if not bool(torch.isfinite(scores).all()):
-            raise NonFiniteError("the fine-tuned network gives NaN or infinity")
-        return accuracy(scores.cpu(), given.test.labels)
+        tuner = Tuner(fresh, given.train, config, mean=mean, std=std, seed=seed, tick=tick)
+        labels = config.labels_per_class or "all"
+        draws = [self._labelled(labels, seed, draw) for draw in range(config.label_draws)]
+        return tuner.tune(draws, given.test)
 
     def _labelled(self, labels: Labels, seed: int, draw: int = 0) -> Tensor:
         given = self.materials

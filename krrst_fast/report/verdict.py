@@ -101,7 +101,10 @@ class EvaluationSection:
         text += f"Linear probe: {fitted}, {self.evaluation.labels_in_words()}."
         if finetune.steps:
             few = finetune.labels_per_class
-            text += f" Fine-tuning: {finetune.steps:,} SGD steps, {_labels(str(few or 'all'))}."
+            text += f" Fine-tuning: {finetune.steps:,} SGD steps, {_labels(str(few or 'all'))}"
+            text += f", mean of {finetune.label_draws} draws." if finetune.label_draws > 1 else "."
+            chosen = self.evaluation.chosen_rates()
+            text += f" {chosen[0].upper()}{chosen[1:]}." if chosen else ""
         return text
 
     @property
