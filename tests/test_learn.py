@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before_it(
 
 
 _SMALL: dict[str, str] = {
-    **dict.fromkeys(("dm", "dc", "dsa"), "--images_per_class 1 --batch_size 8"),
+    **dict.fromkeys(("kip", "frepo", "dm", "dc", "dsa"), "--images_per_class 1 --batch_size 8"),
     "mtt": "--images_per_class 1 --student_steps 2 --experts.count 1 --expert_epochs 1 "
     "--max_start_epoch 1 --lr_images 1 --lr_rate 0",
     "mkdt": "--num_images 4 --student_steps 2 --experts.count 1 --expert_epochs 1 "
@@ -185,7 +185,6 @@ def test_every_method_runs_from_the_command_and_goes_on_to_the_same_bits(
     def words(out: str) -> list[str]:
         small = _SMALL[method].format(target=tiny_target)
         network = "" if method == "kip" else " --model.widths 4,8"
-        network = network.replace("model", "pool.model") if method == "frepo" else network
         every = f"--store {tiny_store} --out {tmp_path / out} --steps 4 --checkpoint_every 2"
         return ["baseline", method, *f"{every} {small}{network} --log_every 2 --quiet".split()]
 
