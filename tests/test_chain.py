@@ -28,7 +28,7 @@ DISTILL = shlex.split(
 )
 EVALUATE = shlex.split(
     "--seeds 2 --methods [none,random_labels,random_target,distilled,target] --model.widths [8,16] "
-    "--pretrain.steps 5 --probe.solver ridge --probe.labels_per_class 5 --finetune.steps 3 "
+    "--pretrain.steps 5 --probe.solver ridge --probe.labels 5 --finetune.steps 3 "
     "--finetune.labels_per_class 5"
 )
 
@@ -108,8 +108,8 @@ def test_evaluation_has_every_method_and_seed(runs: dict[str, Path]) -> None:
         (path,) = (runs[name] / "run/evaluation").glob("*.json")
         rows = json.loads(path.read_text())["rows"]
         assert len(rows) == 5 * 2
-        by_row = {(row["method"], row["seed"]): (row["probe"], row["finetune"]) for row in rows}
-        assert all(0 <= probe <= 100 for probe, _ in by_row.values())
+        by_row = {(row["method"], row["seed"]): row["scores"] for row in rows}
+        assert all(0 <= score["probe-5"] <= 100 for score in by_row.values())
         accuracies.append(by_row)
         page = (runs[name] / "run/report.html").read_text()
         assert "random_target" in page and "<img" in page

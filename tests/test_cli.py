@@ -30,7 +30,7 @@ DISTILL = shlex.split(
 )
 EVALUATE = shlex.split(
     "--seeds 2 --methods [none,random_target,distilled] --model.widths [8,8] --pretrain.steps 4 "
-    "--probe.solver ridge --probe.labels_per_class 2 --finetune.steps 0"
+    "--probe.solver ridge --probe.labels 2 --finetune.steps 0"
 )
 
 
@@ -101,7 +101,7 @@ def test_chain_leaves_what_it_says(chain: Path) -> None:
     (result,) = (run / "evaluation").glob("*.json")
     rows = json.loads(result.read_text())["rows"]
     assert len(rows) == 2 * 3
-    assert all(0 <= row["probe"] <= 100 for row in rows)
+    assert all(0 <= row["scores"]["probe-2"] <= 100 for row in rows)
     config = json.loads((run / "config.json").read_text())
     assert config["pool"]["model"]["widths"] == [8, 8]
     assert config["num_images"] == 5

@@ -34,7 +34,7 @@ def config(tmp_path) -> EvaluateConfig:
         seeds=1,
         model=ModelConfig(widths=(4, 8)),
         pretrain=PretrainConfig(steps=3),
-        probe=ProbeConfig(solver="ridge", labels_per_class=2),
+        probe=ProbeConfig(solver="ridge", labels=(2,)),
         finetune=FinetuneConfig(steps=0),
         device="cpu",
     )

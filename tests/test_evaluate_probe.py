@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from krrst_fast.errors import DataError, NonFiniteError
 from krrst_fast.evaluate.config import ProbeConfig
+from krrst_fast.evaluate.labelled import draw_labelled
 from krrst_fast.evaluate.probe import (
     accuracy,
-    draw_labelled,
     embed,
     probe_accuracy,
     ridge_scores,
@@ -106,12 +106,14 @@ def test_labelled_images_are_drawn_evenly_and_by_seed() -> None:
     assert (first.diff() > 0).all()
     assert torch.equal(first, draw_labelled(labels, 3, 7, seed=0, where="store"))
     assert not torch.equal(first, draw_labelled(labels, 3, 7, seed=1, where="store"))
-    assert torch.equal(draw_labelled(labels, 3, None, seed=0, where="store"), torch.arange(90))
+    assert torch.equal(draw_labelled(labels, 3, "all", seed=0, where="store"), torch.arange(90))
 
 
 def test_too_few_labels_of_a_class() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1])
-    only_two = "digits: class 1 has only 2 labelled training images, and labels_per_class is 3"
+    only_two = (
+        "digits: class 1 has only 2 labelled training images, and labels 3 needs 3 of each class"
+    )
     with pytest.raises(DataError, match=only_two):
         draw_labelled(labels, 2, 3, seed=0, where="digits")
 

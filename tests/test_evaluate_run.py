@@ -71,7 +71,7 @@ def config(base: Path, tmp_path: Path) -> EvaluateConfig:
         seeds=2,
         model=NETWORK,
         pretrain=PretrainConfig(steps=8),
-        probe=ProbeConfig(solver="ridge", labels_per_class=2),
+        probe=ProbeConfig(solver="ridge", labels=(2,)),
         finetune=FinetuneConfig(steps=3, batch_size=16),
         device="cpu",
     )
@@ -125,7 +125,8 @@ def test_methods_on_the_same_set_give_the_same_figures(
     chosen = load_distilled(config.run)
     monkeypatch.setitem(trial.CHOICES, "random_target", lambda *args, **kwargs: chosen)
     result = evaluate(replace(config, methods=("random_target", "distilled")), progress=False)
-    assert result.accuracies("distilled", "probe") == result.accuracies("random_target", "probe")
+    ours, theirs = (result.accuracies(name, "probe-2") for name in ("distilled", "random_target"))
+    assert ours == theirs and len(ours) == 2
     summary = result.summary("distilled", "finetune")
     assert summary is not None and summary.difference is not None
     assert (summary.difference.mean, summary.difference.standard_error) == (0.0, 0.0)
@@ -140,8 +141,8 @@ def test_all_methods_run_and_the_file_says_what_the_result_says(config: Evaluate
     ]
     assert len(result.rows) == 10
     for row in result.rows:
-        assert 0 <= row.probe <= 100
-        assert (row.finetune is None) == (row.method == "target")
+        assert 0 <= row.scores["probe-2"] <= 100
+        assert ("finetune" not in row.scores) == (row.method == "target")
         assert (row.pretrain_loss is None) == (row.method in ("none", "target"))
     assert [path.name for path in file.parent.iterdir()] == ["digits.json"]
     # A second call has nothing left to do, and the same figures.
@@ -240,11 +241,7 @@ def test_same_seed_same_bits_and_the_global_generator_is_left_alone(config: Eval
     torch.manual_seed(1)
     again = evaluate(replace(config, overwrite=True), progress=False)
     for one, other in zip(first.rows, again.rows):
-        assert (one.probe, one.finetune, one.pretrain_loss) == (
-            other.probe,
-            other.finetune,
-            other.pretrain_loss,
-        )
+        assert (one.scores, one.pretrain_loss) == (other.scores, other.pretrain_loss)
 
 
 def test_the_target_row_is_a_probe_on_the_targets_features(config: EvaluateConfig) -> None:
@@ -252,12 +249,12 @@ def test_the_target_row_is_a_probe_on_the_targets_features(config: EvaluateConfi
         config, methods=("target",), seeds=2, probe=ProbeConfig(solver="ridge", ridge=0.05)
     )
     result = evaluate(given, progress=False)
-    accuracies = result.accuracies("target", "probe")
+    accuracies = result.accuracies("target", "probe-all")
     assert accuracies[0] == accuracies[1] > 70
 
 
 def test_draws_of_labels_are_averaged(config: EvaluateConfig) -> None:
-    few = ProbeConfig(solver="ridge", labels_per_class=2)
+    few = ProbeConfig(solver="ridge", labels=(2,))
     trials = Trials(open_materials(replace(config, probe=few)))
     net = trials._fresh(0, 0).eval()
     drawn = [trials._labelled(2, 0, draw) for draw in range(3)]
@@ -265,11 +262,11 @@ def test_draws_of_labels_are_averaged(config: EvaluateConfig) -> None:
     single = []
     for index in drawn:
         trials._labelled = lambda *rest, index=index: index  # type: ignore[method-assign]
-        single.append(trials._probe(net, "none", 0, lambda: None)[0])
+        single.append(trials._probe(net, "none", 0, lambda: None)["probe-2"])
     several = replace(config, probe=replace(few, label_draws=3))
-    mean, _ = Trials(open_materials(several))._probe(net, "none", 0, lambda: None)
+    mean = Trials(open_materials(several))._probe(net, "none", 0, lambda: None)
     assert len(set(single)) > 1
-    assert mean == pytest.approx(sum(single) / 3)
+    assert mean["probe-2"] == pytest.approx(sum(single) / 3)
 
 
 def test_a_distilled_file_without_a_run(config: EvaluateConfig) -> None:
@@ -325,8 +322,8 @@ def test_random_labels_of_an_unlabelled_source(config: EvaluateConfig, tmp_path:
 
 
 def test_fewer_labels_than_asked_is_found_before_any_training(config: EvaluateConfig) -> None:
-    many = replace(config, probe=ProbeConfig(solver="ridge", labels_per_class=100))
-    with pytest.raises(DataError, match="digits: class 0 has only .* labels_per_class is 100"):
+    many = replace(config, probe=ProbeConfig(solver="ridge", labels=(100,)))
+    with pytest.raises(DataError, match="digits: class 0 has only .* labels 100 needs 100"):
         evaluate(many, progress=False)
     assert not (config.run / "evaluation").exists()
 

@@ -23,6 +23,7 @@ from krrst_fast.evaluate import (
     evaluate,
     run,
     trial,
+    tuning,
 )
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs.files import read_jsonl
@@ -90,7 +91,7 @@ PLACES: dict[str, tuple[object, str, int, int]] = {
     "the first trial": (trial, "settle_norms", 0, 0),
     "a pre-training": (trial, "pretrain", 0, 1),
     "a probe": (trial, "probe_accuracy", 3, 2),
-    "a fine-tuning": (trial, "finetune", 3, 3),
+    "a fine-tuning": (tuning, "finetune", 3, 3),
     "the check of the store": (Verification, "finish", 4, 2),
     "the writing of a row": (run, "append_jsonl", 2, 3),
 }

@@ -16,13 +16,8 @@ from krrst_fast.evaluate.config import (
     PretrainConfig,
     ProbeConfig,
 )
-from krrst_fast.evaluate.table import (
-    Evaluation,
-    Row,
-    interval_factor,
-    paired_difference,
-    signed,
-)
+from krrst_fast.evaluate.paired import interval_factor, paired_difference, signed
+from krrst_fast.evaluate.table import Evaluation, Row
 
 FIGURES: dict[Method, tuple[float, ...]] = {
     "none": (70.0, 74.0, 75.0),
@@ -37,8 +32,8 @@ def evaluation(seeds: int = 3, finetune: bool = False) -> Evaluation:
         Row(
             method=method,
             seed=seed,
-            probe=FIGURES[method][seed],
-            finetune=FIGURES[method][seed] + 10 if finetune else None,
+            scores={"probe-all": FIGURES[method][seed]}
+            | ({"finetune": FIGURES[method][seed] + 10} if finetune else {}),
             pretrain_loss=None if method == "none" else 0.25,
             seconds=1.5,
             fingerprint="0",
@@ -58,7 +53,7 @@ def evaluation(seeds: int = 3, finetune: bool = False) -> Evaluation:
 
 
 def test_summary_by_hand() -> None:
-    summary = evaluation().summary("distilled", "probe")
+    summary = evaluation().summary("distilled", "probe-all")
     assert summary is not None and summary.difference is not None
     assert summary.mean == pytest.approx(84.0)
     assert summary.std == pytest.approx(1.0)
@@ -70,11 +65,11 @@ def test_summary_by_hand() -> None:
 
 def test_rival_has_no_difference_and_absent_task_no_summary() -> None:
     result = evaluation()
-    rival = result.summary("random_target", "probe")
+    rival = result.summary("random_target", "probe-all")
     assert rival is not None and rival.difference is None
     assert result.summary("distilled", "finetune") is None
-    assert result.summary("target", "probe") is None
-    assert result.tasks() == ("probe",)
+    assert result.summary("target", "probe-all") is None
+    assert result.tasks() == ("probe-all",)
 
 
 def test_paired_difference_takes_common_seeds_only() -> None:
@@ -86,25 +81,25 @@ def test_paired_difference_takes_common_seeds_only() -> None:
 
 
 def test_one_seed_has_no_spread() -> None:
-    summary = evaluation(seeds=1).summary("distilled", "probe")
+    summary = evaluation(seeds=1).summary("distilled", "probe-all")
     assert summary is not None and summary.difference is not None
     assert summary.std is None
     assert summary.difference.standard_error is None
     assert evaluation(seeds=1).verdicts() == [
-        "probe: distilled - random_target = +3.0 points (1 paired seed)"
+        "probe-all: distilled - random_target = +3.0 points (1 paired seed)"
     ]
 
 
 def test_table_text() -> None:
     lines = evaluation(finetune=True).table().splitlines()
     assert lines[4:] == [
-        "method         probe        - random_target  finetune     - random_target",
+        "method         probe-all    - random_target  finetune     - random_target",
         "-------------  -----------  ---------------  -----------  ---------------",
         "none           73.0 +- 2.6  -8.0 +- 2.0      83.0 +- 2.6  -8.0 +- 2.0",
         "random_target  81.0 +- 2.6  -                91.0 +- 2.6  -",
         "distilled      84.0 +- 1.0  +3.0 +- 1.2      94.0 +- 1.0  +3.0 +- 1.2",
         "",
-        "probe: distilled - random_target = +3.0 +- 1.2 points "
+        "probe-all: distilled - random_target = +3.0 +- 1.2 points "
         "(3 paired seeds, 95 % interval -2.0 to +8.0)",
         "finetune: distilled - random_target = +3.0 +- 1.2 points "
         "(3 paired seeds, 95 % interval -2.0 to +8.0)",
@@ -116,10 +111,13 @@ def test_table_without_the_rival_has_no_differences() -> None:
     alone = replace(full, config=replace(full.config, methods=("none", "distilled")))
     alone = replace(alone, rows=tuple(row for row in full.rows if row.method != "random_target"))
     assert alone.table().splitlines()[3:] == [
-        "method     probe",
+        "method     probe-all",
         "---------  -----------",
         "none       73.0 +- 2.6",
         "distilled  84.0 +- 1.0",
+        "",
+        "probe-all: distilled - none, the best rival, = +11.0 +- 1.2 points "
+        "(3 paired seeds, 95 % interval +6.0 to +16.0)",
     ]
 
 
@@ -129,8 +127,8 @@ def test_json_holds_every_figure() -> None:
     assert Evaluation.from_json(values, Path("digits.json")) == result
     distilled = values["summary"][2]
     assert distilled["method"] == "distilled"
-    assert distilled["probe"]["difference"]["mean"] == pytest.approx(3.0)
-    assert distilled["finetune"] is None
+    assert distilled["scores"]["probe-all"]["difference"]["mean"] == pytest.approx(3.0)
+    assert set(distilled["scores"]) == {"probe-all"}
     assert (values["num_images"], values["seconds"], values["unit"]) == (30, 13.5, "per cent")
 
 
@@ -138,8 +136,8 @@ def test_a_file_of_something_else_is_named() -> None:
     good = json.loads(json.dumps(evaluation().to_json()))
     row = good["rows"][0]
     for change in (
-        {"format_version": 2},
-        {"rows": [{**row, "probe": "high"}]},
+        {"format_version": 3},
+        {"rows": [{**row, "scores": {"probe-all": "high"}}]},
         {"rows": [{**row, "seed": None}]},
         {"rows": [{**row, "colour": 1}]},
         {"rows": 3},
@@ -175,7 +173,7 @@ def test_signs() -> None:
     [
         (lambda: PretrainConfig(steps=0), "PretrainConfig: steps must be at least 1, got 0"),
         (lambda: PretrainConfig(momentum=1.0), "momentum must be in"),
-        (lambda: ProbeConfig(labels_per_class=0), "labels_per_class must be at least 1"),
+        (lambda: ProbeConfig(labels=(0,)), "labels must be one or more of a number from 1"),
         (lambda: ProbeConfig(label_draws=2), "label_draws must be at least 1, and 1 where all"),
         (lambda: ProbeConfig(ridge=0.0), "ridge must be positive"),
         (lambda: FinetuneConfig(steps=-1), "FinetuneConfig: steps must be at least 0, got -1"),

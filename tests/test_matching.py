@@ -24,10 +24,13 @@ from krrst_fast.baselines.image_learner import ImageLearner
 from krrst_fast.baselines.matching_config import DCConfig, DMConfig, DSAConfig, MatchingConfig
 from krrst_fast.data import ImageStore, PrepareConfig, open_store, prepare
 from krrst_fast.data.augment import plain_views
-from krrst_fast.distill.distilled_set import DistilledSet
+from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet
 from krrst_fast.errors import ConfigError, DataError, NonFiniteError
+from krrst_fast.evaluate.config import EvaluateConfig
+from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.exchange import export_set, import_set
 from krrst_fast.models import ModelConfig, Network, build
+from krrst_fast.runs.files import write_json
 
 MODEL = ModelConfig(widths=(8, 16), norm="instance")
 SIZE = 8
@@ -166,10 +169,22 @@ def test_results_are_sets_of_labels_as_imported_ones(path: Path, tmp_path: Path)
     learning.advance()
     assert not torch.equal(learning.result().images, made.images)
 
-    torch.save({"data": [[made.images, labels]], "accs_all_exps": {}}, tmp_path / "res_DM.pt")
-    read = import_set(
-        tmp_path / "res_DM.pt", mean=store.mean, std=store.std, classes=store.classes
-    ).distilled
+    trials = [[made.images + 1, labels], [made.images, labels]]
+    accuracies = {"ConvNet": [np.float64(0.25), np.float64(0.5)]}
+    # The file format of torch before 1.6, in which sets of that time are published too.
+    torch.save(
+        {"data": trials, "accs_all_exps": accuracies},
+        tmp_path / "res_DM_digits_ConvNet_2ipc.pt",
+        _use_new_zipfile_serialization=False,
+    )
+    imported = import_set(
+        tmp_path / "res_DM_digits_ConvNet_2ipc.pt",
+        mean=store.mean,
+        std=store.std,
+        classes=store.classes,
+    )
+    read = imported.distilled
+    assert imported.left_out == ("1 earlier trials of data", "accs_all_exps of the file")
     assert torch.equal(read.targets, made.targets) and torch.equal(read.images, made.images)
     for key in ("label_kind", "classes"):
         assert read.meta[key] == made.meta[key]
@@ -234,3 +249,15 @@ def test_a_rate_that_is_too_high_ends_in_one_line(path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"^dm: step [23]: .*a lower rate than 1e\+38"):
         for _ in range(3):
             learning.advance()
+
+
+def test_a_run_without_a_target_is_evaluated_where_none_is_needed(
+    path: Path, tmp_path: Path
+) -> None:
+    learner("dm", path).result().save(tmp_path / FILE_NAME)
+    write_json(tmp_path / "config.json", {"method": "dm", "store": str(path)})
+    settings = {"run": tmp_path, "store": path, "model": MODEL, "device": "cpu"}
+    opened = open_materials(EvaluateConfig(**settings, methods=("none", "distilled")))
+    assert opened.target is None and len(opened.distilled) == 20
+    with pytest.raises(ConfigError, match="does not name the target; pass --target"):
+        open_materials(EvaluateConfig(**settings, methods=("random_target", "distilled")))

@@ -20,7 +20,7 @@ from krrst_fast.evaluate import (
     PretrainConfig,
     ProbeConfig,
     evaluate,
-    trial,
+    tuning,
 )
 from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.trial import Trials
@@ -225,7 +225,7 @@ def evaluation(config: DistillConfig, **options) -> EvaluateConfig:
         seeds=1,
         model=config.pool.model,
         pretrain=PretrainConfig(steps=3, lr=0.01),
-        probe=ProbeConfig(solver="ridge", labels_per_class=1),
+        probe=ProbeConfig(solver="ridge", labels=(1,)),
         finetune=FinetuneConfig(steps=2, batch_size=8),
         device="cpu",
         **options,
@@ -237,10 +237,10 @@ def test_an_evaluation_with_an_own_network_is_the_same_twice(digits, nets, model
     config = evaluation(distilled(digits, nets.parent / "run", model, 8))
     first = evaluate(config, progress=False)
     assert [row.method for row in first.rows] == list(config.methods)
-    assert all(row.finetune is not None for row in first.rows if row.method != "target")
+    assert all("finetune" in row.scores for row in first.rows if row.method != "target")
     again = evaluate(replace(config, overwrite=True), progress=False)
     for one, other in zip(first.rows, again.rows):
-        assert (one.probe, one.finetune) == (other.probe, other.finetune), one.method
+        assert one.scores == other.scores, one.method
         assert one.pretrain_loss == other.pretrain_loss, one.method
     nets.write_text(NETS + "\n")
     source._find.cache_clear()
@@ -262,7 +262,7 @@ def test_methods_share_the_body_and_fine_tuning_takes_it_with_a_new_head(digits,
         taken.append({name: value.clone() for name, value in net.state_dict().items()})
         net.eval()
 
-    monkeypatch.setattr(trial, "finetune", keep)
+    monkeypatch.setattr(tuning, "finetune", keep)
     net = trials._fresh(10, 3)  # as many outputs as classes: only its name tells the head
     with torch.no_grad():
         for value in (*net.parameters(), *net.buffers()):
@@ -284,7 +284,7 @@ def test_the_networks_of_small_images_distil_and_evaluate(digits, tmp_path, kind
         finetune=FinetuneConfig(steps=1, batch_size=4),
     )
     (row,) = evaluate(config, progress=False).rows
-    assert row.pretrain_loss > 0 and 0 <= row.probe <= 100 and 0 <= row.finetune <= 100
+    assert row.pretrain_loss > 0 and set(row.scores) == {"probe-1", "outputs-1", "finetune"}
 
 
 def krrst(capsys: pytest.CaptureFixture[str], *words: object) -> str:

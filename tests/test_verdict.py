@@ -19,8 +19,7 @@ def evaluation(probe: dict[str, list[float]]) -> EvaluationSection:
         Row(
             method=method,
             seed=seed,
-            probe=value,
-            finetune=None,
+            scores={"probe-all": value},
             pretrain_loss=None,
             seconds=1.0,
             fingerprint="",

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from krrst_fast import operators
+from krrst_fast.distill.shipped import is_shipped, shipped_names
 from krrst_fast.errors import DataError
 from krrst_fast.planner.limits import free_memory
 from krrst_fast.runs import environment
 from krrst_fast.runs.files import read_json, read_jsonl, recover_folder
 from krrst_fast.runs.log import loss_at_end
 from krrst_fast.runs.tensors import load_state
+from krrst_fast.runs.version import version
 
 
 def about_this_machine() -> dict[str, str]:
@@ -28,6 +30,7 @@ def about_this_machine() -> dict[str, str]:
         "memory": _memory(),
         "gpu": f"{gpu} (CUDA {torch.version.cuda})" if about["gpu"] else gpu,
         "platform": about["platform"],
+        "sets": f"{', '.join(shipped_names())}: krrst info NAME",
     }
 
 
@@ -56,6 +59,8 @@ def about_path(path: Path) -> dict[str, str]:
         DataError: It is none of them, or it is damaged.
     """
     recover_folder(path)
+    if is_shipped(path):
+        return _distilled(path) | {"shipped": f"with krrst_fast {version()}"}
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
     for belongs, describe in _KINDS:

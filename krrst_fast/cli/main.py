@@ -105,6 +105,10 @@ def _dispatch(argv: list[str]) -> int:
         from krrst_fast.runs.version import version
 
         print(f"krrst {version()}")
+    elif command == "evaluate" and any(word.partition("=")[0] == "--suite" for word in rest):
+        from krrst_fast.cli.suite import run_suite
+
+        run_suite(rest)
     elif command in _STAGES:
         run_stage(_STAGES[command], rest)
     elif command in _OTHERS:
@@ -145,6 +149,7 @@ def _progress(switches: frozenset[str]) -> bool:
 
 def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.data import prepare
+    from krrst_fast.data.splits import remarks
 
     store = prepare(config, progress=_progress(switches))
     counts = ", ".join(f"{store.count(split)} {split}" for split in store.splits)
@@ -153,6 +158,8 @@ def _prepare(config: Any, switches: frozenset[str], run: str) -> None:
     print(f"wrote {config.out}: {counts} images of {store.size}x{store.size}, {classes}")
     reasons = "; ".join(f"{count} x {reason}" for reason, count in store.left_out.items())
     print(f"left out: {reasons or 'nothing'}")
+    for told in remarks(store):
+        print(f"krrst: warning: prepare: {told}", file=sys.stderr)
     print(f"next: krrst target{run} --store {shlex.quote(str(config.out))} --out TARGET")
 
 
@@ -203,10 +210,10 @@ def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.evaluate import evaluate
 
     result = evaluate(config, progress=_progress(switches))
-    folder = config.run if config.run.is_dir() else config.run.parent
     print(result.table())
-    print(f"\nwrote {folder / 'evaluation' / result.name}.json")
-    print(f"next: krrst report {shlex.quote(str(config.run))}")
+    print(f"\nwrote {config.folder / result.name}.json")
+    if config.runs[0].is_dir():
+        print(f"next: krrst report {shlex.quote(str(config.runs[0]))}")
 
 
 def _report(argv: list[str]) -> None:
@@ -229,13 +236,16 @@ def _info(argv: list[str]) -> None:
     parser.add_argument("path", nargs="?", type=Path, help="a store, target, run or distilled set")
     given = parser.parse_args(argv)
     if given.path is not None:
-        require_there(str(given.path), given.path)
+        require_there(str(given.path), given.path, is_set=True)
     from krrst_fast.cli.info import about_path, about_this_machine
+    from krrst_fast.distill.shipped import card_of, is_shipped
 
     rows = about_this_machine() if given.path is None else about_path(given.path)
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
+    if given.path is not None and is_shipped(given.path):
+        print(f"\n{card_of(given.path)}", end="")
 
 
 def _baseline(argv: list[str]) -> None:

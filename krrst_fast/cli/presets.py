@@ -173,7 +173,7 @@ _DIGITS = Preset(
         model=ModelConfig(widths=(32, 64, 128)),
         pretrain=PretrainConfig(steps=300),
         # The luck of two labels a class is most of the spread: average it within a seed.
-        probe=ProbeConfig(solver="ridge", labels_per_class=2, label_draws=20),
+        probe=ProbeConfig(solver="ridge", labels=(2,), label_draws=20),
         finetune=FinetuneConfig(
             steps=50, labels_per_class=2, views=ViewConfig(padding=1, flip=False)
         ),
@@ -216,7 +216,7 @@ def _encoder(
             methods=("none", "random_target", "random_early", "kmeans", "distilled"),
             model=pool.model,
             pretrain=PretrainConfig(steps=pretrain_steps),
-            probe=ProbeConfig(solver="ridge", labels_per_class=50, label_draws=5),
+            probe=ProbeConfig(solver="ridge", labels=(5, 50), label_draws=5),
             finetune=FinetuneConfig(steps=0),
         ),
     )

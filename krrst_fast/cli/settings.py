@@ -92,10 +92,13 @@ def parse(
     for at, (token, after) in reversed(list(enumerate(zip(rest, [*rest[1:], ""])))):
         if flags.get(token) is bool and after not in ("true", "false"):
             rest[at] = f"{token}=true"
-    given = vars(parser.parse_args(rest))
+    given = vars(parser.parse_intermixed_args(rest))
     on = frozenset(name for name in switches if given.pop(name.replace("-", "_")))
     for name, text in given.items():
-        values = overlaid(values, _checked(config_class, name, text, flags[f"--{name}"]))
+        if isinstance(text, list):  # the words of a positional
+            values[name] = text if len(text) > 1 else text[0]
+        else:
+            values = overlaid(values, _checked(config_class, name, text, flags[f"--{name}"]))
     return Parsed(
         config_class=config_class,
         values=values,
@@ -124,11 +127,14 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
     kinds = _alternatives(hint)
     # A list needs no brackets; a word in it that is wrong is named.
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
+    of = set(_alternatives(items[0])) if items else set()
     if items and isinstance(value, str) and value[:1] not in ("", "["):
-        if typing.get_origin(items[0]) is typing.Literal:
-            value = [word.strip() for word in value.removesuffix(",").split(",")]
+        if typing.get_origin(items[0]) is typing.Literal or of <= {str, Path}:
+            value = [word.strip() for word in text.removesuffix(",").split(",")]
         elif "," in value:
             value = _load_yaml(f"[{value}]")
+        elif str in of:
+            value = [value]
     elif items and isinstance(value, int | float) and not isinstance(value, bool):
         value = [value]
     # A name may be a number, as those of layers are.
@@ -259,7 +265,7 @@ def _add_fields(
         note = f"{notes.get(name, '')} {shown}".strip()
         plain: dict[str, Any] = {"help": note.replace("%", "%%"), "default": argparse.SUPPRESS}
         if name in positionals:
-            group.add_argument(name, nargs="?", metavar=name.upper(), **plain)
+            group.add_argument(name, nargs=_count(hint), metavar=name.upper(), **plain)
         else:
             flag = f"{prefix}{name}"
             group.add_argument(f"--{flag}", metavar=_metavar(hint), dest=flag, **plain)
@@ -268,6 +274,11 @@ def _add_fields(
         about = (section.__doc__ or "").partition("\n")[0]
         below = parser.add_argument_group(title, about)
         _add_fields(parser, below, section, values.get(name, {}), f"{prefix}{name}.", ())
+
+
+def _count(hint: Any) -> str:
+    """Return how many words a positional takes: any number where it may be a list."""
+    return "*" if any(typing.get_origin(kind) is tuple for kind in _alternatives(hint)) else "?"
 
 
 class _Help(argparse.HelpFormatter):

@@ -55,15 +55,31 @@ def run_stage(stage: Stage, argv: list[str]) -> None:
         run = f" --run {parsed.run}" if parsed.run else ""
         config = parsed.config()
         for field in stage.inputs:
-            if (path := getattr(config, field)) is not None and str(path) != "digits":
-                shown = field.upper() if field in stage.positionals else f"--{field}"
-                require_there(f"{stage.name}: {shown}: {path}", Path(path))
+            given = getattr(config, field)
+            for path in given if isinstance(given, tuple) else (given,):
+                if path is not None and str(path) != "digits":
+                    shown = field.upper() if field in stage.positionals else f"--{field}"
+                    require_there(
+                        f"{stage.name}: {shown}: {path}", Path(path), is_set=field == "run"
+                    )
         stage.refuse(config, parsed.switches)
         stage.call(config, parsed.switches, run)
 
 
-def require_there(where: str, path: Path) -> None:
-    """Raise DataError, before anything imports torch, if there is nothing at a path."""
+def require_there(where: str, path: Path, *, is_set: bool = False) -> None:
+    """Raise DataError, before anything imports torch, if there is nothing at a path.
+
+    Args:
+        where: The setting and the path, for the message.
+        path: The path.
+        is_set: Whether the name of a shipped set will do.
+    """
+    from krrst_fast.distill.shipped import is_shipped, nothing_at
+
     # A folder whose replacement was killed is still there under another name, and is put back.
-    if not path.exists() and not any(path.parent.glob(f".{glob.escape(path.name)}.*")):
+    if path.exists() or any(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        return
+    if not is_set:
         raise DataError(f"{where}: there is no such file or folder")
+    if not is_shipped(path):
+        raise DataError(f"{where}: {nothing_at(path)}")

@@ -60,16 +60,22 @@ class ImageStore:
         mapped = np.memmap(self.path / IMAGES, np.uint8, mode="c", offset=offset, shape=shape)
         return torch.from_numpy(mapped)
 
-    def labels(self, split: str = "train") -> Tensor:
-        """Read the labels of a split: int64 [N].
+    def labels(self, split: str = "train", *, partly: bool = False) -> Tensor:
+        """Read the labels of a split: int64 [N], -1 where `partly` and an image has none.
 
         Raises:
-            DataError: The split is not labelled.
+            DataError: An image of the split is not labelled, or its label is no class.
         """
         start, stop = self._range(split)
         if self.has_labels:
             labels = np.fromfile(self.path / LABELS, "<i8", stop - start, offset=8 * start)
-            if not (labels == UNLABELLED).any():
+            odd = labels[(labels < UNLABELLED) | (labels >= len(self.classes))]
+            if len(odd):
+                raise DataError(
+                    f"{self.path / LABELS}: label {odd[0]} is not among {len(self.classes)} "
+                    "classes, counted from 0; prepare the store again"
+                )
+            if partly or not (labels == UNLABELLED).any():
                 return torch.from_numpy(labels.astype(np.int64, copy=False))
         raise DataError(
             f"{self.path}: labels are needed, and the images of split {split!r} have none"

@@ -18,6 +18,7 @@ def finetune(
     labels: Tensor,
     config: FinetuneConfig,
     *,
+    rate: float,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     seed: int,
@@ -31,6 +32,7 @@ def finetune(
         index: Positions of the images to train on, int64 [L].
         labels: Labels of these images, int64 [L].
         config: Steps, batch size, SGD settings, augmentation.
+        rate: Rate at the start, one of those of `config`.
         mean: Channel means that normalise the images.
         std: Channel standard deviations that normalise the images.
         seed: Seed of the batch order and the views.
@@ -62,7 +64,7 @@ def finetune(
             loss_of,
             batches(len(index), config.batch_size, config.steps, generator(seed, "finetune")),
             steps=config.steps,
-            lr=config.lr,
+            lr=rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             cosine=True,

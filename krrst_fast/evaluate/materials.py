@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from krrst_fast.baselines.coresets import require_kmeans
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
-from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
+from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError, KrrstError
-from krrst_fast.evaluate.config import USUAL, EvaluateConfig, Method
+from krrst_fast.evaluate.config import OURS, USUAL, EvaluateConfig
+from krrst_fast.evaluate.sets import has_labels, is_imported, is_raw, open_sets
 from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.environment import pick_device
@@ -26,14 +28,19 @@ from krrst_fast.runs.version import version
 from krrst_fast.targets import FrozenTarget, load_target
 from krrst_fast.targets.encoder import EncoderInfo
 
-_REAL: frozenset[Method] = frozenset(
-    {"random_target", "random_early", "kmeans", "herding", "k_centre"}
+TIMES: dict[str, int] = {"random_5x": 5, "random_20x": 20, "random_100x": 100}
+"""Ceilings: how many times as many random real images."""
+_REAL: frozenset[str] = frozenset(
+    {"random_target", "random_early", "kmeans", "herding", "k_centre", *TIMES}
 )
 """Real images with the target's outputs."""
-REPRESENTED = _REAL | {"distilled"}
-"""Networks that are trained to give the target's outputs."""
 _NEEDS_SOURCE = _REAL | {"none", "random_labels"}
 _NEEDS_TARGET = _REAL | {"target"}
+_NOT_OF_A_ROW = (
+    *("run", "store", "source", "target", "name", "methods", "rivals", "seeds", "first_seed"),
+    *("workers", "overwrite"),
+)
+"""Settings that no row depends on, or only through the data they name."""
 CHUNK = 256
 HELD_OUT = 2000
 """Images at most on which the outputs of networks are compared with the target's."""
@@ -54,7 +61,8 @@ class Materials:
     """The inputs of an evaluation; `source` and `target` only where a method needs them."""
 
     config: EvaluateConfig
-    distilled: DistilledSet
+    sets: Mapping[str, tuple[DistilledSet, ...]]
+    """The distilled sets, and those of each rival by its name."""
     store: ImageStore
     source: ImageStore | None
     target: FrozenTarget | None
@@ -73,7 +81,12 @@ class Materials:
     @cached_property
     def test(self) -> Split:
         """The labelled images that accuracy is measured on."""
-        return self._split(_test_split(self.store))
+        return self._split(self.test_split)
+
+    @property
+    def test_split(self) -> str:
+        """The name of the split that accuracy is measured on."""
+        return _test_split(self.store)
 
     @cached_property
     def held_out(self) -> tuple[Tensor, Tensor] | None:
@@ -83,7 +96,7 @@ class Materials:
         a warning where something is amiss, if the distilled set does not stand for a target, or the
         source, such a split, or a target that is a network is missing.
         """
-        if _is_imported(self.distilled) or None in self.held_out_from:
+        if has_labels(self.distilled) or None in self.held_out_from:
             return None
         source_path, target_path = (Path(str(path)) for path in self.held_out_from)
         try:
@@ -115,14 +128,30 @@ class Materials:
         """Number of classes of the labelled images."""
         return len(self.store.classes)
 
-    def has_outputs(self, method: Method) -> bool:
+    @property
+    def distilled(self) -> DistilledSet:
+        """The first distilled set."""
+        return self.sets[OURS][0]
+
+    def set_index(self, method: str, seed: int) -> int | None:
+        """Return which of its sets a method takes with a seed; None if it has none of its own."""
+        return seed % len(self.sets[method]) if method in self.sets else None
+
+    def count(self, method: str) -> int:
+        """Return how many real images a method takes."""
+        return len(self.distilled) * TIMES.get(method, 1)
+
+    def is_represented(self, method: str) -> bool:
+        """Return whether networks of a method are trained to give the target's outputs."""
+        return method in _REAL or (method in self.sets and not has_labels(self.sets[method][0]))
+
+    def has_outputs(self, method: str) -> bool:
         """Return whether the outputs of the network of `method` stand for the target's."""
         if method == "target" and self.target is not None:
             return self.target.num_outputs > 0
-        imported = method == "distilled" and _is_imported(self.distilled)
-        return method in REPRESENTED and not imported
+        return self.is_represented(method)
 
-    def mean_std(self, method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def mean_std(self, method: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and deviation that normalise the labelled images for the network of `method`.
 
         They are those of the labelled images themselves, as in the paper's code, not those of the
@@ -132,20 +161,22 @@ class Materials:
         if method == "target" and self.target is not None:
             if isinstance(self.target.config, EncoderInfo):
                 return self.target.mean, self.target.std
-        elif method not in _REAL and _is_imported(self.distilled):
+        elif method in self.sets:
+            if is_imported(given := self.sets[method][0]):
+                return given.mean, given.std
+        elif method not in _REAL and is_imported(self.distilled):
             return self.mean, self.std
         return self.store.mean, self.store.std
 
-    def fingerprint(self, method: Method) -> str:
+    def fingerprint(self, method: str) -> str:
         """Return a digest of everything but the seed that a row of `method` depends on."""
         settings = to_dict(self.config)
-        for key in ("run", "store", "source", "target", "name", "methods", "seeds"):
+        for key in _NOT_OF_A_ROW:
             del settings[key]
-        del settings["first_seed"], settings["overwrite"]
         parts: list[Any] = [settings, version(), method, self.mean_std(method)]
         if self.config.model.is_own:
             parts.append(self.config.model.identity())
-        parts += [self._digests["store"], self._digests["distilled"]]
+        parts += [self._digests["store"], self._digests[method if method in self.sets else OURS]]
         if method in _NEEDS_SOURCE:
             parts.append(self._digests["source"])
         if method in _NEEDS_TARGET:
@@ -154,7 +185,10 @@ class Materials:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        digests = {"distilled": _of_tensors([self.distilled.images, self.distilled.targets])}
+        digests = {
+            name: _of_tensors([tensor for one in sets for tensor in (one.images, one.targets)])
+            for name, sets in self.sets.items()
+        }
         for name, store in (("store", self.store), ("source", self.source)):
             if store is not None:
                 digests[name] = _digest((store.path / "index.json").read_bytes())
@@ -176,13 +210,14 @@ def open_materials(config: EvaluateConfig) -> Materials:
     wanted, every = set(config.methods), config.methods == USUAL
     if "kmeans" in wanted:
         require_kmeans()
-    distilled = load_distilled(config.run)
+    sets = open_sets(config)
+    distilled = sets[OURS][0]
     store = open_store(config.store)
     _check_labelled(store, distilled)
     source = target = None
     source_path = config.source or _from_run(config, "store", "source", wanted & _NEEDS_SOURCE)
     target_path = config.target or _from_run(
-        config, "target", "target", wanted & _NEEDS_TARGET or _is_raw(distilled)
+        config, "target", "target", wanted & _NEEDS_TARGET or is_raw(distilled)
     )
     held_out_from = (source_path, target_path)
     if source_path is not None and wanted & _NEEDS_SOURCE:
@@ -192,8 +227,9 @@ def open_materials(config: EvaluateConfig) -> Materials:
             # unless it was asked for.
             kept = tuple(method for method in USUAL if method != "random_labels")
             config, wanted = replace(config, methods=kept), set(kept)
-        _check_source(source, distilled, "random_labels" in wanted)
-    if target_path is not None and (wanted & _NEEDS_TARGET or _is_raw(distilled)):
+        most = max(TIMES.get(method, 1) for method in wanted & (_REAL | {"none", "random_labels"}))
+        _check_source(source, distilled, most, "random_labels" in wanted)
+    if target_path is not None and (wanted & _NEEDS_TARGET or is_raw(distilled)):
         target = load_target(target_path)
         if target.table is not None and "target" in wanted:
             # It has no network that takes the labelled images.
@@ -212,22 +248,23 @@ def open_materials(config: EvaluateConfig) -> Materials:
                 f"trained on {target.image_size} px"
             )
     # Networks are pre-trained on raw images as they are, and still see real ones normalised.
-    scale = target if target is not None and _is_raw(distilled) else distilled
+    scale = target if target is not None and is_raw(distilled) else distilled
     device = pick_device(config.device)
-    check_network(
-        config.model,
-        image_size=store.size,
-        num_outputs=distilled.targets.shape[1],
-        channels=store.channels,
-        device=device,
-    )
+    for width in {one[0].targets.shape[1] for one in sets.values()}:
+        check_network(
+            config.model,
+            image_size=store.size,
+            num_outputs=width,
+            channels=store.channels,
+            device=device,
+        )
     if target is not None:
         target = target.to(device)
     # The device the figures were made on, not the word "auto", belongs to their fingerprint.
     config = replace(config, device=device.type)
     return Materials(
         config=config,
-        distilled=distilled,
+        sets=sets,
         store=store,
         source=source,
         target=target,
@@ -236,17 +273,6 @@ def open_materials(config: EvaluateConfig) -> Materials:
         std=scale.std,
         held_out_from=held_out_from,
     )
-
-
-def _is_raw(distilled: DistilledSet) -> bool:
-    """Return whether the images are pixels that their own networks saw beside normalised ones."""
-    if _is_imported(distilled):
-        return False  # those of other projects are pixels, and so are the real ones beside them
-    return set(distilled.mean) == {0.0} and set(distilled.std) == {1.0}
-
-
-def _is_imported(distilled: DistilledSet) -> bool:
-    return distilled.meta.get("method", "").startswith("imported from ")
 
 
 def _check_labelled(store: ImageStore, distilled: DistilledSet) -> None:
@@ -273,17 +299,20 @@ def _test_split(store: ImageStore) -> str:
     )
 
 
-def _check_source(source: ImageStore, distilled: DistilledSet, needs_labels: bool) -> None:
+def _check_source(
+    source: ImageStore, distilled: DistilledSet, times: int, needs_labels: bool
+) -> None:
     size = distilled.images.shape[-1]
     if source.size != size:
         raise DataError(
             f"{source.path}: the source images are {source.size} px, and those of the distilled "
             f"set {size} px"
         )
-    if len(distilled) > source.count("train"):
+    if times * len(distilled) > source.count("train"):
+        hint = f" (random_{times}x of {len(distilled)})" if times > 1 else ""
         raise DataError(
-            f"{source.path}: a random subset needs {len(distilled)} images, and the train split "
-            f"has {source.count('train')}"
+            f"{source.path}: a random subset needs {times * len(distilled)} images{hint}, and the "
+            f"train split has {source.count('train')}"
         )
     if needs_labels and not source.has_labels:
         raise DataError(
@@ -293,7 +322,7 @@ def _check_source(source: ImageStore, distilled: DistilledSet, needs_labels: boo
 
 def _from_run(config: EvaluateConfig, key: str, setting: str, needed: object) -> Path | None:
     """Return the path that the run's config.json names; None where none is, and none is needed."""
-    run, file = config.run, config.run / "config.json"
+    run, file = config.runs[0], config.runs[0] / "config.json"
     if not needed and not file.exists():
         return None
     if not file.exists():
@@ -301,6 +330,8 @@ def _from_run(config: EvaluateConfig, key: str, setting: str, needed: object) ->
             f"evaluate: {run} has no config.json that names the {setting}; pass --{setting}"
         )
     values = read_json(file)
+    if not needed and isinstance(values, dict) and values.get(key) is None:
+        return None  # a learnt baseline has no target
     if not isinstance(values, dict) or not isinstance(values.get(key), str):
         raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
     path = Path(values[key])

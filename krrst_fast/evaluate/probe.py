@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from krrst_fast.data.augment import plain_views
-from krrst_fast.errors import DataError, NonFiniteError
+from krrst_fast.errors import NonFiniteError
 from krrst_fast.evaluate.config import ProbeConfig
 from krrst_fast.evaluate.sgd import batches, descend
 from krrst_fast.models import Network
@@ -18,6 +18,10 @@ from krrst_fast.runs.environment import solving_device
 from krrst_fast.runs.seeding import generator
 
 _EMBED_BATCH = 512
+LBFGS_STEPS = 1000
+"""At most; L-BFGS ends before where the gradient vanishes."""
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
 
 
 class Embeds(Protocol):
@@ -26,39 +30,6 @@ class Embeds(Protocol):
     def embed(self, x: Tensor) -> Tensor:
         """Return features [B, D] of images [B, 3, H, W]."""
         ...
-
-
-def draw_labelled(
-    labels: Tensor, classes: int, per_class: int | None, *, seed: int, where: str
-) -> Tensor:
-    """Return positions of `per_class` random images of each class, in ascending order.
-
-    Args:
-        labels: [N] in 0..classes-1.
-        classes: Number of classes.
-        per_class: None takes every image.
-        seed: Seed of the draw.
-        where: Name of the data for the error.
-
-    Returns:
-        Indices into `labels`, int64 [classes * per_class], or [N].
-
-    Raises:
-        DataError: A class has fewer images than asked.
-    """
-    if per_class is None:
-        return torch.arange(len(labels))
-    draw = generator(seed, "labels")
-    picks = []
-    for label in range(classes):
-        members = (labels == label).nonzero().flatten()
-        if len(members) < per_class:
-            raise DataError(
-                f"{where}: class {label} has only {len(members)} labelled training images, and "
-                f"labels_per_class is {per_class}"
-            )
-        picks.append(members[torch.randperm(len(members), generator=draw)[:per_class]])
-    return torch.cat(picks).sort().values
 
 
 def embed(
@@ -144,9 +115,17 @@ def probe_accuracy(
         config: Kind of probe and its settings.
         seed: Seed of the batch order ("sgd").
         solver: How the closed form is solved ("ridge").
-        tick: Function to call after every SGD step, or once.
+        tick: Function to call after every SGD step, or once with another solver.
+
+    Raises:
+        NonFiniteError: The training of the classifier diverged.
     """
-    if config.solver == "ridge":
+    if config.solver == "sgd":
+        scores = sgd_scores(train, train_labels, test, classes, config, seed=seed, tick=tick)
+        return accuracy(scores, test_labels)
+    if config.solver == "lbfgs":
+        scores = logistic_scores(train, train_labels, test, classes, config.penalty)
+    else:
         solving = solving_device(train.device)
         scores = ridge_scores(
             train.to(solving),
@@ -156,10 +135,8 @@ def probe_accuracy(
             config.ridge,
             solver,
         ).to(train.device)
-        if tick is not None:
-            tick()
-    else:
-        scores = sgd_scores(train, train_labels, test, classes, config, seed=seed, tick=tick)
+    if tick is not None:
+        tick()
     return accuracy(scores, test_labels)
 
 
@@ -220,3 +197,57 @@ def sgd_scores(
     )
     with torch.no_grad():
         return F.linear(test, weight, bias)
+
+
+def logistic_scores(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, penalty: float
+) -> Tensor:
+    """Fit logistic regression by L-BFGS, intercept not penalised; return scores [T, classes].
+
+    The features are standardised by mean and standard deviation of `train`, and one that is
+    constant there is left at 0. Minimised is the sum of the cross-entropies + penalty / 2 |W|^2,
+    the objective of scikit-learn's LogisticRegression(C=1 / penalty), from zero weights: there is
+    one minimum, and nothing random.
+    """
+    centre, scale = train.mean(0), train.std(0, correction=0)
+    # What rounding leaves of a constant is not its deviation.
+    varies = scale > 1e-6 * train.abs().amax(0)
+    scale = torch.where(varies, scale, torch.inf)
+    x, count = (train - centre) / scale, len(train)
+    weight = torch.zeros(classes, x.shape[1], device=x.device, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=LBFGS_STEPS,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels)
+        # Of the mean, so that the tolerances do not depend on how many labels there are.
+        loss = loss + penalty / (2 * count) * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return F.linear((test - centre) / scale, weight, bias)
+
+
+def knn_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+    """Return votes [T, classes] of the 20 nearest rows of `train`, or of all where it has fewer.
+
+    Nearness is the cosine s of the features, and a neighbour's vote weighs exp(s / 0.07), as in
+    Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
+    2018, and in the evaluation of DINO (Caron et al., ICCV 2021).
+    """
+    known, one_hot = F.normalize(train, dim=1), F.one_hot(labels, classes).to(train.dtype)
+    votes = []
+    for rows in F.normalize(test, dim=1).split(_EMBED_BATCH):
+        near = (rows @ known.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        weights = (near.values / TEMPERATURE).exp()
+        votes.append((weights[:, :, None] * one_hot[near.indices]).sum(1))
+    return torch.cat(votes)

@@ -1,43 +1,44 @@
-"""The result of an evaluation: rows, means, paired differences, and the text table."""
+"""The result of an evaluation: rows, their summary, and the text table."""
 
-import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.evaluate.config import EvaluateConfig, Method
+from krrst_fast.evaluate.config import OURS, RIVAL, EvaluateConfig
+from krrst_fast.evaluate.paired import (
+    Sample,
+    Summary,
+    in_words,
+    paired_difference,
+    plus_minus,
+    signed,
+)
 from krrst_fast.runs.config import from_dict, to_dict
 
-FORMAT_VERSION = 1
-RIVAL: Method = "random_target"
-"""The baseline: as many real images, with the same target and the same training."""
-
-Task = Literal["probe", "outputs", "finetune"]
-TASKS: tuple[Task, ...] = ("probe", "outputs", "finetune")
-
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
-_T975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16)
-_T975_MORE = 2.145
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The result of one method with one seed; accuracies are in per cent of the test images."""
+    """The result of one method with one seed."""
 
-    method: Method
+    method: str
     seed: int
-    probe: float
-    finetune: float | None
+    scores: dict[str, float]
+    """Accuracy in per cent of the test images by task: a measure and its labels, such as "probe-5",
+    "outputs-1%" and "knn-all" (settings `probe.measures` and `probe.labels`), and "finetune"."""
     pretrain_loss: float | None
     """Loss of the last pre-training step; None without pre-training."""
     seconds: float
     fingerprint: str
     """Digest of all settings and data that the row depends on."""
-    outputs: float | None = None
-    """Accuracy of a probe on the network's outputs, where they stand for the target's."""
+    num_images: int | None = None
+    """Images that were pre-trained on; None without pre-training."""
+    set_index: int | None = None
+    """Which of the sets of this method, counted from 0; None where it has none of its own."""
     r2: float | None = None
     """Share of the variance of the target's outputs on held-out images of the source that the
     network's outputs explain: 1 - MSE / variance, below 0 where their mean explains more."""
@@ -45,68 +46,8 @@ class Row:
     """Steps of the pre-training that were best, where their number was chosen."""
     pretrain_lr: float | None = None
     """Rate of the pre-training on the target's outputs."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Accuracies, or paired differences of accuracies, in points by seed; at least one."""
-
-    by_seed: Mapping[int, float]
-
-    @property
-    def count(self) -> int:
-        """Number of seeds."""
-        return len(self.by_seed)
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.by_seed.values())
-
-    @property
-    def std(self) -> float | None:
-        """Standard deviation of the sample (n - 1); None for a single seed."""
-        return statistics.stdev(self.by_seed.values()) if self.count > 1 else None
-
-    @property
-    def standard_error(self) -> float | None:
-        """Standard error of the mean; None for a single seed."""
-        return None if self.std is None else self.std / math.sqrt(self.count)
-
-    @property
-    def interval(self) -> float | None:
-        """Half of the 95 % interval of the mean by Student's t; None for a single seed."""
-        error = self.standard_error
-        return None if error is None else error * interval_factor(self.count)
-
-
-@dataclass(frozen=True)
-class Summary(Sample):
-    """One method on one task: its accuracies, and the differences to the baseline."""
-
-    difference: Sample | None = None
-    """None for the baseline itself, and where the baseline was not run with a seed of these."""
-
-
-def interval_factor(seeds: int) -> float:
-    """Return the standard errors in half of a 95 % interval of the mean over `seeds` values."""
-    return _T975[seeds - 2] if seeds - 2 < len(_T975) else _T975_MORE
-
-
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Sample | None:
-    """Return ours - theirs for the seeds that both have; None where they share no seed."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    return Sample({seed: ours[seed] - theirs[seed] for seed in seeds}) if seeds else None
-
-
-def plus_minus(mean: float, spread: float | None) -> str:
-    """Return "84.4 +- 2.9", or the mean alone."""
-    return f"{mean:.1f}" + ("" if spread is None else f" +- {spread:.1f}")
-
-
-def signed(mean: float, error: float | None = None) -> str:
-    """Return "+3.0 +- 0.8" or "-0.2"; what rounds to zero is "+0.0"."""
-    return ("-" if round(mean, 1) < 0 else "+") + plus_minus(abs(mean), error)
+    finetune_lr: float | None = None
+    """Rate of the fine-tuning, chosen where there are several; None without fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +58,24 @@ class Evaluation:
     config: EvaluateConfig
     rows: tuple[Row, ...]
     num_images: int
-    """M, the images of the distilled set and of the random subsets."""
+    """M, the images of a distilled set and of the rivals of its size."""
     environment: Mapping[str, Any]
     seconds: float
     """The sum over the rows, however often the evaluation was stopped."""
+    label_counts: Mapping[str, int] = field(default_factory=dict)
+    """Labelled images in all for each of `probe.labels`, as text; empty in files of version 1."""
+    notes: tuple[str, ...] = ()
+    """What of the data the accuracies are to be read with: `notes.data_notes`."""
 
-    def accuracies(self, method: Method, task: Task) -> dict[int, float]:
+    def accuracies(self, method: str, task: str) -> dict[int, float]:
         """Return the accuracy by seed, in per cent; empty where the method was not run."""
-        values = {row.seed: getattr(row, task) for row in self.rows if row.method == method}
-        return {seed: value for seed, value in values.items() if value is not None}
+        return {
+            row.seed: row.scores[task]
+            for row in self.rows
+            if row.method == method and task in row.scores
+        }
 
-    def summary(self, method: Method, task: Task) -> Summary | None:
+    def summary(self, method: str, task: str) -> Summary | None:
         """Return mean, standard deviation and paired difference to the baseline, or None."""
         ours = self.accuracies(method, task)
         if not ours:
@@ -135,15 +83,34 @@ class Evaluation:
         rival = {} if method == RIVAL else self.accuracies(RIVAL, task)
         return Summary(ours, paired_difference(ours, rival))
 
-    def tasks(self) -> tuple[Task, ...]:
-        """Return the tasks that were run."""
-        return tuple(
-            task for task in TASKS if any(getattr(row, task) is not None for row in self.rows)
-        )
+    def tasks(self) -> tuple[str, ...]:
+        """Return the tasks that were run, in the order of the row that has most of them."""
+        rows = sorted(self.rows, key=lambda row: -len(row.scores))
+        return tuple(dict.fromkeys(task for row in rows for task in row.scores))
 
-    def explained(self) -> dict[Method, float]:
+    def sizes(self) -> dict[str, int]:
+        """Return how many images each method pre-trained on; 0 without pre-training."""
+        return {row.method: row.num_images or 0 for row in self.rows}
+
+    def best_rival(self, task: str) -> tuple[str, Sample] | None:
+        """Return the best rival with no more images on a task, and distilled - rival, paired.
+
+        It is the one with the highest mean over the seeds that both have, no pre-training among
+        them: chosen by the figures it is compared by, which favours it.
+        """
+        ours, sizes = self.accuracies(OURS, task), self.sizes()
+        found: list[tuple[str, Sample]] = []
+        for method in self.config.names:
+            if method in (OURS, "target") or sizes.get(method, 0) > self.num_images:
+                continue
+            by = paired_difference(ours, self.accuracies(method, task))
+            if by is not None:
+                found.append((method, by))
+        return min(found, key=lambda item: item[1].mean, default=None)
+
+    def explained(self) -> dict[str, float]:
         """Return the held-out R2 of each method that has one, a mean over the seeds."""
-        found: dict[Method, list[float]] = {}
+        found: dict[str, list[float]] = {}
         for row in self.rows:
             if row.r2 is not None:
                 found.setdefault(row.method, []).append(row.r2)
@@ -156,39 +123,67 @@ class Evaluation:
         seeds = ", ".join(str(row.seed) for row in chosen)
         return f"random_early: best after {steps} steps (seeds {seeds})" if chosen else ""
 
+    def chosen_rates(self) -> str:
+        """Return in words at which rates each method was fine-tuned, where they were chosen."""
+        if len(self.config.finetune.rates) == 1:
+            return ""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.finetune_lr is not None:
+                found.setdefault(row.method, []).append(f"{row.finetune_lr:g}")
+        told = ", ".join(f"{method} {' '.join(rates)}" for method, rates in found.items())
+        grid = " ".join(f"{rate:g}" for rate in self.config.finetune.rates)
+        return f"finetune: rates chosen of {grid}, by seed: {told}" if found else ""
+
     def verdicts(self) -> list[str]:
-        """Return a line for each task: the difference of the distilled set to the baseline."""
+        """Return a line for each task: the set minus the baseline, and minus the best rival."""
         lines = []
         for task in self.tasks():
-            summary = self.summary("distilled", task)
-            if summary is not None and summary.difference is not None:
-                lines.append(f"{task}: distilled - {RIVAL} = {in_words(summary.difference)}")
+            baseline = self.summary(OURS, task)
+            said: dict[str, str] = {}
+            if baseline is not None and baseline.difference is not None:
+                said[RIVAL] = f"{OURS} - {RIVAL} = {in_words(baseline.difference)}"
+            best = self.best_rival(task)
+            if best is not None and best[0] not in said:
+                said[best[0]] = f"{OURS} - {best[0]}, the best rival, = {in_words(best[1])}"
+            if said:
+                lines.append(f"{task}: {'; '.join(said.values())}")
         return lines
 
     def table(self) -> str:
         """Return an aligned text table, one row a method, and the verdicts below it."""
-        header = ["method", "held-out R2"] if self.explained() else ["method"]
+        header = ["method"]
+        header += ["images"] if self._sizes_differ else []
+        header += ["held-out R2"] if self.explained() else []
         for task in self.tasks():
             header += [task, f"- {RIVAL}"] if self._has_rival else [task]
-        lines = [header] + [self._cells(method) for method in self.config.methods]
+        lines = [header] + [self._cells(method) for method in self.config.names]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
-        notes = [*self.verdicts(), *filter(None, [self._explained_in_words(), self.stopped()])]
-        return "\n".join([self._title(), "", *text, "", *notes]).rstrip()
+        notes = [
+            *self.verdicts(),
+            *filter(None, [self._notes(), self.stopped(), self.chosen_rates()]),
+        ]
+        notes += self.notes
+        return "\n".join([self._title(), "", *text, "", *filter(None, notes)]).rstrip()
 
-    def _explained_in_words(self) -> str:
+    def _notes(self) -> str:
         words = []
-        if "outputs" in self.tasks():
+        if any(task.startswith("outputs-") for task in self.tasks()):
             words.append("outputs: a probe on the network's outputs instead of its features")
+        if any(task.startswith("knn-") for task in self.tasks()):
+            words.append("knn: the nearest neighbours of the features")
         if self.explained():
             words.append("held-out R2: of its outputs as the target's, on images no method saw")
         return "; ".join(words)
 
-    def _cells(self, method: Method) -> list[str]:
-        cells: list[str] = [method]
+    def _cells(self, method: str) -> list[str]:
+        cells = [method]
+        if self._sizes_differ:
+            cells.append(str(self.sizes().get(method) or "-"))
         if explained := self.explained():
             cells.append(f"{explained[method]:+.3f}" if method in explained else "-")
         for task in self.tasks():
@@ -204,21 +199,35 @@ class Evaluation:
 
     @property
     def _has_rival(self) -> bool:
-        return RIVAL in self.config.methods and len(self.config.methods) > 1
+        return RIVAL in self.config.methods and len(self.config.names) > 1
+
+    @property
+    def _sizes_differ(self) -> bool:
+        return bool(set(self.sizes().values()) - {0, self.num_images})
 
     def _title(self) -> str:
-        labels = self.config.probe.labels_per_class
-        given = "all labels" if labels is None else f"{labels} label{'s' * (labels > 1)} per class"
-        draws = self.config.probe.label_draws
-        given += f" (mean of {draws} draws)" if draws > 1 else ""
-        paired = ";\ndifferences are paired by seed, +- their standard error, of this distilled set"
+        config = self.config
+        sets = "this distilled set"
+        if len(config.runs) > 1:
+            sets = f"{len(config.runs)} distilled sets in turn, whose luck they include"
+        paired = f";\ndifferences are paired by seed, +- their standard error, of {sets}"
         return (
             f"{self.name}: accuracy in per cent, mean +- standard deviation over "
-            f"{self.config.seeds} seed{'s' * (self.config.seeds > 1)}\n"
-            f"{self.num_images} images, {self.config.pretrain.steps} pre-training steps"
-            f"{self._lowered()}, "
-            f"{self.config.probe.solver} probe with {given}{paired * self._has_rival}"
+            f"{config.seeds} seed{'s' * (config.seeds > 1)}\n"
+            f"{self.num_images} images, {config.pretrain.steps} pre-training steps"
+            f"{self._lowered()}, {config.probe.solver} probe with {self.labels_in_words()}"
+            f"{paired * self._has_rival}"
         )
+
+    def labels_in_words(self) -> str:
+        """Return "labels 5 a class (50), 1% (500), all (50,000), few of 10 draws"."""
+        config, words = self.config.probe, []
+        for labels in config.labels:
+            count = self.label_counts.get(str(labels))
+            word = f"{labels} a class" if isinstance(labels, int) else labels
+            words.append(word if count is None else f"{word} ({count:,})")
+        draws = f", mean of {config.label_draws} draws" if config.label_draws > 1 else ""
+        return f"labels {', '.join(words)}{draws}"
 
     def _lowered(self) -> str:
         rates = [row.pretrain_lr for row in self.rows if row.pretrain_lr is not None]
@@ -234,16 +243,23 @@ class Evaluation:
             "unit": "per cent",
             "rival": RIVAL,
             "num_images": self.num_images,
+            "label_counts": dict(self.label_counts),
             "seconds": self.seconds,
             "summary": [
                 {
                     "method": method,
+                    "num_images": self.sizes().get(method, 0),
                     "r2": self.explained().get(method),
-                    **{task: self._plain(method, task) for task in TASKS},
+                    "scores": {
+                        task: _plain(summary)
+                        for task in self.tasks()
+                        if (summary := self.summary(method, task)) is not None
+                    },
                 }
-                for method in self.config.methods
+                for method in self.config.names
             ],
             "verdicts": self.verdicts(),
+            "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
             "config": to_dict(self.config),
             "environment": dict(self.environment),
@@ -251,12 +267,14 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: Any, path: Path) -> "Evaluation":
-        """Return the evaluation that `to_json` wrote to `path`.
+        """Return the evaluation that `to_json` wrote to `path`, this version's or an earlier one.
 
         Raises:
             DataError: The values are something else.
         """
         try:
+            if values["format_version"] == 1:
+                values = _from_version_1(values)
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format version {values['format_version']!r}")
             return cls(
@@ -266,29 +284,33 @@ class Evaluation:
                 num_images=int(values["num_images"]),
                 environment=dict(values["environment"]),
                 seconds=float(values["seconds"]),
+                label_counts={str(k): int(v) for k, v in values["label_counts"].items()},
+                notes=tuple(map(str, values.get("notes", ()))),
             )
         except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a result of krrst evaluate ({error!r})") from None
 
-    def _plain(self, method: Method, task: Task) -> dict[str, Any] | None:
-        summary = self.summary(method, task)
-        if summary is None:
-            return None
-        by = summary.difference
-        plain: dict[str, Any] = {name: getattr(summary, name) for name in ("mean", "std", "count")}
-        names = ("mean", "standard_error", "interval", "count")
-        return plain | {"difference": by and {name: getattr(by, name) for name in names}}
+
+def _plain(summary: Summary) -> dict[str, Any]:
+    by = summary.difference
+    plain: dict[str, Any] = {name: getattr(summary, name) for name in ("mean", "std", "count")}
+    names = ("mean", "standard_error", "interval", "count")
+    return plain | {"difference": by and {name: getattr(by, name) for name in names}}
 
 
-def in_words(difference: Sample) -> str:
-    """Return "+3.0 +- 0.8 points (5 paired seeds, 95 % interval +0.8 to +5.2)"."""
-    seeds = f"{difference.count} paired seed{'s' if difference.count > 1 else ''}"
-    if difference.interval is not None:
-        seeds += f", 95 % interval {ends(difference)}"
-    return f"{signed(difference.mean, difference.standard_error)} points ({seeds})"
-
-
-def ends(difference: Sample) -> str:
-    """Return the ends of the 95 % interval of the mean, "+0.8 to +5.2"."""
-    half = difference.interval or 0.0
-    return f"{signed(difference.mean - half)} to {signed(difference.mean + half)}"
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what version 1 wrote, one number of labels with a column a task, as version 2."""
+    probe = dict(values["config"]["probe"])
+    labels = probe.pop("labels_per_class")
+    labels = "all" if labels is None else labels
+    names = {"probe": f"probe-{labels}", "outputs": f"outputs-{labels}", "finetune": "finetune"}
+    rows = []
+    for row in values["rows"]:
+        given = {task: row.get(old) for old, task in names.items()}
+        rest = {key: value for key, value in row.items() if key not in names}
+        untrained = row["method"] in ("none", "target")
+        size = {} if untrained else {"num_images": values["num_images"]}
+        scores = {task: score for task, score in given.items() if score is not None}
+        rows.append({**rest, **size, "scores": scores})
+    config = {**values["config"], "probe": {**probe, "labels": [labels]}}
+    return {**values, "format_version": 2, "config": config, "rows": rows, "label_counts": {}}

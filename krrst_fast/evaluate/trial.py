@@ -15,11 +15,11 @@ from krrst_fast.baselines.random_images import random_index
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
-from krrst_fast.errors import KrrstError, NonFiniteError
-from krrst_fast.evaluate.config import Method
+from krrst_fast.errors import KrrstError
+from krrst_fast.evaluate.config import Labels
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
-from krrst_fast.evaluate.finetune import finetune
-from krrst_fast.evaluate.materials import CHUNK, REPRESENTED, Materials, Split
+from krrst_fast.evaluate.labelled import draw_labelled
+from krrst_fast.evaluate.materials import CHUNK, TIMES, Materials, Split
 from krrst_fast.evaluate.pretrain import (
     pretrain,
     pretrain_labels,
@@ -28,23 +28,24 @@ from krrst_fast.evaluate.pretrain import (
 )
 from krrst_fast.evaluate.probe import (
     accuracy,
-    draw_labelled,
     embed,
     embed_both,
-    in_chunks,
+    knn_scores,
     probe_accuracy,
 )
 from krrst_fast.evaluate.table import Row
+from krrst_fast.evaluate.tuning import Tuned, Tuner
 from krrst_fast.models import Network, build, place
 from krrst_fast.runs.seeding import derive, generator
 
 Tick = Callable[[], object]
 
-CORESETS: tuple[Method, ...] = ("kmeans", "herding", "k_centre")
+CORESETS = ("kmeans", "herding", "k_centre")
 """Choices among the target's outputs on all images, which are computed once."""
-CHOICES: dict[Method, Callable[..., DistilledSet]] = {
+CHOICES: dict[str, Callable[..., DistilledSet]] = {
     "random_target": random_subset,
     "random_early": random_subset,
+    **dict.fromkeys(TIMES, random_subset),
     "kmeans": kmeans,
     "herding": herding,
     "k_centre": k_centre,
@@ -56,6 +57,8 @@ CHOICES: dict[Method, Callable[..., DistilledSet]] = {
 class Start:
     """How a network was pre-trained, where it was."""
 
+    images: int | None = None
+    """How many there were."""
     loss: float | None = None
     steps: int | None = None
     """Where their number was chosen."""
@@ -75,10 +78,14 @@ class Trials:
         self._target_features: dict[str, tuple[Tensor, ...]] = {}
         self._all_tests = torch.arange(len(materials.test.labels))
         config = materials.config
-        for per_class in (config.probe.labels_per_class, config.finetune.labels_per_class):
-            self._labelled(per_class, config.first_seed)
+        self.label_counts = {
+            str(labels): len(self._labelled(labels, config.first_seed))
+            for labels in config.probe.labels
+        }
+        if config.finetune.steps:
+            self._labelled(config.finetune.labels_per_class or "all", config.first_seed)
 
-    def run(self, method: Method, seed: int, fingerprint: str, tick: Tick) -> Row:
+    def run(self, method: str, seed: int, fingerprint: str, tick: Tick) -> Row:
         """Pre-train, probe and fine-tune."""
         started = time.perf_counter()
         try:
@@ -88,30 +95,31 @@ class Trials:
                 net, start = self.materials.target.model, Start()
             else:
                 net, start = self._start(method, seed, tick)
-            probe, outputs = self._probe(net, method, seed, tick)
-            tuned = None
+            scores, tuned = self._probe(net, method, seed, tick), None
             if method != "target" and self.materials.config.finetune.steps:
                 tuned = self._finetune(net, method, seed, tick)
+                scores["finetune"] = tuned.accuracy
         except KrrstError as error:
             raise type(error)(f"evaluate: {method}, seed {seed}: {error}") from None
         return Row(
             method=method,
             seed=seed,
-            probe=probe,
-            finetune=tuned,
+            scores=scores,
             pretrain_loss=start.loss,
             seconds=time.perf_counter() - started,
             fingerprint=fingerprint,
-            outputs=outputs,
-            r2=self._explained(net) if method in REPRESENTED else None,
+            num_images=start.images,
+            set_index=self.materials.set_index(method, seed),
+            r2=self._explained(net) if self.materials.is_represented(method) else None,
             pretrain_steps=start.steps,
             pretrain_lr=start.rate,
+            finetune_lr=None if tuned is None else tuned.rate,
         )
 
-    def _start(self, method: Method, seed: int, tick: Tick) -> tuple[Network, Start]:
+    def _start(self, method: str, seed: int, tick: Tick) -> tuple[Network, Start]:
         """Return the network of `method`, pre-trained, in eval mode, and how that went."""
         given = self.materials
-        config, device, count = given.config.pretrain, given.device, len(given.distilled)
+        config, device, count = given.config.pretrain, given.device, given.count(method)
         if method == "none":
             net = self._fresh(0, seed)
             settle_norms(net, self._random_images(seed))
@@ -121,9 +129,10 @@ class Trials:
             net = self._fresh(len(self._source.classes), seed)
             images = self._random_images(seed)
             loss = pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
-            return net, Start(loss=loss)
-        chosen = given.distilled
-        if method != "distilled":
+            return net, Start(images=count, loss=loss)
+        if (number := given.set_index(method, seed)) is not None:
+            chosen = given.sets[method][number]
+        else:
             assert given.target is not None
             known = {"outputs": self._outputs} if method in CORESETS else {}
             chosen = CHOICES[method](self._source, given.target, count, seed=seed, **known)
@@ -140,26 +149,32 @@ class Trials:
         rate = pretraining_rate(net, images, targets, config)
         loss = pretrain(net, images, targets, config, seed=seed, rate=rate, tick=after_step)
         if stopping is None:
-            return net, Start(loss=loss, rate=rate)
-        return net, Start(steps=stopping.take_best(), rate=rate)
+            return net, Start(images=len(images), loss=loss, rate=rate)
+        return net, Start(images=len(images), steps=stopping.take_best(), rate=rate)
 
     def _validation(self, net: Network, *, seed: int) -> float:
-        """Return the accuracy of a ridge probe on training images that it did not learn from."""
+        """Return the accuracy of a ridge probe on training images that it did not learn from.
+
+        It is the mean over the numbers of labels, as one network is measured with all of them.
+        """
         given, config = self.materials, self.materials.config.probe
-        labelled = self._labelled(config.labels_per_class, seed)
-        draw = generator(seed, "validation")
-        parts = fitted_and_held_out(labelled, len(given.train.labels), draw)
         mean, std = given.mean_std("random_early")
-        fitted, held_out = (
-            embed(net, given.train.images, index, mean=mean, std=std) for index in parts
-        )
-        fitted_labels, wanted = (given.train.labels[index].to(given.device) for index in parts)
-        return probe_accuracy(
-            *(fitted, fitted_labels, held_out, wanted, given.classes),
-            replace(config, solver="ridge"),
-            seed=seed,
-            solver=given.config.solver,
-        )
+        found = []
+        for labels in config.labels:
+            draw = generator(seed, "validation")
+            parts = fitted_and_held_out(self._labelled(labels, seed), len(given.train.labels), draw)
+            fitted, held_out = (
+                embed(net, given.train.images, index, mean=mean, std=std) for index in parts
+            )
+            fitted_labels, wanted = (given.train.labels[index].to(given.device) for index in parts)
+            value = probe_accuracy(
+                *(fitted, fitted_labels, held_out, wanted, given.classes),
+                replace(config, solver="ridge"),
+                seed=seed,
+                solver=given.config.solver,
+            )
+            found.append(value)
+        return statistics.fmean(found)
 
     def _explained(self, net: Network) -> float | None:
         """Return the R2 of the network's outputs on held-out images of the source."""
@@ -207,35 +222,57 @@ class Trials:
             seed=derive(seed, "network"),
         )
 
-    def _probe(
-        self, net: Network, method: Method, seed: int, tick: Tick
-    ) -> tuple[float, float | None]:
-        """Return the accuracies of probes on features and on outputs, means over label draws."""
+    def _probe(self, net: Network, method: str, seed: int, tick: Tick) -> dict[str, float]:
+        """Return the accuracies of a frozen network by task, means over the draws of labels."""
+        config, all_tests = self.materials.config.probe, self._all_tests
+        tests = self._features(net, method, self.materials.test, all_tests, "test")
+        scores: dict[str, float] = {}
+        for labels in config.labels:
+            found: dict[str, list[float]] = {}
+            for draw in range(config.draws(labels)):
+                index = self._labelled(labels, seed, draw)
+                trains = self._features(net, method, self.materials.train, index, "train")
+                for measure, value in self._measured(trains, index, tests, seed, tick).items():
+                    found.setdefault(f"{measure}-{labels}", []).append(value)
+            scores |= {task: statistics.fmean(values) for task, values in found.items()}
+        return scores
+
+    def _measured(
+        self,
+        trains: tuple[Tensor, ...],
+        index: Tensor,
+        tests: tuple[Tensor, ...],
+        seed: int,
+        tick: Tick,
+    ) -> dict[str, float]:
+        """Return accuracies by measure, fitted on images `index` and measured on all test images.
+
+        `trains` and `tests` are their features, and their outputs where these are measured.
+        """
         given, config = self.materials, self.materials.config.probe
-        tests = self._features(net, method, given.test, self._all_tests, "test")
-        accuracies = []
-        for draw in range(config.label_draws):
-            index = self._labelled(config.labels_per_class, seed, draw)
-            trains = self._features(net, method, given.train, index, "train")
-            accuracies.append(
-                [
-                    probe_accuracy(
-                        *(train, given.train.labels[index].to(given.device)),
-                        *(test, given.test.labels.to(given.device)),
-                        given.classes,
-                        config,
-                        seed=seed,
-                        solver=given.config.solver,
-                        tick=tick,
-                    )
-                    for train, test in zip(trains, tests)
-                ]
-            )
-        on_features, *on_outputs = map(statistics.fmean, zip(*accuracies))
-        return on_features, on_outputs[0] if on_outputs else None
+        train_labels = given.train.labels[index].to(given.device)
+        test_labels = given.test.labels.to(given.device)
+        found: dict[str, float] = {}
+        pairs: dict[str, tuple[Tensor, Tensor]] = dict(
+            zip(("probe", "outputs"), zip(trains, tests))
+        )
+        for measure in config.measures:
+            if measure == "knn":
+                votes = knn_scores(trains[0], train_labels, tests[0], given.classes)
+                found[measure] = accuracy(votes, test_labels)
+                tick()
+            elif measure in pairs:
+                train, test = pairs[measure]
+                found[measure] = probe_accuracy(
+                    *(train, train_labels, test, test_labels, given.classes, config),
+                    seed=seed,
+                    solver=given.config.solver,
+                    tick=tick,
+                )
+        return found
 
     def _features(
-        self, net: Network, method: Method, split: Split, index: Tensor, name: str
+        self, net: Network, method: str, split: Split, index: Tensor, name: str
     ) -> tuple[Tensor, ...]:
         """Compute features, and outputs that stand for the target's; of it once for all seeds."""
         fixed = method == "target" and len(index) == len(split.labels)
@@ -243,7 +280,7 @@ class Trials:
             return self._target_features[name]
         mean, std = self.materials.mean_std(method)
         found: tuple[Tensor, ...]
-        if self.materials.has_outputs(method):
+        if "outputs" in self.materials.config.probe.measures and self.materials.has_outputs(method):
             found = embed_both(net, split.images, index, mean=mean, std=std)
         else:
             found = (embed(net, split.images, index, mean=mean, std=std),)
@@ -251,31 +288,22 @@ class Trials:
             self._target_features[name] = found
         return found
 
-    def _finetune(self, net: Network, method: Method, seed: int, tick: Tick) -> float:
-        given = self.materials
-        config = given.config.finetune
-        tuned = self._fresh(given.classes, seed)
-        tuned.load_state_dict(tuned.state_dict() | net.body_state())
-        index = self._labelled(config.labels_per_class, seed)
-        mean, std = given.mean_std(method)
-        labels = given.train.labels[index]
-        finetune(
-            tuned,
-            given.train.images,
-            index,
-            labels,
-            config,
-            mean=mean,
-            std=std,
-            seed=seed,
-            tick=tick,
-        )
-        scores = in_chunks(tuned, given.test.images, self._all_tests, mean=mean, std=std)
-        if not bool(torch.isfinite(scores).all()):
-            raise NonFiniteError("the fine-tuned network gives NaN or infinity")
-        return accuracy(scores.cpu(), given.test.labels)
+    def _finetune(self, net: Network, method: str, seed: int, tick: Tick) -> Tuned:
+        given, config = self.materials, self.materials.config.finetune
+        body = net.body_state()
 
-    def _labelled(self, per_class: int | None, seed: int, draw: int = 0) -> Tensor:
+        def fresh() -> Network:
+            tuned = self._fresh(given.classes, seed)
+            tuned.load_state_dict(tuned.state_dict() | body)
+            return tuned
+
+        mean, std = given.mean_std(method)
+        tuner = Tuner(fresh, given.train, config, mean=mean, std=std, seed=seed, tick=tick)
+        labels = config.labels_per_class or "all"
+        draws = [self._labelled(labels, seed, draw) for draw in range(config.label_draws)]
+        return tuner.tune(draws, given.test)
+
+    def _labelled(self, labels: Labels, seed: int, draw: int = 0) -> Tensor:
         given = self.materials
         where, stream = str(given.store.path), derive(seed, "draw", draw)
-        return draw_labelled(given.train.labels, given.classes, per_class, seed=stream, where=where)
+        return draw_labelled(given.train.labels, given.classes, labels, seed=stream, where=where)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from krrst_fast.evaluate.table import Sample
+from krrst_fast.evaluate.paired import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,13 +11,13 @@ import numpy as np
 
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import DataError, KrrstError
-from krrst_fast.evaluate.table import plus_minus, signed
+from krrst_fast.evaluate.paired import plus_minus, signed
 from krrst_fast.report import figures
 from krrst_fast.report.contact_sheet import percent, sheets
 from krrst_fast.report.figures import Curve, column, has_data, number
 from krrst_fast.report.heldout import at_the_end, held_out_curve
 from krrst_fast.report.run_folder import Run, read_run
-from krrst_fast.report.verdict import LABELS, Headline, headline_of, typographic
+from krrst_fast.report.verdict import Headline, headline_of, label_of, typographic
 from krrst_fast.runs.config import flat
 from krrst_fast.runs.files import write_text
 from krrst_fast.runs.log import loss_at_end
@@ -104,7 +104,7 @@ def _render(run: Run) -> str:
         cost=_cost(run),
         cost_caption=_cost_caption(run),
         tables=_tables(run),
-        label=lambda method: LABELS.get(method, method),
+        label=label_of,
         plus_minus=plus_minus,
         signed=signed,
         typographic=typographic,

@@ -5,21 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from krrst_fast.evaluate.config import Method
-from krrst_fast.evaluate.table import (
-    RIVAL,
-    Evaluation,
-    Sample,
-    Summary,
-    Task,
-    ends,
-    plus_minus,
-    signed,
-)
+from krrst_fast.evaluate.config import OURS, RIVAL
+from krrst_fast.evaluate.paired import Sample, Summary, ends, plus_minus, signed
+from krrst_fast.evaluate.table import Evaluation
 from krrst_fast.report.figures import ACCENT, INK, MUTED, RIVAL_BLUE, Curve, DotRow, dot_plot
 from krrst_fast.runs.config import to_dict
 
-OURS = "distilled"
 LABELS = {
     "none": "No pre-training",
     "random_labels": "Random, labels",
@@ -28,19 +19,25 @@ LABELS = {
     "kmeans": "k-means, targets",
     "herding": "Herding, targets",
     "k_centre": "k-centre, targets",
+    "random_5x": "Random, 5 times as many",
+    "random_20x": "Random, 20 times as many",
+    "random_100x": "Random, 100 times as many",
     "distilled": "Distilled",
     "target": "Target network",
 }
-TASKS = {
+TITLES = {
     "probe": "Linear probe",
     "outputs": "Linear probe on the outputs",
+    "knn": "Nearest neighbours",
     "finetune": "Fine-tuning",
 }
 WORDS = {
     "probe": "linear-probe accuracy",
     "outputs": "accuracy of a linear probe on the outputs",
+    "knn": "nearest-neighbour accuracy",
     "finetune": "accuracy after fine-tuning",
 }
+FITTED = {"ridge": "ridge regression", "lbfgs": "logistic regression"}
 ROLES = {"random_target": RIVAL_BLUE, "distilled": ACCENT, "target": INK}
 
 
@@ -58,13 +55,20 @@ class Headline:
 class Measure:
     """One task with the summary of every method that was run."""
 
-    task: Task
+    task: str
     outcomes: Mapping[str, Summary]
 
     @property
     def title(self) -> str:
         """The task in words."""
-        return TASKS[self.task]
+        measure, _, labels = self.task.partition("-")
+        return TITLES.get(measure, measure) + (f", {_labels(labels)}" if labels else "")
+
+    @property
+    def accuracy(self) -> str:
+        """What is measured, in the middle of a sentence."""
+        measure, _, labels = self.task.partition("-")
+        return WORDS.get(measure, measure) + (f" with {_labels(labels)}" if labels else "")
 
     @property
     def plots(self) -> list[Curve]:
@@ -93,11 +97,14 @@ class EvaluationSection:
         config = self.evaluation.config
         pretrain, probe, finetune = config.pretrain, config.probe, config.finetune
         text = f"Pre-training: {pretrain.steps:,} SGD steps on a fresh {config.model.kind}. "
-        fitted = "ridge regression" if probe.solver == "ridge" else f"{probe.steps:,} SGD steps"
-        text += f"Linear probe: {fitted}, {_labels(probe.labels_per_class)}."
+        fitted = FITTED.get(probe.solver) or f"{probe.steps:,} SGD steps"
+        text += f"Linear probe: {fitted}, {self.evaluation.labels_in_words()}."
         if finetune.steps:
-            text += f" Fine-tuning: {finetune.steps:,} SGD steps, "
-            text += f"{_labels(finetune.labels_per_class)}."
+            few = finetune.labels_per_class
+            text += f" Fine-tuning: {finetune.steps:,} SGD steps, {_labels(str(few or 'all'))}"
+            text += f", mean of {finetune.label_draws} draws." if finetune.label_draws > 1 else "."
+            chosen = self.evaluation.chosen_rates()
+            text += f" {chosen[0].upper()}{chosen[1:]}." if chosen else ""
         return text
 
     @property
@@ -106,7 +113,7 @@ class EvaluationSection:
         found = self.evaluation.explained()
         if not found:
             return ""
-        values = "; ".join(f"{LABELS[method]} {r2:+.3f}" for method, r2 in found.items())
+        values = "; ".join(f"{label_of(method)} {r2:+.3f}" for method, r2 in found.items())
         return typographic(
             "Held-out R2: how much of the variance of the target's outputs the network's own "
             "outputs explain, on images of the source that no method saw; below 0 their mean "
@@ -129,9 +136,9 @@ class EvaluationSection:
         ]
 
     @property
-    def methods(self) -> Sequence[Method]:
-        """Every method, in the order of the settings."""
-        return self.evaluation.config.methods
+    def methods(self) -> Sequence[str]:
+        """Every method and rival, in the order of the settings."""
+        return self.evaluation.config.names
 
     @property
     def seeds(self) -> list[int]:
@@ -139,10 +146,13 @@ class EvaluationSection:
         return sorted({row.seed for row in self.evaluation.rows})
 
 
-def _labels(per_class: int | None) -> str:
-    if per_class is None:
+def _labels(labels: str) -> str:
+    """Return the labels of a task, "5", "1%" or "all", in words."""
+    if labels == "all":
         return "all training labels"
-    return f"{per_class} label{'s' if per_class > 1 else ''} a class"
+    if labels.endswith("%"):
+        return f"{labels.removesuffix('%')} % of the training labels"
+    return f"{labels} label{'s' * (labels != '1')} a class"
 
 
 def headline_of(evaluations: Sequence[EvaluationSection]) -> Headline | None:
@@ -174,7 +184,7 @@ def _sentence(evaluation: Evaluation, measure: Measure) -> Headline | None:
     return Headline(
         before=before,
         figure=typographic(f"{figure} points"),
-        after=f" of {WORDS[measure.task]} on {evaluation.name} ({paired})",
+        after=f" of {measure.accuracy} on {evaluation.name} ({paired})",
         lede=typographic(" ".join(_lede(by, measure))),
     )
 
@@ -205,7 +215,7 @@ def _lede(by: Sample, measure: Measure) -> Iterator[str]:
 
 def _accuracy_plot(measure: Measure) -> Curve:
     rows = [
-        DotRow(LABELS[method], o, o.std, ROLES.get(method, MUTED))
+        DotRow(label_of(method), o, o.std, ROLES.get(method, MUTED))
         for method, o in measure.outcomes.items()
     ]
     caption = (
@@ -213,13 +223,13 @@ def _accuracy_plot(measure: Measure) -> Curve:
         "side. Thin lines join the same seed."
     )
     title = f"{measure.title}, accuracy"
-    linked = (LABELS[RIVAL], LABELS[OURS])
+    linked = (label_of(RIVAL), label_of(OURS))
     return dot_plot(rows, title=title, unit="accuracy in %", caption=caption, linked=linked)
 
 
 def _difference_plot(measure: Measure) -> Curve:
     rows = [
-        DotRow(LABELS[method], by, by.interval, ROLES.get(method, MUTED))
+        DotRow(label_of(method), by, by.interval, ROLES.get(method, MUTED))
         for method, o in measure.outcomes.items()
         if (by := o.difference) is not None
     ]
@@ -229,6 +239,11 @@ def _difference_plot(measure: Measure) -> Curve:
     )
     title = f"{measure.title}, difference to random images with targets"
     return dot_plot(rows, title=title, unit="points of accuracy", caption=caption, zero=True)
+
+
+def label_of(method: str) -> str:
+    """Return the name of a method on the page; a rival has its own."""
+    return LABELS.get(method, method)
 
 
 def typographic(text: str) -> str:

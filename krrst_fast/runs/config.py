@@ -147,6 +147,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return tuple(
             _typed(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(item_hints, value))
         )
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"config: {where} must be a mapping by name, got {value!r}")
+        return {key: _typed(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         if dataclasses.is_dataclass(value):
             value = to_dict(value)

@@ -1,0 +1,182 @@
+"""Suites: the same measurements on several labelled stores and students, cell by cell."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from krrst_fast.errors import ConfigError, NonFiniteError
+from krrst_fast.evaluate.config import (
+    Common,
+    EvaluateConfig,
+    FinetuneConfig,
+    Method,
+    PretrainConfig,
+    ProbeConfig,
+)
+from krrst_fast.evaluate.materials import open_materials
+from krrst_fast.evaluate.paired import Sample, plus_minus, signed
+from krrst_fast.evaluate.run import evaluate
+from krrst_fast.evaluate.table import Evaluation
+from krrst_fast.models import ModelConfig
+from krrst_fast.runs.config import require
+from krrst_fast.runs.files import write_text
+
+SuiteName = Literal["paper", "recipe"]
+CONVNET = re.compile(r"convnet((?:-[1-9]\d*)+)")
+"""A convnet by its widths: convnet-16-32-64."""
+RATES = (0.003, 0.01, 0.03, 0.1)
+_TRANSFER: tuple[Method, ...] = ("none", "random_labels", "random_target", "random_early", "kmeans")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig(Common):
+    """A table of evaluations: every store with every student."""
+
+    suite: SuiteName
+    """Whose settings: "paper" (all labels, 4,000 steps of pre-training, 10,000 of fine-tuning) or
+    "recipe" (few labels, a few hundred steps: minutes on a CPU)."""
+    stores: tuple[Path, ...]
+    """The labelled stores; each is a group of columns."""
+    students: tuple[str, ...] = ("convnet-128-256-512",)
+    """The networks that are pre-trained; each is a table. A kind of --model.kind (the convnet has
+    the paper's widths), a convnet by its widths (convnet-16-32-64), or your own, file.py:Class."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("stores", "students"):
+            values = getattr(self, field)
+            require(0 < len(values) == len(set(values)), self, field, "one or more, given once")
+        names = [path.resolve().name for path in self.stores]
+        require(len(set(names)) == len(names), self, "stores", "folders of different names")
+        students = [_slug(student) for student in self.students]
+        require(len(set(students)) == len(students), self, "students", "networks of other names")
+        for student in self.students:
+            model_of(student)
+
+    def cells(self) -> Iterator[EvaluateConfig]:
+        """Yield the evaluations, student by student."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Common)}
+        for student in self.students:
+            for store in self.stores:
+                name = f"{self.suite}-{store.resolve().name}-{_slug(student)}"
+                yield EvaluateConfig(**shared, store=store, model=model_of(student), name=name)
+
+
+SUITES: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"methods": (*_TRANSFER, "distilled"), "finetune": FinetuneConfig(lr=RATES)},
+    "recipe": {
+        "students": ("convnet-16-32-64",),
+        "methods": (*_TRANSFER, "distilled", "random_20x"),
+        "seeds": 4,
+        "pretrain": PretrainConfig(steps=300),
+        "probe": ProbeConfig(solver="ridge", labels=(5, 50), label_draws=5),
+        "finetune": FinetuneConfig(
+            steps=200, batch_size=64, lr=(0.003, 0.01, 0.03, 0.1), labels_per_class=50
+        ),
+    },
+}
+"""The settings of each suite that are not the defaults, which are the paper's."""
+
+
+def model_of(student: str) -> ModelConfig:
+    """Return the network that a word of `students` names.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    widths = CONVNET.fullmatch(student)
+    if widths:
+        return ModelConfig(widths=tuple(map(int, widths[1].split("-")[1:])))
+    try:
+        return ModelConfig(kind=student)
+    except ConfigError as error:
+        raise ConfigError(f"students: {error}, or convnet-16-32-64 by widths") from None
+
+
+def _slug(student: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", student)
+
+
+def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
+    """Evaluate every cell, and write and return the tables.
+
+    Each cell is a result of its own, `evaluation/SUITE-STORE-STUDENT.json` of the first run: cells
+    that are finished are read, and one that was stopped goes on where it was. The tables are in
+    `evaluation/SUITE.md`.
+
+    Args:
+        config: The settings.
+        progress: Show bars, where there is a terminal.
+
+    Returns:
+        The tables, as text and as Markdown at once.
+
+    Raises:
+        DataError, ConfigError: As of `evaluate`, for any cell, before the first is begun.
+        NonFiniteError: A training of one cell diverged; the other cells are finished first.
+        Interrupted: A signal came; what was finished is kept.
+    """
+    cells = list(config.cells())
+    for cell in cells:
+        open_materials(cell)
+    finished, failed = {}, []
+    for cell in cells:
+        try:
+            finished[cell.name] = evaluate(cell, progress=progress)
+        except NonFiniteError as error:
+            failed.append(f"{cell.name}: {error}")
+    tables = []
+    for student in config.students:
+        own = [cell.name for cell in cells if cell.model == model_of(student)]
+        results = [finished[name] for name in own if name in finished]
+        if results:
+            tables.append(f"## {student}\n\n{suite_table(results)}")
+    text = "\n\n".join([f"# {config.suite}", *tables, *failed])
+    if finished:
+        write_text(config.folder / f"{config.suite}.md", text + "\n")
+    if failed:
+        raise NonFiniteError(f"{'; '.join(failed)} (the other cells are finished)")
+    return text
+
+
+def suite_table(results: list[Evaluation]) -> str:
+    """Return one Markdown table of evaluations of the same methods: a row for each method.
+
+    A cell is the mean and, in brackets, the paired difference to the random rival with its standard
+    error; the last rows are the distilled set minus the best rival of its size.
+    """
+    columns = [(result, task) for result in results for task in result.tasks()]
+    header = ["pre-trained on", "images", "held-out R2"]
+    header += [f"{result.config.store.resolve().name} {task}" for result, task in columns]
+    lines = [header]
+    for method in results[0].config.names:
+        size, explained = results[0].sizes().get(method), results[0].explained().get(method)
+        line = [method, str(size or "-"), "-" if explained is None else f"{explained:+.3f}"]
+        lines.append(line + [_cell(result, method, task) for result, task in columns])
+    best = ["**distilled** - best rival", "", ""]
+    for result, task in columns:
+        found = result.best_rival(task)
+        best.append("-" if found is None else _difference(*found))
+    lines.append(best)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    rows = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    ]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(rows)
+
+
+def _cell(result: Evaluation, method: str, task: str) -> str:
+    found = result.summary(method, task)
+    if found is None:
+        return "-"
+    by = found.difference
+    told = "" if by is None else f" ({signed(by.mean, by.standard_error)})"
+    return plus_minus(found.mean, None) + told
+
+
+def _difference(rival: str, by: Sample) -> str:
+    return f"{signed(by.mean, by.standard_error)} ({rival})"
