@@ -41,6 +41,15 @@ sys.exit(code)
         ("evaluate R --store S --methods none,distilled", 2, "RUN: R: there is no such file"),
         ("evaluate R --store S --methods none,none", 2, "methods must be given once each"),
         ("distill --sinks tensorbord", 2, "'tensorbord'; did you mean tensorboard?"),
+        ("baseline", 2, "METHOD must be given"),
+        ("baseline --help", 0, "mkdt"),
+        ("baseline dmm --store S", 2, "did you mean dm?"),
+        ("baseline dsa --help", 0, "--images_per_class"),
+        ("baseline dm --out Z --images_per_class 1 --lr -1", 2, "--store"),
+        ("baseline dm --store S --out Z --images_per_class 1 --lr -1", 2, "lr must be positive"),
+        ("baseline dm --store nowhere --out Z --images_per_class 1", 2, "--store: nowhere: there"),
+        ("baseline mkdt --store used --target T --out Z --num_images 1", 2, "--target: T: there"),
+        ("baseline dm --store images --out used --images_per_class 1", 2, "is not empty"),
         ("prepare images used", 2, "used: the output folder exists and is not empty"),
         ("prepare images images --overwrite true", 2, "holds no index.json"),
         ("target --store images --out used", 2, "used: the output folder exists and is not"),
@@ -68,7 +77,7 @@ _NAMES = """
 import sys
 from importlib import import_module
 from pathlib import Path
-for name in ("data", "distill", "evaluate", "models", "targets"):
+for name in ("baselines", "data", "distill", "evaluate", "models", "targets"):
     package = import_module(f"krrst_fast.{name}")
     submodules = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
     lazy = set(package.__all__) - set(vars(package))

@@ -100,6 +100,12 @@ def test_missing_and_partial() -> None:
         from_dict(Outer, [1, 2])  # type: ignore[arg-type]
 
 
+def test_a_part_of_a_section_changes_that_part_of_the_owners_default() -> None:
+    target = from_dict(TargetConfig, {"store": "s", "out": "o", "model": {"stem": "imagenet"}})
+    assert target.model == ModelConfig(kind="resnet18", stem="imagenet")
+    assert from_dict(Outer, {"out": "x", "inner": {"norm": 1}}).inner == Inner(norm=1)
+
+
 def test_hash_sees_settings_and_not_spellings() -> None:
     base = Outer(out=Path("x"), lr=1.0)
     assert config_hash(base) == config_hash(Outer(out=Path("x"), lr=1))

@@ -124,7 +124,11 @@ def test_where_they_are_not_known_the_reason_is_said(
     assert "the run began with noise" in _refused(copy / "noise", tmp_path, capsys)
     shutil.copy(copy / "run" / "distilled.safetensors", tmp_path / "alone.safetensors")
     line = _refused(tmp_path / "alone.safetensors", tmp_path, capsys)
-    assert f"{tmp_path} is no folder of a run" in line
+    assert f"{tmp_path / 'alone.safetensors'} lies in no folder of a run" in line
+    # Of the same store, in the folder of a run that began with other images.
+    shutil.copy(copy / "noise" / "distilled.safetensors", copy / "run" / "other.safetensors")
+    line = _refused(copy / "run" / "other.safetensors", tmp_path, capsys)
+    assert "other.safetensors: is the set of another run: init_images is 'noise' there" in line
     labels = copy / "store" / LABELS
     data = bytearray(labels.read_bytes())
     data[0] ^= 1

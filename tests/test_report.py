@@ -24,7 +24,6 @@ from krrst_fast.report.run_folder import read_run
 from krrst_fast.runs.files import append_jsonl, read_json, write_json
 
 SEEDS = 5
-PROBE_TITLE = "Linear probe, all training labels"
 PROBE = {
     "none": [76.0, 74.5, 79.0, 77.5, 75.5],
     "random_target": [81.0, 79.5, 84.0, 82.5, 80.5],
@@ -184,7 +183,8 @@ def page(run: Path) -> Page:
 def test_tables_hold_the_numbers_of_the_evaluation(run: Path, page: Page) -> None:
     summary = read_json(run / "evaluation" / "digits.json")["summary"]
     header, *rows = page.tables["7 images, 5 seeds"]
-    assert header == ["Method", PROBE_TITLE, "difference", "Fine-tuning", "difference"]
+    probe = "Linear probe, all training labels"
+    assert header == ["Method", probe, "difference", "Fine-tuning", "difference"]
     assert len(rows) == len(summary) == len(PROBE)
     for row, expected in zip(rows, summary):
         for task, (accuracy, difference) in zip(("probe-all", "finetune"), (row[1:3], row[3:5])):
@@ -201,7 +201,7 @@ def test_tables_hold_the_numbers_of_the_evaluation(run: Path, page: Page) -> Non
                 mean, error = map(float, difference.replace("−", "-").split(" ± "))
                 assert abs(mean - found["difference"]["mean"]) <= 0.05001
                 assert abs(error - found["difference"]["standard_error"]) <= 0.05001
-    by_seed = page.tables[f"{PROBE_TITLE} in %"]
+    by_seed = page.tables["Linear probe, all training labels in %"]
     assert by_seed[0] == ["Method"] + [f"seed {seed}" for seed in range(SEEDS)]
     assert [[float(value) for value in row[1:]] for row in by_seed[1:]] == list(PROBE.values())
 
@@ -211,7 +211,8 @@ def test_headline_states_the_paired_difference(page: Page) -> None:
     mean, error = differences.mean(), differences.std(ddof=1) / SEEDS**0.5
     (headline,) = page.text["h1"]
     assert f"beats 7 random real ones with the same target network by {mean:.1f}" in headline
-    assert f"{mean:.1f} ± {error:.1f} points of linear-probe accuracy on digits" in headline
+    points = f"{mean:.1f} ± {error:.1f} points of linear-probe accuracy"
+    assert f"{points} with all training labels on digits" in headline
     assert "(5 paired seeds)" in headline
 
 

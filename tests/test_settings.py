@@ -262,6 +262,13 @@ class Sectioned:
     section: Section = Section()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Settings whose section is not by default what its class is by default."""
+
+    pool: Pool = field(default_factory=lambda: Pool(reset="released"))
+
+
 def sectioned(*argv: str) -> Section:
     made = parse(Sectioned, argv, prog="krrst work", about="", runs={}, switches={})
     return made.config().section
@@ -276,6 +283,15 @@ def test_fields_of_a_section_are_compared_when_all_are_known(tmp_path: Path) -> 
     for wrong in (flags[:2], ("--config", str(file))):
         with pytest.raises(ConfigError, match="^Section: layer must be null without a kind$"):
             sectioned(*wrong)
+
+
+def test_a_section_keeps_the_defaults_of_its_owner_where_a_flag_changes_a_part() -> None:
+    def given(*argv: str) -> Parsed:
+        return parse(Owner, argv, prog="krrst work", about="", runs={}, switches={})
+
+    parsed = given("--pool.size", "7")
+    assert parsed.config().pool == Pool(size=7, reset="released")
+    assert "reset: released" in parsed.as_yaml() and "size: 7" in parsed.as_yaml()
 
 
 def test_text_that_may_be_null_may_look_like_a_number() -> None:

@@ -17,7 +17,14 @@ Flags = Mapping[str, tuple[str, ...]]
 def run_completion(
     argv: Sequence[str], about: str, commands: Mapping[str, Callable[[list[str]], object]]
 ) -> None:
-    """Print the completion script of a shell; `commands` are functions of the words after them."""
+    """Print the completion script of a shell.
+
+    Args:
+        argv: The words after `krrst completion`.
+        about: What it does, for --help.
+        commands: Functions of the words after each command; a name of two words, such as
+            `baseline kip`, is that of a command with a method.
+    """
     parser = Parser(
         prog="krrst completion",
         description=about,
@@ -42,24 +49,47 @@ def flags_of(command: Callable[[list[str]], object]) -> Flags:
     }
 
 
+def _groups(flags: Mapping[str, Flags]) -> dict[str, list[str]]:
+    """Return the methods of each command that has any."""
+    groups: dict[str, list[str]] = {}
+    for name in flags:
+        command, _, method = name.partition(" ")
+        if method:
+            groups.setdefault(command, []).append(method)
+    return groups
+
+
+def _commands(flags: Mapping[str, Flags]) -> str:
+    return " ".join(name for name in flags if " " not in name)
+
+
 def _bash(flags: Mapping[str, Flags]) -> str:
     lines = [
         "_krrst() {",
         "  local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} words=''",
+        "  local command=${COMP_WORDS[1]}",
         "  COMPREPLY=()",
         '  if [ "$COMP_CWORD" -eq 1 ]; then',
-        f"    COMPREPLY=($(compgen -W '{' '.join(flags)}' -- \"$word\"))",
+        f"    COMPREPLY=($(compgen -W '{_commands(flags)}' -- \"$word\"))",
         "    return",
         "  fi",
-        '  case "${COMP_WORDS[1]} $before" in',
     ]
+    for name, methods in _groups(flags).items():
+        lines += [
+            f'  if [ "$command" = \'{name}\' ] && [ "$COMP_CWORD" -eq 2 ]; then',
+            f"    COMPREPLY=($(compgen -W '{' '.join(methods)} --help' -- \"$word\"))",
+            "    return",
+            "  fi",
+            f'  [ "$command" = \'{name}\' ] && command="$command ${{COMP_WORDS[2]}}"',
+        ]
+    lines += ['  case "$command $before" in']
     for name, known in flags.items():
         for flag, words in known.items():
             if words:
                 lines.append(f"    '{name} {flag}') words='{' '.join(words)}' ;;")
     lines += ["  esac", '  if [ -z "$words" ] && [[ $word == -* ]]; then']
-    lines += ['    case "${COMP_WORDS[1]}" in']
-    lines += [f"      {name}) words='{' '.join(known)}' ;;" for name, known in flags.items()]
+    lines += ['    case "$command" in']
+    lines += [f"      '{name}') words='{' '.join(known)}' ;;" for name, known in flags.items()]
     lines += [
         "    esac",
         "  fi",
@@ -76,10 +106,13 @@ def _zsh(flags: Mapping[str, Flags]) -> str:
 
 
 def _fish(flags: Mapping[str, Flags]) -> str:
-    lines = [f"complete -c krrst -n __fish_use_subcommand -f -a '{' '.join(flags)}'"]
+    lines = [f"complete -c krrst -n __fish_use_subcommand -f -a '{_commands(flags)}'"]
+    for name, methods in _groups(flags).items():
+        where = f"-n '__fish_seen_subcommand_from {name}'"
+        lines.append(f"complete -c krrst {where} -f -a '{' '.join(methods)}'")
     for name, known in flags.items():
+        seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
         for flag, words in known.items():
             takes = f" -x -a '{' '.join(words)}'" if words else ""
-            where = f"-n '__fish_seen_subcommand_from {name}'"
-            lines.append(f"complete -c krrst {where} -l {flag[2:]}{takes}")
+            lines.append(f"complete -c krrst -n '{seen}' -l {flag[2:]}{takes}")
     return "\n".join(lines)

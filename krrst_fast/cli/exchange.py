@@ -15,7 +15,7 @@ _LABELS = ".npy of [M] whole numbers or [M, K] floats, or a text of one whole nu
 def run_export(argv: Sequence[str], about: str) -> None:
     """Write a distilled set as another project reads it."""
     parser = Parser(prog="krrst export", description=about, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="a run folder or a distilled set")
+    parser.add_argument("run", type=Path, help="a run folder, a distilled set, or digits-30")
     parser.add_argument("--to", choices=TO, required=True, help="the format")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--labels", type=Path, help=f"labels of the images: {_LABELS}")

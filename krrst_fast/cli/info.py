@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from krrst_fast import operators
+from krrst_fast.distill.shipped import is_shipped, shipped_names
 from krrst_fast.errors import DataError
 from krrst_fast.planner.limits import free_memory
 from krrst_fast.runs import environment
 from krrst_fast.runs.files import read_json, read_jsonl, recover_folder
 from krrst_fast.runs.log import loss_at_end
 from krrst_fast.runs.tensors import load_state
+from krrst_fast.runs.version import version
 
 
 def about_this_machine() -> dict[str, str]:
@@ -28,6 +30,7 @@ def about_this_machine() -> dict[str, str]:
         "memory": _memory(),
         "gpu": f"{gpu} (CUDA {torch.version.cuda})" if about["gpu"] else gpu,
         "platform": about["platform"],
+        "sets": f"{', '.join(shipped_names())}: krrst info NAME",
     }
 
 
@@ -56,6 +59,8 @@ def about_path(path: Path) -> dict[str, str]:
         DataError: It is none of them, or it is damaged.
     """
     recover_folder(path)
+    if is_shipped(path):
+        return _distilled(path) | {"shipped": f"with krrst_fast {version()}"}
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
     for belongs, describe in _KINDS:
@@ -135,6 +140,19 @@ def _run(path: Path) -> dict[str, str]:
     return rows
 
 
+def _baseline(path: Path) -> dict[str, str]:
+    config, rows = read_json(path / "config.json"), read_jsonl(path / "metrics.jsonl")
+    found = {"kind": "learnt baseline", "method": str(config["method"])}
+    found["saved"] = _saved(path, config)
+    found["logged"] = f"up to step {rows[-1].get('step', 0) if rows else 0}"
+    found |= {key: str(config[key]) for key in ("store", "target") if key in config}
+    if (loss := loss_at_end(rows)) is not None:
+        found["loss at the end"] = f"{loss:.4g}"
+    if (path / "distilled.safetensors").exists():
+        found |= {k: v for k, v in _distilled(path).items() if k != "kind"}
+    return found | _environments(path)
+
+
 def _training(path: Path) -> dict[str, str]:
     config, rows = read_json(path / "config.json"), read_jsonl(path / "metrics.jsonl")
     last = rows[-1].get("step", 0) if rows else 0
@@ -190,6 +208,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], dict[str, str]]], .
     (lambda path: (path / "index.json").exists(), _store),
     (lambda path: (path / "target.safetensors").exists(), _target),
     (lambda path: path.name == "target.safetensors", _target),
+    (lambda path: _config_has(path, "method"), _baseline),
     (lambda path: _config_has(path, "num_images"), _run),
     (lambda path: _config_has(path, "projector"), _training),
     (lambda path: path.suffix == ".safetensors", _distilled),

@@ -1,39 +1,20 @@
 """The `krrst` command: parses, calls, prints."""
 
 import difflib
-import glob
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from krrst_fast.errors import ConfigError, DataError, KrrstError
+from krrst_fast.cli.stage import Stage, require_there, run_stage
+from krrst_fast.errors import ConfigError, KrrstError
 from krrst_fast.runs.interrupt import raised_signals
 
 # Nothing that imports torch or a package of an extra is imported before a command needs it.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A command that is a config and a function of it."""
-
-    name: str
-    about: str
-    config: str
-    """Where its config class is, as module:name."""
-    positionals: tuple[str, ...]
-    switches: Mapping[str, str]
-    inputs: tuple[str, ...]
-    """Settings that are files or folders to be read, if they are given."""
-    refuse: Callable[[Any, frozenset[str]], None]
-    """Raises an error if the output cannot be written; takes the config and the switches."""
-    call: Callable[[Any, frozenset[str], str], None]
-    """Does it and prints: takes the config, the switches, and ` --run NAME` or nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +61,7 @@ def _discard_unwritten() -> None:
 _GOING_ON = {
     "target": "; the same command with --resume goes on",
     "distill": "; the same command with --resume goes on",
+    "baseline": "; the same command with --resume goes on",
     "evaluate": "; the same command goes on",
 }
 
@@ -123,8 +105,12 @@ def _dispatch(argv: list[str]) -> int:
         from krrst_fast.runs.version import version
 
         print(f"krrst {version()}")
+    elif command == "evaluate" and any(word.partition("=")[0] == "--suite" for word in rest):
+        from krrst_fast.cli.suite import run_suite
+
+        run_suite(rest)
     elif command in _STAGES:
-        _run_stage(_STAGES[command], rest)
+        run_stage(_STAGES[command], rest)
     elif command in _OTHERS:
         _OTHERS[command][1](rest)
     else:
@@ -140,40 +126,6 @@ def _overview() -> str:
     abouts |= {name: about for name, (about, _) in _OTHERS.items()}
     lines += [f"  {name:10} {about}" for name, about in abouts.items()]
     return "\n".join([*lines, "", "krrst COMMAND --help lists the settings of one."])
-
-
-def _run_stage(stage: Stage, argv: list[str]) -> None:
-    from krrst_fast.cli.presets import PRESETS
-    from krrst_fast.cli.settings import parse
-
-    module, name = stage.config.split(":")
-    parsed = parse(
-        getattr(import_module(module), name),
-        argv,
-        prog=f"krrst {stage.name}",
-        about=stage.about,
-        runs={run: preset.settings(stage.name) for run, preset in PRESETS.items()},
-        positionals=stage.positionals,
-        switches={**stage.switches, "print-config": "print all settings as YAML and stop"},
-    )
-    if "print-config" in parsed.switches:
-        print(parsed.as_yaml())
-    else:
-        run = f" --run {parsed.run}" if parsed.run else ""
-        config = parsed.config()
-        for field in stage.inputs:
-            if (path := getattr(config, field)) is not None and str(path) != "digits":
-                shown = field.upper() if field in stage.positionals else f"--{field}"
-                _require_there(f"{stage.name}: {shown}: {path}", Path(path))
-        stage.refuse(config, parsed.switches)
-        stage.call(config, parsed.switches, run)
-
-
-def _require_there(where: str, path: Path) -> None:
-    """Raise DataError, before anything imports torch, if there is nothing at a path."""
-    # A folder whose replacement was killed is still there under another name, and is put back.
-    if not path.exists() and not any(path.parent.glob(f".{glob.escape(path.name)}.*")):
-        raise DataError(f"{where}: there is no such file or folder")
 
 
 def _refuse_store(config: Any, switches: frozenset[str]) -> None:
@@ -258,10 +210,10 @@ def _evaluate(config: Any, switches: frozenset[str], run: str) -> None:
     from krrst_fast.evaluate import evaluate
 
     result = evaluate(config, progress=_progress(switches))
-    folder = config.run if config.run.is_dir() else config.run.parent
     print(result.table())
-    print(f"\nwrote {folder / 'evaluation' / result.name}.json")
-    print(f"next: krrst report {shlex.quote(str(config.run))}")
+    print(f"\nwrote {config.folder / result.name}.json")
+    if config.runs[0].is_dir():
+        print(f"next: krrst report {shlex.quote(str(config.runs[0]))}")
 
 
 def _report(argv: list[str]) -> None:
@@ -271,7 +223,7 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="the folder of a distillation run")
     parser.add_argument("--out", type=Path, help="the page; RUN/report.html if left out")
     given = parser.parse_args(argv)
-    _require_there(f"report: {given.run}", given.run)
+    require_there(f"report: {given.run}", given.run)
     from krrst_fast.report.page import write_report
 
     print(f"wrote {write_report(given.run, given.out)}")
@@ -284,13 +236,22 @@ def _info(argv: list[str]) -> None:
     parser.add_argument("path", nargs="?", type=Path, help="a store, target, run or distilled set")
     given = parser.parse_args(argv)
     if given.path is not None:
-        _require_there(str(given.path), given.path)
+        require_there(str(given.path), given.path, is_set=True)
     from krrst_fast.cli.info import about_path, about_this_machine
+    from krrst_fast.distill.shipped import card_of, is_shipped
 
     rows = about_this_machine() if given.path is None else about_path(given.path)
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:{width}}  {value}")
+    if given.path is not None and is_shipped(given.path):
+        print(f"\n{card_of(given.path)}", end="")
+
+
+def _baseline(argv: list[str]) -> None:
+    from krrst_fast.cli.baseline import run_baseline
+
+    run_baseline(argv, _OTHERS["baseline"][0], switches=_RESUME)
 
 
 def _export(argv: list[str]) -> None:
@@ -306,12 +267,14 @@ def _import(argv: list[str]) -> None:
 
 
 def _completion(argv: list[str]) -> None:
+    from krrst_fast.baselines.registry import METHODS
     from krrst_fast.cli.completion import run_completion
 
     def command(name: str) -> Callable[[list[str]], object]:
-        return lambda words: _dispatch([name, *words])
+        return lambda words: _dispatch([*name.split(), *words])
 
     names = [name for name in (*_STAGES, *_OTHERS) if name != "completion"]
+    names += [f"baseline {method}" for method in METHODS]
     run_completion(argv, _OTHERS["completion"][0], {name: command(name) for name in names})
 
 
@@ -365,6 +328,7 @@ _STAGES = {
 }
 
 _OTHERS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "baseline": ("learn a set of labelled images by another method, as a rival", _baseline),
     "report": ("write one HTML page about a run", _report),
     "info": ("say what is installed here, or what a file or folder holds", _info),
     "export": ("write a distilled set as another project reads it", _export),

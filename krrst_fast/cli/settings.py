@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from krrst_fast.errors import ConfigError
-from krrst_fast.runs.config import from_dict, to_dict, typed
+from krrst_fast.runs.config import from_dict, overlaid, to_dict, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Parsed:
         import yaml
 
         typed(self.config_class, self.values)
-        given = _plain(_defaults(self.config_class) | self.values)
+        given = overlaid(_plain(_defaults(self.config_class)), _plain(self.values))
         names = [field.name for field in dataclasses.fields(self.config_class)]
         values = {name: given[name] for name in names if name in given}
         missing = [name for name in _required(self.config_class) if name not in self.values]
@@ -68,7 +68,7 @@ def parse(
     """Read the command line of one command. `--help` prints and exits.
 
     Args:
-        runs: The settings of each named run, for --run.
+        runs: The settings of each named run, for --run; without any there is no --run.
         positionals: Fields that are given without a flag, in this order.
         switches: Names of flags without a value, and what they do.
 
@@ -76,12 +76,14 @@ def parse(
         ConfigError: A flag or a key is unknown, or has a value of the wrong type.
     """
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--run")
+    early.set_defaults(run=None)
+    if runs:
+        early.add_argument("--run")
     early.add_argument("--config", action="append", default=[])
     chosen, rest = early.parse_known_args(argv)
     values: dict[str, Any] = dict(_named(runs, chosen.run))
     for path in chosen.config:
-        values = _merge(values, _read_yaml(config_class, Path(path)))
+        values = overlaid(values, _read_yaml(config_class, Path(path)))
     parser = _parser(config_class, values, prog, about, runs, positionals, switches)
     flags = {f"--{name}": hint for name, hint in _flags(config_class)}
     known = ["--help", *(f"--{name}" for name in switches), *flags]
@@ -94,9 +96,9 @@ def parse(
     on = frozenset(name for name in switches if given.pop(name.replace("-", "_")))
     for name, text in given.items():
         if isinstance(text, list):  # the words of a positional
-            values = _merge(values, {name: text} if len(text) > 1 else {name: text[0]})
-            continue
-        values = _merge(values, _checked(config_class, name, text, flags[f"--{name}"]))
+            values[name] = text if len(text) > 1 else text[0]
+        else:
+            values = overlaid(values, _checked(config_class, name, text, flags[f"--{name}"]))
     return Parsed(
         config_class=config_class,
         values=values,
@@ -125,11 +127,14 @@ def _checked(config_class: type, name: str, text: str, hint: Any) -> dict[str, A
     kinds = _alternatives(hint)
     # A list needs no brackets; a word in it that is wrong is named.
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
+    of = set(_alternatives(items[0])) if items else set()
     if items and isinstance(value, str) and value[:1] not in ("", "["):
-        if typing.get_origin(items[0]) is typing.Literal:
-            value = [word.strip() for word in value.removesuffix(",").split(",")]
+        if typing.get_origin(items[0]) is typing.Literal or of <= {str, Path}:
+            value = [word.strip() for word in text.removesuffix(",").split(",")]
         elif "," in value:
             value = _load_yaml(f"[{value}]")
+        elif str in of:
+            value = [value]
     elif items and isinstance(value, int | float) and not isinstance(value, bool):
         value = [value]
     # A name may be a number, as those of layers are.
@@ -207,16 +212,6 @@ def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
     return values
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` overridden by `over`, section by section."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
 def _parser(
     config_class: type,
     values: Mapping[str, Any],
@@ -229,7 +224,7 @@ def _parser(
     words = "".join(f"[{name.upper()}] " for name in positionals)
     parser = Parser(
         prog=prog,
-        usage=f"{prog} {words}[--run NAME] [--config FILE] [--SETTING VALUE ...]",
+        usage=f"{prog} {words}{'[--run NAME] ' * bool(runs)}[--config FILE] [--SETTING VALUE ...]",
         description=about,
         allow_abbrev=False,
         formatter_class=_Help,
@@ -238,11 +233,11 @@ def _parser(
     for name, help in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=help)
     _add_fields(parser, parser, config_class, values, "", positionals)
-    # `parse` has read these two before; they are listed for --help.
-    for name, metavar, about in (
-        ("run", "NAME", f"one of {', '.join(runs)}"),
-        ("config", "FILE", "YAML settings, over those of --run"),
-    ):
+    # `parse` has read these before; they are listed for --help.
+    listed = [("config", "FILE", "YAML settings" + ", over those of --run" * bool(runs))]
+    if runs:
+        listed.insert(0, ("run", "NAME", f"one of {', '.join(runs)}"))
+    for name, metavar, about in listed:
         sources.add_argument(
             f"--{name}", metavar=metavar, dest=f"_{name}", help=about, default=argparse.SUPPRESS
         )
@@ -259,7 +254,7 @@ def _add_fields(
 ) -> None:
     """Add a flag for each field, with its value as the default; sections last, each in a group."""
     hints, notes = typing.get_type_hints(config_class), _notes(config_class)
-    values = _plain(_defaults(config_class)) | dict(values)
+    values = overlaid(_plain(_defaults(config_class)), values)
     sections = []
     for field in dataclasses.fields(config_class):
         name, hint = field.name, hints[field.name]
@@ -294,12 +289,11 @@ class _Help(argparse.HelpFormatter):
 
 
 def _notes(config_class: type) -> dict[str, str]:
-    """Return the text under each field of a dataclass."""
+    """Return the text under each field of a dataclass, also of fields that it inherits."""
     from docstring_parser import parse_from_object
 
-    # A class shows the fields of those it is built on.
-    parts = [part for part in config_class.__mro__[::-1] if dataclasses.is_dataclass(part)]
-    notes = [note for part in parts for note in parse_from_object(part).params]
+    classes = [kind for kind in reversed(config_class.__mro__) if dataclasses.is_dataclass(kind)]
+    notes = [note for kind in classes for note in parse_from_object(kind).params]
     return {note.arg_name: _flat(note.description or "") for note in notes}
 
 

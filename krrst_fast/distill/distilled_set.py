@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from krrst_fast.distill.shipped import file_of_set, nothing_at
 from krrst_fast.errors import DataError
 from krrst_fast.runs.config import flat
 from krrst_fast.runs.files import read_json
@@ -168,21 +169,23 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 def load_distilled(path: str | Path) -> DistilledSet:
-    """Read a distilled set from a run folder, a safetensors file or released tensors.
+    """Read a distilled set from a run folder, a file or released tensors, or a shipped one.
 
     Args:
-        path: A `.safetensors` file, the folder of a distillation run, or a folder with the
-            released `x_syn.pt` and `y_syn.pt` (whose images are taken as pixels in [0, 1]).
+        path: A `.safetensors` file, the folder of a distillation run, a folder with the released
+            `x_syn.pt` and `y_syn.pt` (whose images are taken as pixels in [0, 1]), or the name of a
+            set that comes with the package, "digits-30". A file or folder of that name in the
+            current directory is taken instead, with a warning.
 
     Raises:
         DataError: There is no set there, or it is damaged.
     """
-    path = Path(path)
+    path = file_of_set(path)
     if not path.is_dir():
         return _load_file(path)
     if (path / FILE_NAME).exists():
         found = _load_file(path / FILE_NAME)
-        _require_its_run(path, found)
+        require_its_run(path, found, path / FILE_NAME)
         return found
     if all((path / name).exists() for name in _RELEASED):
         return _load_released(path)
@@ -194,8 +197,11 @@ def load_distilled(path: str | Path) -> DistilledSet:
     raise DataError(f"{path}: holds neither {FILE_NAME} nor {' and '.join(_RELEASED)}")
 
 
-def _require_its_run(folder: Path, found: DistilledSet) -> None:
-    """Raise DataError if the set in a run folder was made with other settings than the folder's."""
+def require_its_run(folder: Path, found: DistilledSet, path: Path) -> None:
+    """Raise DataError if a set, read from `path`, was made with other settings than a run folder's.
+
+    A set that does not say its settings, or a folder without any, is taken.
+    """
     if "config" not in found.meta or not (folder / "config.json").exists():
         return
     now = read_json(folder / "config.json")
@@ -204,7 +210,7 @@ def _require_its_run(folder: Path, found: DistilledSet) -> None:
     except json.JSONDecodeError:
         made = None
     if not isinstance(made, dict) or not isinstance(now, dict):
-        raise DataError(f"{folder / FILE_NAME}: does not hold the settings of a run")
+        raise DataError(f"{path}: does not hold the settings of a run")
     made, now = flat(made), flat(now)
     changes = [
         f"{name} is {value!r} there and {now.get(name)!r} in config.json"
@@ -212,14 +218,14 @@ def _require_its_run(folder: Path, found: DistilledSet) -> None:
         if now.get(name) != value
     ]
     if changes:
-        raise DataError(f"{folder / FILE_NAME}: is the set of another run: {'; '.join(changes)}")
+        raise DataError(f"{path}: is the set of another run: {'; '.join(changes)}")
 
 
 def _load_file(path: Path) -> DistilledSet:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: {nothing_at(path)}")
     try:
         sealed = check_safetensors(path, failure=DataError)
         with safe_open(path, framework="pt") as file:

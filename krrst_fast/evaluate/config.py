@@ -158,7 +158,8 @@ class Common:
     run: Path | tuple[Path, ...]
     """A distillation run, or a distilled set alone, or several of one size: seed s takes number s
     modulo their number, so that the standard errors include the luck of the distillation. Results
-    go to the folder `evaluation/` of the first."""
+    go to the folder `evaluation/` of the first. The name of a shipped set, digits-30, will do; its
+    results go to `evaluation/` where you are."""
     source: Path | None = None
     """The images the random subsets are drawn from; None reads the run's config.json."""
     target: Path | None = None

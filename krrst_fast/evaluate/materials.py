@@ -330,6 +330,8 @@ def _from_run(config: EvaluateConfig, key: str, setting: str, needed: object) ->
             f"evaluate: {run} has no config.json that names the {setting}; pass --{setting}"
         )
     values = read_json(file)
+    if not needed and isinstance(values, dict) and values.get(key) is None:
+        return None  # a learnt baseline has no target
     if not isinstance(values, dict) or not isinstance(values.get(key), str):
         raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
     path = Path(values[key])

@@ -71,9 +71,7 @@ SUITES: Mapping[SuiteName, Mapping[str, Any]] = {
         "seeds": 4,
         "pretrain": PretrainConfig(steps=300),
         "probe": ProbeConfig(solver="ridge", labels=(5, 50), label_draws=5),
-        "finetune": FinetuneConfig(
-            steps=200, batch_size=64, lr=0.03, labels_per_class=50
-        ),
+        "finetune": FinetuneConfig(steps=200, batch_size=64, lr=0.03, labels_per_class=50),
     },
 }
 """The settings of each suite that are not the defaults, which are the paper's."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from krrst_fast.baselines import herding, k_centre, kmeans, random_subset, random_subset_labels
 from krrst_fast.baselines.coresets import all_outputs
-from krrst_fast.baselines.random_subset import random_index
+from krrst_fast.baselines.random_images import random_index
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet

@@ -1,25 +1,32 @@
 """The README.md of a data set on Hugging Face: a YAML header and a page."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from krrst_fast.distill.distilled_set import DistilledSet
 
+_LICENCE = (
+    " Before you publish them, put the licence of that set into the first lines of this file."
+)
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
 
 
 def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     """Return the card of an exported set; `about` is what its krrst.json holds.
 
-    The licence is `unknown`: it is that of the images that were distilled, their owner's to say.
+    Where the set does not say its licence it is `unknown`: it is that of the images that were
+    distilled, their owner's to say.
     """
-    count = len(distilled)
+    count, licence = len(distilled), about["meta"].get("license", "")
+    # It becomes a value in YAML, and a set may come from anywhere.
+    known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) is not None
     size = next((name for most, name in _SIZES if count < most), "100K<n<1M")
     header = [
         "---",
         "pretty_name: Distilled images",
-        "license: unknown",
+        f"license: {licence if known else 'unknown'}",
         "library_name: krrst_fast",
         "task_categories:",
         "- image-feature-extraction",
@@ -44,6 +51,8 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
         "Target network": about["encoder"] or "not known",
         "Method": about["meta"].get("method", "not known"),
     }
+    if "source" in about["meta"]:
+        rows["Made from"] = about["meta"]["source"]
     table = [
         f"| {key} | {str(value).replace('|', chr(92) + '|').replace(chr(10), ' ')} |"
         for key, value in rows.items()
@@ -51,8 +60,8 @@ def card(distilled: DistilledSet, about: Mapping[str, Any]) -> str:
     body = [
         "# Distilled images",
         "",
-        "A few synthetic images that stand for a larger set, made by krrst_fast. Before you "
-        "publish them, put the licence of that set into the first lines of this file.",
+        "A few synthetic images that stand for a larger set, made by krrst_fast."
+        + ("" if known else _LICENCE),
         "",
         "| | |",
         "|---|---|",

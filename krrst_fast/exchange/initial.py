@@ -6,7 +6,12 @@ import torch
 
 from krrst_fast.data.store import LABELS, ImageStore, checksum, checksums, open_store
 from krrst_fast.distill.config import DistillConfig
-from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
+from krrst_fast.distill.distilled_set import (
+    FILE_NAME,
+    DistilledSet,
+    load_distilled,
+    require_its_run,
+)
 from krrst_fast.distill.start import initial_index
 from krrst_fast.errors import DataError
 from krrst_fast.exchange.labels import Labels
@@ -27,7 +32,7 @@ def initial_labels(path: Path, distilled: DistilledSet) -> Labels:
         DataError: They cannot be known; the message says why, and names --labels.
     """
     try:
-        return _found(path if path.is_dir() else path.parent, distilled)
+        return _found(path, distilled)
     except DataError as error:
         raise DataError(
             f"export: the set has representations and no labels, and those of the images it began "
@@ -35,10 +40,14 @@ def initial_labels(path: Path, distilled: DistilledSet) -> Labels:
         ) from None
 
 
-def _found(run: Path, distilled: DistilledSet) -> Labels:
+def _found(path: Path, distilled: DistilledSet) -> Labels:
+    run = path if path.is_dir() else path.parent
     if not all((run / name).exists() for name in (FILE_NAME, "config.json")):
-        raise DataError(f"{run} is no folder of a run")
+        where = "is" if path.is_dir() else "lies in"
+        raise DataError(f"{path} {where} no folder of a run")
     config = from_dict(DistillConfig, read_json(run / "config.json"))
+    # Another set may lie there, or be named where the current directory is a run.
+    require_its_run(run, distilled, path)
     if config.init_images != "real":
         raise DataError(f"the run began with {config.init_images}")
     store = open_store(config.store)

@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -64,6 +64,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 def typed(cls: type, values: Any, where: str = "", *, partial: bool = False) -> dict[str, Any]:
     """Check and convert some of the fields of the dataclass `cls`; the others may be missing.
 
+    Fields that a section leaves out have the values of the section that is the default of `cls`,
+    which need not be those of the section's own class.
+
     Args:
         cls: The dataclass.
         values: Some of its fields.
@@ -82,12 +85,33 @@ def typed(cls: type, values: Any, where: str = "", *, partial: bool = False) -> 
     for key in values:
         if key not in names:
             raise ConfigError(unknown_key(f"{where}{key}", [where + name for name in names]))
-    return {
-        key: typed(hints[key], value, f"{where}{key}.", partial=True)
-        if partial and dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
-        else _typed(hints[key], value, where + key)
-        for key, value in values.items()
-    }
+    out = {}
+    for key, value in values.items():
+        section = dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
+        if section and partial:
+            out[key] = typed(hints[key], value, f"{where}{key}.", partial=True)
+        else:
+            given = overlaid(_default_section(cls, key), value) if section else value
+            out[key] = _typed(hints[key], given, where + key)
+    return out
+
+
+def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` overridden by `over`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = overlaid(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _default_section(cls: Any, name: str) -> dict[str, Any]:
+    """Return the settings of the section that a dataclass has by default; none without one."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return to_dict(field.default_factory())
+    return {} if field.default in (dataclasses.MISSING, None) else to_dict(field.default)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

@@ -19,10 +19,10 @@ class RunLog:
     Args:
         path: The metrics.jsonl.
         step: Steps done before this process.
-        batch_size: Images in a step.
+        batch_size: Images in a step, to log images a second; None logs steps a second.
         device: Device of the run.
         totals: Totals of the run so far; updated in place.
-        sinks: Get every row after the file has it.
+        sinks: Get every row after the file has it; none if left out.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class RunLog:
         path: Path,
         *,
         step: int,
-        batch_size: int,
+        batch_size: int | None,
         device: torch.device,
         totals: dict[str, float],
-        sinks: Sinks,
+        sinks: Sinks | None = None,
     ) -> None:
         self._path, self._batch_size, self._device = path, batch_size, device
         self._totals, self._sinks = totals, sinks
@@ -55,19 +55,26 @@ class RunLog:
         """
         self.count_time()
         seconds = self._totals["seconds"]
-        images = (step - self._row_step) * self._batch_size
-        speed = {"images_per_second": images / max(seconds - self._row_seconds, 1e-9)}
+        steps = step - self._row_step
+        passed = max(seconds - self._row_seconds, 1e-9)
         row = {
             "step": step,
             **values,
-            **(speed if images else {}),
+            **(_speed(steps, passed, self._batch_size) if steps else {}),
             "seconds": seconds,
             "peak_memory_mb": self._totals["peak_memory_mb"],
         }
         append_jsonl(self._path, row)
-        self._sinks.write(row)
+        if self._sinks is not None:
+            self._sinks.write(row)
         self._row_step, self._row_seconds = step, seconds
         return row
+
+
+def _speed(steps: int, seconds: float, batch_size: int | None) -> dict[str, float]:
+    if batch_size is None:
+        return {"steps_per_second": steps / seconds}
+    return {"images_per_second": steps * batch_size / seconds}
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -86,12 +93,11 @@ def loss_at_end(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return math.fsum(last) / len(last) if last else None
 
 
-def summary(totals: Mapping[str, float], steps: int, batch_size: int) -> dict[str, float]:
-    """Return the totals of a finished run, with its speed."""
-    per_step = totals["seconds"] / steps
+def summary(totals: Mapping[str, float], steps: int, batch_size: int | None) -> dict[str, float]:
+    """Return the totals of a finished run, with its speed; `batch_size` as of `RunLog`."""
     return {
         "steps": steps,
-        "seconds_per_step": per_step,
-        "images_per_second": batch_size / per_step,
+        "seconds_per_step": totals["seconds"] / steps,
+        **_speed(steps, totals["seconds"], batch_size),
         **totals,
     }
