@@ -104,3 +104,35 @@ def test_the_command_ends_with_the_notes_and_the_file_keeps_them(tmp_path, capsy
     assert main(few) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "class 0 has only 10 labelled training images" in line and "labels 11" in line
+
+
+def test_a_set_whose_kind_of_labels_is_unknown_is_refused(tmp_path, capsys):
+    store = store_of(tmp_path / "a", (images(8), [0, 1] * 4), (images(4), [0, 1] * 2))
+    path = tmp_path / "distilled.safetensors"
+    DistilledSet(
+        images=torch.randn(4, 3, 8, 8),
+        targets=torch.randn(4, 5),
+        mean=store.mean,
+        std=store.std,
+        meta={"label_kind": "clas"},
+    ).save(path)
+    assert main(["evaluate", str(path), "--store", str(store.path)]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        f"krrst: error: {path}: label_kind must be one of representation, class, soft, got 'clas'\n"
+    )
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_classes_are_no_representations_of_mkdt(tmp_path, capsys):
+    torch.save(torch.randn(4, 3, 8, 8), tmp_path / "images_best.pt")
+    torch.save(torch.arange(4), tmp_path / "labels_best.pt")
+    out = tmp_path / "made.safetensors"
+    words = ["import", str(tmp_path), "--out", str(out), "--mean", "0.5,0.5,0.5"]
+    words += ["--std", "0.2,0.2,0.2", "--from"]
+    assert main([*words, "mkdt"]) == 2
+    err = capsys.readouterr().err
+    assert "its labels are classes, and those of MKDT are representations" in err
+    assert err.count("\n") == 1 and not out.exists()
+    assert main([*words, "mtt"]) == 0
+    assert capsys.readouterr().out.endswith("its targets are classes, one-hot\n")

@@ -35,7 +35,7 @@ def repeated(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _digest(image: npt.NDArray[np.uint8]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def overlap_in_words(store: ImageStore) -> str:
