@@ -152,6 +152,33 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KDConfig:
+    """Knowledge distillation without the labelled images: a student sees only its method's images.
+
+    A teacher is trained on the labelled images. The student, pre-trained by its method, learns the
+    teacher's outputs on augmented images of that method; without pre-training, on noise.
+    """
+
+    steps: int = 0
+    """AdamW steps of a student; 0 leaves it out. The paper's 1000 epochs of 1000 images in batches
+    of 512 are 2000."""
+    batch_size: int = 512
+    lr: float = 1e-4
+    noise_lr: float = 1e-3
+    """Rate of the student that learns on noise; both decay to 0 by a cosine."""
+    teacher: ModelConfig = ModelConfig(kind="resnet18")
+    teacher_steps: int = 10_000
+    """SGD steps of the teacher; batch size, momentum, weight decay and views are fine-tuning's."""
+    teacher_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        settle(self)
+        require_at_least(0, self, "steps")
+        require_at_least(1, self, "batch_size", "teacher_steps")
+        require_positive(self, "lr", "noise_lr", "teacher_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Common:
     """What an evaluation and a suite of them have in common."""
 
@@ -180,6 +207,7 @@ class Common:
     pretrain: PretrainConfig = PretrainConfig()
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    kd: KDConfig = KDConfig()
     solver: Solver = Solver()
     """How a probe in closed form (`probe.solver` ridge) is computed."""
     device: str = "auto"
