@@ -137,6 +137,8 @@ class FinetuneConfig:
         require_at_least(0, self, "steps", "weight_decay")
         require_at_least(1, self, "batch_size")
         rates = self.rates
+        if len(rates) == 1:  # the command line reads a list of one, which is the same setting
+            object.__setattr__(self, "lr", rates[0])
         positive = all(rate > 0 for rate in rates) and 0 < len(rates) == len(set(rates))
         require(positive, self, "lr", "positive, one rate or several different ones")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
