@@ -4,9 +4,9 @@ The protocol of the released code (zeroshot_kd.py, test_kd.py): a ResNet18 train
 images teaches a student that was pre-trained on a distilled set, on the images of that set under
 differentiable augmentation, by the cross-entropy of the outputs at temperature 1 (AdamW, rate 1e-4,
 cosine decay). A student without pre-training learns on Gaussian noise, drawn anew in each step, at
-rate 1e-3. Two things differ: the released code measures and teaches with batch statistics, so that
-the answer for an image depends on those beside it. Here teacher and student are measured, and the
-teacher teaches, with running statistics.
+rate 1e-3. One thing differs: the released code teaches and measures with batch statistics, so that
+the answer for an image depends on those beside it. Here the teacher teaches, and both are measured,
+with running statistics.
 """
 
 from collections.abc import Callable
