@@ -151,6 +151,7 @@ def test_rates_that_cannot_be_are_refused():
         FinetuneConfig(label_draws=2)
     assert FinetuneConfig(lr=[0.1, 0.2]).rates == (0.1, 0.2)
     assert FinetuneConfig().rates == (0.01,)
+    assert FinetuneConfig(lr=(0.01,)) == FinetuneConfig()
 
 
 def test_an_evaluation_records_the_rates_and_says_them(digits, tmp_path):

@@ -240,5 +240,5 @@ def test_the_command_says_what_it_took_it_for(
     assert main(["import", str(tmp_path), "--out", str(out), *scale]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"took {tmp_path} for mtt: labels_50.pt holds classes"
-    assert lines[2:] == ["left out: other.pt"]
+    assert lines[2:] == ["its targets are classes, one-hot", "left out: other.pt"]
     assert torch.equal(load_distilled(out).targets.argmax(1), CLASSES)

@@ -80,8 +80,17 @@ def run_import(argv: Sequence[str], about: str) -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     read.distilled.save(given.out)
     print(f"wrote {given.out}: {read.distilled!r}")
+    print(f"its targets are {_TARGETS[read.distilled.meta.get('label_kind', 'representation')]}")
     for what in read.left_out:
         print(f"left out: {what}")
+
+
+_TARGETS = {
+    "class": "classes, one-hot",
+    "soft": "soft labels of classes",
+    "representation": "representations",
+}
+"""What the targets of an imported set are, by its label_kind."""
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

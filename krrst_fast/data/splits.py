@@ -1,10 +1,11 @@
 """What the splits of a store should not share, and what they should: images, and classes."""
 
-import zlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,8 +18,7 @@ _NAMED = 4
 def repeated(images: Tensor, others: Tensor) -> Tensor:
     """Return positions of the images that stand among others too, pixel for pixel.
 
-    A checksum of each image finds candidates, and these are compared: a tenth of a second for
-    60,000 images of 32 px.
+    Their digests are compared: half a second for 70,000 images of 32 px.
 
     Args:
         images: uint8 [N, C, H, W], on the CPU.
@@ -29,16 +29,13 @@ def repeated(images: Tensor, others: Tensor) -> Tensor:
     """
     if images.shape[1:] != others.shape[1:] or not len(images) or not len(others):
         return torch.empty(0, dtype=torch.int64)
-    known: dict[int, list[int]] = {}
-    ours, theirs = images.numpy(), others.numpy()
-    for place, image in enumerate(ours):
-        known.setdefault(zlib.crc32(image), []).append(place)
-    found: set[int] = set()
-    for image in theirs:
-        places = known.get(zlib.crc32(image))
-        if places is not None:
-            found.update(place for place in places if np.array_equal(ours[place], image))
-    return torch.tensor(sorted(found), dtype=torch.int64)
+    known = set(map(_digest, others.numpy()))
+    found = [place for place, image in enumerate(images.numpy()) if _digest(image) in known]
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _digest(image: npt.NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def overlap_in_words(store: ImageStore) -> str:

@@ -137,6 +137,8 @@ class FinetuneConfig:
         require_at_least(0, self, "steps", "weight_decay")
         require_at_least(1, self, "batch_size")
         rates = self.rates
+        if len(rates) == 1:  # the command line reads a list of one, which is the same setting
+            object.__setattr__(self, "lr", rates[0])
         positive = all(rate > 0 for rate in rates) and 0 < len(rates) == len(set(rates))
         require(positive, self, "lr", "positive, one rate or several different ones")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
@@ -149,6 +151,33 @@ class FinetuneConfig:
     def rates(self) -> tuple[float, ...]:
         """The rates, one or several."""
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDConfig:
+    """Knowledge distillation without the labelled images: a student sees only its method's images.
+
+    A teacher is trained on the labelled images. The student, pre-trained by its method, learns the
+    teacher's outputs on augmented images of that method; without pre-training, on noise.
+    """
+
+    steps: int = 0
+    """AdamW steps of a student; 0 leaves it out. The paper's 1000 epochs of 1000 images in batches
+    of 512 are 2000."""
+    batch_size: int = 512
+    lr: float = 1e-4
+    noise_lr: float = 1e-3
+    """Rate of the student that learns on noise; both decay to 0 by a cosine."""
+    teacher: ModelConfig = ModelConfig(kind="resnet18")
+    teacher_steps: int = 10_000
+    """SGD steps of the teacher; batch size, momentum, weight decay and views are fine-tuning's."""
+    teacher_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        settle(self)
+        require_at_least(0, self, "steps")
+        require_at_least(1, self, "batch_size", "teacher_steps")
+        require_positive(self, "lr", "noise_lr", "teacher_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +209,7 @@ class Common:
     pretrain: PretrainConfig = PretrainConfig()
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    kd: KDConfig = KDConfig()
     solver: Solver = Solver()
     """How a probe in closed form (`probe.solver` ridge) is computed."""
     device: str = "auto"

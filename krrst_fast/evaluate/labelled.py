@@ -29,6 +29,16 @@ def draw_labelled(labels: Tensor, classes: int, wanted: Labels, *, seed: int, wh
     """
     if wanted == "all":
         return torch.arange(len(labels))
+    least = 1 if isinstance(wanted, str) else wanted
+    counts = torch.bincount(labels, minlength=classes)
+    short = (counts < least).nonzero().flatten().tolist()
+    if short:
+        asked = "at least one" if isinstance(wanted, str) else str(wanted)
+        others = f" (and {len(short) - 1} other classes too few)" if len(short) > 1 else ""
+        raise DataError(
+            f"{where}: class {short[0]} has only {int(counts[short[0]])} labelled training images"
+            f"{others}, and labels {wanted} needs {asked} of each class"
+        )
     draw = generator(seed, "labels")
     picks = []
     for label in range(classes):
@@ -37,11 +47,5 @@ def draw_labelled(labels: Tensor, classes: int, wanted: Labels, *, seed: int, wh
             count = max(1, round(len(members) * float(wanted.removesuffix("%")) / 100))
         else:
             count = wanted
-        if len(members) < count:
-            asked = "at least one" if isinstance(wanted, str) else str(count)
-            raise DataError(
-                f"{where}: class {label} has only {len(members)} labelled training images, and "
-                f"labels {wanted} needs {asked} of each class"
-            )
         picks.append(members[torch.randperm(len(members), generator=draw)[:count]])
     return torch.cat(picks).sort().values

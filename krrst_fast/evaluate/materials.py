@@ -176,6 +176,8 @@ class Materials:
         parts: list[Any] = [settings, version(), method, self.mean_std(method)]
         if self.config.model.is_own:
             parts.append(self.config.model.identity())
+        if self.config.kd.teacher.is_own:
+            parts.append(self.config.kd.teacher.identity())
         parts += [self._digests["store"], self._digests[method if method in self.sets else OURS]]
         if method in _NEEDS_SOURCE:
             parts.append(self._digests["source"])
@@ -255,6 +257,14 @@ def open_materials(config: EvaluateConfig) -> Materials:
             config.model,
             image_size=store.size,
             num_outputs=width,
+            channels=store.channels,
+            device=device,
+        )
+    if config.kd.steps:
+        check_network(
+            config.kd.teacher,
+            image_size=store.size,
+            num_outputs=len(store.classes),
             channels=store.channels,
             device=device,
         )

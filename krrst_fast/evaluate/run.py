@@ -113,6 +113,8 @@ def _finished(
                 bar.update()
         return
     total = sum(_ticks(trials.materials, method) for method, _ in jobs)
+    if config.kd.steps and any(method != "target" for method, _ in jobs):
+        total += config.kd.teacher_steps
     with progress_bar(progress, total=total, unit="step") as bar:
         for method, seed in jobs:
             bar.set_description(f"{method} seed {seed}")
@@ -172,5 +174,6 @@ def _ticks(materials: Materials, method: str) -> int:
     ticks = sum(map(probe.draws, probe.labels)) * sum(costs[m] for m in probe.measures)
     if method != "target":
         ticks += finetune_steps(config.finetune)
+        ticks += config.kd.steps
         ticks += config.pretrain.steps if method != "none" else 0
     return ticks

@@ -3,6 +3,7 @@
 from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import DataError
 from krrst_fast.evaluate.config import OURS, EvaluateConfig
+from krrst_fast.exchange.labels import labels_in
 
 
 def is_raw(distilled: DistilledSet) -> bool:
@@ -16,6 +17,12 @@ def open_sets(config: EvaluateConfig) -> dict[str, tuple[DistilledSet, ...]]:
     """Load the distilled sets and the rivals'; raise DataError unless those of a name are alike."""
     paths = {OURS: config.runs, **config.rival_paths}
     sets = {name: tuple(map(load_distilled, given)) for name, given in paths.items()}
+    for name, given in paths.items():
+        for path, one in zip(given, sets[name]):
+            try:
+                labels_in(one.targets, one.meta)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from None
     first = sets[OURS][0]
     for name, alike in sets.items():
         for path, one in zip(paths[name], alike):

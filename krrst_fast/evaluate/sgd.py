@@ -1,4 +1,4 @@
-"""The one training loop of the evaluation: SGD on batches from seeded permutations."""
+"""The one training loop of the evaluation: SGD or AdamW on batches from seeded permutations."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +36,7 @@ def descend(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     cosine: bool = False,
+    adam: bool = False,
     what: str,
     tick: Callable[[], object] | None = None,
 ) -> float:
@@ -48,8 +49,9 @@ def descend(
         steps: Number of batches, for the decay.
         lr: Learning rate; with `cosine` it falls to 0 over the steps.
         momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
+        weight_decay: Weight decay, of AdamW the decoupled one.
         cosine: Whether the rate decays.
+        adam: Whether to use AdamW, which has no momentum to set, instead of SGD.
         what: Name of the training in errors.
         tick: Function to call after every step.
 
@@ -59,7 +61,11 @@ def descend(
     Raises:
         NonFiniteError: Training diverged.
     """
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimizer: torch.optim.Optimizer
+    if adam:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     loss = torch.tensor(0.0)
     for step, index in enumerate(order):
         if cosine:

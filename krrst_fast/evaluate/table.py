@@ -29,7 +29,7 @@ class Row:
     seed: int
     scores: dict[str, float]
     """Accuracy in per cent of the test images by task: a measure and its labels, such as "probe-5",
-    "outputs-1%" and "knn-all" (settings `probe.measures` and `probe.labels`), and "finetune"."""
+    "outputs-1%" and "knn-all" (settings `probe.measures` and `probe.labels`); "finetune"; "kd"."""
     pretrain_loss: float | None
     """Loss of the last pre-training step; None without pre-training."""
     seconds: float
@@ -46,6 +46,8 @@ class Row:
     """Steps of the pre-training that were best, where their number was chosen."""
     pretrain_lr: float | None = None
     """Rate of the pre-training on the target's outputs."""
+    teacher_accuracy: float | None = None
+    """In per cent of the test images: of the teacher of knowledge distillation."""
     finetune_lr: float | None = None
     """Rate of the fine-tuning, chosen where there are several; None without fine-tuning."""
 
@@ -174,6 +176,11 @@ class Evaluation:
         words = []
         if any(task.startswith("outputs-") for task in self.tasks()):
             words.append("outputs: a probe on the network's outputs instead of its features")
+        if taught := [row for row in self.rows if row.teacher_accuracy is not None]:
+            words.append(
+                "kd: a student sees its method's images alone (without pre-training noise), taught "
+                f"by one {self.config.kd.teacher.kind} of {taught[0].teacher_accuracy:.1f} per cent"
+            )
         if any(task.startswith("knn-") for task in self.tasks()):
             words.append("knn: the nearest neighbours of the features")
         if self.explained():

@@ -17,6 +17,7 @@ from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import KrrstError
 from krrst_fast.evaluate.config import Labels
+from krrst_fast.evaluate.distillation import distil_knowledge, measured, train_teacher
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
 from krrst_fast.evaluate.labelled import draw_labelled
 from krrst_fast.evaluate.materials import CHUNK, TIMES, Materials, Split
@@ -59,6 +60,8 @@ class Start:
 
     images: int | None = None
     """How many there were."""
+    seen: Tensor | None = None
+    """The images [M, C, H, W] themselves, normalised."""
     loss: float | None = None
     steps: int | None = None
     """Where their number was chosen."""
@@ -76,6 +79,7 @@ class Trials:
     def __init__(self, materials: Materials) -> None:
         self.materials = materials
         self._target_features: dict[str, tuple[Tensor, ...]] = {}
+        self._taught_by: tuple[Network, float] | None = None
         self._all_tests = torch.arange(len(materials.test.labels))
         config = materials.config
         self.label_counts = {
@@ -95,10 +99,13 @@ class Trials:
                 net, start = self.materials.target.model, Start()
             else:
                 net, start = self._start(method, seed, tick)
-            scores, tuned = self._probe(net, method, seed, tick), None
+            scores = self._probe(net, method, seed, tick)
+            tuned = taught_by = None
             if method != "target" and self.materials.config.finetune.steps:
                 tuned = self._finetune(net, method, seed, tick)
                 scores["finetune"] = tuned.accuracy
+            if method != "target" and self.materials.config.kd.steps:
+                scores["kd"], taught_by = self._learn(net, start, method, seed, tick)
         except KrrstError as error:
             raise type(error)(f"evaluate: {method}, seed {seed}: {error}") from None
         return Row(
@@ -114,6 +121,7 @@ class Trials:
             pretrain_steps=start.steps,
             pretrain_lr=start.rate,
             finetune_lr=None if tuned is None else tuned.rate,
+            teacher_accuracy=taught_by,
         )
 
     def _start(self, method: str, seed: int, tick: Tick) -> tuple[Network, Start]:
@@ -129,7 +137,7 @@ class Trials:
             net = self._fresh(len(self._source.classes), seed)
             images = self._random_images(seed)
             loss = pretrain_labels(net, images, labels, config, seed=seed, tick=tick)
-            return net, Start(images=count, loss=loss)
+            return net, Start(images=count, seen=images, loss=loss)
         if (number := given.set_index(method, seed)) is not None:
             chosen = given.sets[method][number]
         else:
@@ -149,8 +157,9 @@ class Trials:
         rate = pretraining_rate(net, images, targets, config)
         loss = pretrain(net, images, targets, config, seed=seed, rate=rate, tick=after_step)
         if stopping is None:
-            return net, Start(images=len(images), loss=loss, rate=rate)
-        return net, Start(images=len(images), steps=stopping.take_best(), rate=rate)
+            return net, Start(images=len(images), seen=images, loss=loss, rate=rate)
+        steps = stopping.take_best()
+        return net, Start(images=len(images), seen=images, steps=steps, rate=rate)
 
     def _validation(self, net: Network, *, seed: int) -> float:
         """Return the accuracy of a ridge probe on training images that it did not learn from.
@@ -290,18 +299,50 @@ class Trials:
 
     def _finetune(self, net: Network, method: str, seed: int, tick: Tick) -> Tuned:
         given, config = self.materials, self.materials.config.finetune
-        body = net.body_state()
-
-        def fresh() -> Network:
-            tuned = self._fresh(given.classes, seed)
-            tuned.load_state_dict(tuned.state_dict() | body)
-            return tuned
-
+        fresh = partial(self._with_body, net.body_state(), seed)
         mean, std = given.mean_std(method)
         tuner = Tuner(fresh, given.train, config, mean=mean, std=std, seed=seed, tick=tick)
         labels = config.labels_per_class or "all"
         draws = [self._labelled(labels, seed, draw) for draw in range(config.label_draws)]
         return tuner.tune(draws, given.test)
+
+    def _with_body(self, body: dict[str, Tensor], seed: int) -> Network:
+        """Return a network for the classes of the store, of the initial head and that body."""
+        net = self._fresh(self.materials.classes, seed)
+        net.load_state_dict(net.state_dict() | body)
+        return net
+
+    def _learn(
+        self, net: Network, start: Start, method: str, seed: int, tick: Tick
+    ) -> tuple[float, float]:
+        """Return the accuracy of a student of the labelled images' teacher, and the teacher's."""
+        given = self.materials
+        teacher, reached = self._teacher(tick)
+        noise = start.seen is None
+        student = self._with_body(net.body_state(), seed)
+        images = given.distilled.images.to(given.device) if start.seen is None else start.seen
+        config = given.config.kd
+        distil_knowledge(student, teacher, images, config, noise=noise, seed=seed, tick=tick)
+        mean, std = given.mean_std(method)
+        return measured(student, given.test, mean=mean, std=std), reached
+
+    def _teacher(self, tick: Tick) -> tuple[Network, float]:
+        """Train the teacher and measure it, once for all methods and seeds; both are kept."""
+        if self._taught_by is None:
+            given, config = self.materials, self.materials.config.kd
+            net = build(
+                config.teacher,
+                image_size=given.store.size,
+                num_outputs=given.classes,
+                channels=given.store.channels,
+                seed=derive(0, "kd teacher"),
+            )
+            net = place(net, given.device)
+            scale = {"mean": given.store.mean, "std": given.store.std}
+            training = given.config.finetune
+            train_teacher(net, given.train, config, training, **scale, seed=0, tick=tick)
+            self._taught_by = net, measured(net, given.test, **scale)
+        return self._taught_by
 
     def _labelled(self, labels: Labels, seed: int, draw: int = 0) -> Tensor:
         given = self.materials

@@ -111,6 +111,16 @@ def _pair(images: str, labels: str) -> Callable[[Path, Kind], Read]:
     return read
 
 
+def _mkdt(path: Path, floats: Kind) -> Read:
+    got = _pair("images_*.pt", "labels_*.pt")(path, floats)
+    if got.labels is not None and got.labels.kind != floats:
+        raise DataError(
+            f"{path}: its labels are classes, and those of MKDT are representations [M, P]; "
+            "read a set with classes by --from mtt"
+        )
+    return got
+
+
 def _learned_rate(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return a learned learning rate as metadata; what the file holds instead is left out."""
     if not path.exists():
@@ -288,7 +298,7 @@ IMPORTS: Mapping[str, Import] = {
     "dsa": Import(_dc, "soft"),
     "dm": Import(_dc, "soft"),
     "mtt": Import(_pair("images_*.pt", "labels_*.pt"), "soft"),
-    "mkdt": Import(_pair("images_*.pt", "labels_*.pt"), "representation"),
+    "mkdt": Import(_mkdt, "representation"),
     "frepo": Import(_frepo, "soft"),
     "ddranking": Import(_pair("images.pt", "labels.pt"), "soft"),
     "dcbench": Import(_dcbench, "soft"),

@@ -30,12 +30,14 @@ TITLES = {
     "outputs": "Linear probe on the outputs",
     "knn": "Nearest neighbours",
     "finetune": "Fine-tuning",
+    "kd": "Knowledge distillation",
 }
 WORDS = {
     "probe": "linear-probe accuracy",
     "outputs": "accuracy of a linear probe on the outputs",
     "knn": "nearest-neighbour accuracy",
     "finetune": "accuracy after fine-tuning",
+    "kd": "accuracy after knowledge distillation",
 }
 FITTED = {"ridge": "ridge regression", "lbfgs": "logistic regression"}
 ROLES = {"random_target": RIVAL_BLUE, "distilled": ACCENT, "target": INK}
