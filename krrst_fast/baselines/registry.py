@@ -30,6 +30,16 @@ class Method:
 _HOME = "krrst_fast.baselines"
 
 METHODS: Mapping[str, Method] = {
+    "kip": Method(
+        about="regress real labels by a fixed kernel of the pixels",
+        config=f"{_HOME}.regression_config:KIPConfig",
+        learner=f"{_HOME}.kip:KIP",
+    ),
+    "frepo": Method(
+        about="regress real labels by the features of a pool of networks",
+        config=f"{_HOME}.regression_config:FRePoConfig",
+        learner=f"{_HOME}.frepo:FRePo",
+    ),
     "dm": Method(
         about="match the mean features of real images in random networks",
         config=f"{_HOME}.matching_config:DMConfig",

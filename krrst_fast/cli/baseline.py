@@ -10,7 +10,7 @@ from typing import Any
 
 from krrst_fast.baselines.registry import FREE_SETTINGS, METHODS, Method
 from krrst_fast.cli.stage import Stage, run_stage
-from krrst_fast.errors import ConfigError
+from krrst_fast.errors import CheckpointError, ConfigError
 
 
 def run_baseline(argv: list[str], about: str, *, switches: Mapping[str, str]) -> None:
@@ -52,7 +52,7 @@ def _stage(name: str, method: Method, switches: Mapping[str, str]) -> Stage:
         positionals=(),
         switches=switches,
         inputs=reads,
-        refuse=_refuse,
+        refuse=partial(_refuse, name),
         call=partial(_call, name, method),
         has_presets=False,
     )
@@ -63,9 +63,16 @@ def _settings(method: Method) -> set[str]:
     return {field.name for field in fields(getattr(import_module(module), config))}
 
 
-def _refuse(config: Any, switches: frozenset[str]) -> None:
+def _refuse(name: str, config: Any, switches: frozenset[str]) -> None:
+    from krrst_fast.runs.files import read_json
     from krrst_fast.runs.folder import check_folder
 
+    path = config.out / "config.json"
+    if "resume" in switches and path.is_file():
+        saved = read_json(path)
+        before = saved.get("method") if isinstance(saved, dict) else None
+        if before not in (None, name):
+            raise CheckpointError(f"{path}: of a run of {before}; resume it by that method")
     free = (*FREE_SETTINGS, "method")
     check_folder(config.out, config, resume="resume" in switches, free=free)
 

@@ -316,7 +316,8 @@ _STAGES = {
         ),
         Stage(
             name="evaluate",
-            about="pre-train on the distilled images, then transfer to a labelled store",
+            about="pre-train on distilled images, then transfer to a labelled store (or several: "
+            "--suite paper)",
             config="krrst_fast.evaluate:EvaluateConfig",
             positionals=("run",),
             switches=_QUIET,

@@ -8,6 +8,7 @@ from krrst_fast.cli.settings import parse
 
 def run_suite(argv: Sequence[str]) -> None:
     """Parse the command line, evaluate every cell, and print the tables."""
+    from krrst_fast.errors import ConfigError
     from krrst_fast.evaluate.suite import SUITES, SuiteConfig, evaluate_suite
 
     # A suite is a named run of its own settings: --suite NAME stands for --run NAME.
@@ -15,6 +16,8 @@ def run_suite(argv: Sequence[str]) -> None:
     for at, word in enumerate(words):
         if word.partition("=")[0] == "--suite":
             name = word.partition("=")[2] or "".join(words[at + 1 : at + 2])
+            if name not in SUITES:
+                raise ConfigError(f"--suite: there is no suite {name!r}, only {', '.join(SUITES)}")
             words.insert(at, f"--run={name}")
             break
     parsed = parse(

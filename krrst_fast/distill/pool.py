@@ -6,7 +6,7 @@ are, and a backward pass through it reaches its input and nothing else. Only `Sl
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ class Pool:
         self.at_rest = arithmetic.at_rest(self.slots[0].network, head=False)
         self.training_loss = arithmetic.training(self.slots[0].network)
 
-    def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.SGD]:
+    def fresh(self, number: int, generation: int) -> tuple[Network, torch.optim.Optimizer]:
         """Return untrained network number `generation` of a slot, and its optimiser."""
         seed = derive(self.seed, "network", number, generation)
         network = place(
@@ -156,14 +156,17 @@ class Pool:
         # What the network's own code has frozen stays as it is.
         trained = [p for p in network.parameters() if p.requires_grad]
         network.eval().requires_grad_(False)
-        optimizer = torch.optim.SGD(
+        return network, self.make_optimizer(trained)
+
+    def make_optimizer(self, trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return what trains the parameters of a network; a subclass may take another optimiser."""
+        return torch.optim.SGD(
             trained,
             lr=self.lr,
             momentum=self.config.momentum,
             weight_decay=self.config.weight_decay,
             fused=True,
         )
-        return network, optimizer
 
     def lower_rate(self, x_syn: Tensor) -> None:
         """Give all networks, which are untrained, a rate that their heads can bear on `x_syn`.

@@ -1,7 +1,7 @@
 """One iteration of the algorithm, and the state that it moves on."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,9 @@ from krrst_fast.ops.info import SolveInfo
 from krrst_fast.ops.krr import krr_mse
 from krrst_fast.ops.solver import DEFAULT, RidgeOf, Solver
 from krrst_fast.runs.environment import solving_device
+
+Rate = Callable[[int], float]
+"""The learning rate of an outer step, by its number from 0 on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +113,14 @@ class StepReport:
 def outer_step(
     state: State,
     source: Source,
-    rate: LinearDecay,
+    rate: Rate,
     *,
-    rate_targets: LinearDecay | None = None,
+    rate_targets: Rate | None = None,
     ridge: float,
     ridge_of: RidgeOf,
     solver: Solver = DEFAULT,
+    mirrored: bool = False,
+    penalty: Callable[[Tensor], Tensor] | None = None,
 ) -> StepReport:
     """Take one step of Algorithm 1 of KRR-ST, in place on `state`.
 
@@ -124,6 +129,10 @@ def outer_step(
 
     With solver.check="flag" the loss is not read: after a failure it is NaN, in this step and, as
     the images are then NaN too, in every later one.
+
+    With `mirrored` the regression is from the images and their mirror images, of the same targets.
+    `penalty`, a scalar that is computed from the targets, is added to what the step makes smaller,
+    and not to the loss that is reported.
 
     A network whose features, or gradients through it, are not finite or too large starts again, and
     the step is taken with it as new.
@@ -144,14 +153,17 @@ def outer_step(
 
     def loss_and_gradients() -> tuple[Tensor, SolveInfo]:
         # A network at rest is in evaluation mode and its parameters ask for no gradient.
-        f_syn = slot.embed(x_syn)  # [M, D]
+        x, y = x_syn, y_syn
+        if mirrored:
+            x, y = torch.cat((x, x.flip(-1))), torch.cat((y, y))
+        f_syn = slot.embed(x)  # [M, D]
         with torch.no_grad():
             f_real = slot.embed(x_real)  # [B, D]
 
         solving = solving_device(x_syn.device)
         loss, solve = krr_mse(
             f_syn.to(solving),
-            y_syn.to(solving),
+            y.to(solving),
             f_real.to(solving),
             y_real.to(solving),
             ridge=ridge,
@@ -161,7 +173,7 @@ def outer_step(
             return_info=True,
         )
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss if penalty is None else loss + penalty(y_syn)).backward()
         if solver.check == "raise":
             # Float16 overflows in a backward pass too, and AdamW would ruin the images by it.
             require_finite(loss, x_syn.grad, y_syn.grad)

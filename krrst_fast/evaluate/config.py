@@ -215,7 +215,7 @@ class Common:
     device: str = "auto"
     workers: int = 1
     """Processes that compute rows side by side, each with a share of the cores: for small networks
-    two processes of one thread are faster than one of two."""
+    two processes of one thread are faster than one of two. A row has the bits of its threads."""
     overwrite: bool = False
     """Replace a result of that name that was made with other settings."""
 
