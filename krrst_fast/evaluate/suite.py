@@ -145,7 +145,8 @@ def suite_table(results: list[Evaluation]) -> str:
     """Return one Markdown table of evaluations of the same methods: a row for each method.
 
     A cell is the mean and, in brackets, the paired difference to the random rival with its standard
-    error; the last rows are the distilled set minus the best rival of its size.
+    error; the last row is the distilled set minus the best rival of its size. Below it stand the
+    steps and rates that were chosen, and what is to be known of the data.
     """
     columns = [(result, task) for result in results for task in result.tasks()]
     header = ["pre-trained on", "images", "held-out R2"]
@@ -166,7 +167,12 @@ def suite_table(results: list[Evaluation]) -> str:
         for line in lines
     ]
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(rows)
+    notes = [
+        f"{result.name}: {note}"
+        for result in results
+        for note in filter(None, (result.stopped(), result.chosen_rates(), *result.notes))
+    ]
+    return "\n\n".join(["\n".join(rows), *notes])
 
 
 def _cell(result: Evaluation, method: str, task: str) -> str:
