@@ -13,7 +13,7 @@ from krrst_fast.data import PrepareConfig, open_store, prepare
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError
-from krrst_fast.evaluate.materials import _is_raw
+from krrst_fast.evaluate.sets import is_raw
 from krrst_fast.exchange import export_set, import_set
 from krrst_fast.exchange.labels import Labels
 from krrst_fast.models import ModelConfig, check
@@ -277,7 +277,7 @@ def test_pixels_of_other_projects_are_not_those_of_the_released_code(tmp_path: P
     write(tmp_path / "a" / "0.png", 200)
     made = import_set(tmp_path, source="imagefolder").distilled
     assert set(made.mean) == {0.0} and set(made.std) == {1.0}
-    assert not _is_raw(made) and _is_raw(replace(made, meta={"method": "krr-st"}))
+    assert not is_raw(made) and is_raw(replace(made, meta={"method": "krr-st"}))
 
 
 def test_soft_labels_of_your_own_are_in_the_folder(tmp_path: Path) -> None:
