@@ -76,9 +76,7 @@ SUITES: Mapping[str, Mapping[str, Any]] = {
         # 1,000 epochs, as in the paper.
         "pretrain": PretrainConfig(steps=1000),
         "probe": ProbeConfig(solver="ridge", labels=(5, 50), label_draws=5),
-        "finetune": FinetuneConfig(
-            steps=200, batch_size=64, lr=(0.003, 0.01, 0.03, 0.1), labels_per_class=50
-        ),
+        "finetune": FinetuneConfig(steps=200, batch_size=64, lr=RATES, labels_per_class=50),
     },
 }
 """The settings of each suite that are not the defaults, which are the paper's."""
