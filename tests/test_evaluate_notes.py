@@ -36,12 +36,14 @@ def test_test_images_in_train_or_in_the_source_are_counted(tmp_path):
     store = store_of(tmp_path / "a", (train, [0, 1] * 6), (test, [0, 1] * 3))
     other = store_of(tmp_path / "b", (source, [0, 1] * 10), (test[3:], [0, 1, 0]))
     told = "of 6 test images, these stand elsewhere too: 1 in train"
-    assert data_notes(store, "test", None) == (told,)
+    unknown = "test images are not looked for in the distilled source: "
+    assert data_notes(store, "test", None) == (told, f"{unknown}it is not known")
     assert data_notes(store, "test", store.path) == (told,)
-    assert data_notes(store, "test", tmp_path / "gone") == (told,)
+    found, gone = data_notes(store, "test", tmp_path / "gone")
+    assert found == told and gone.startswith(unknown) and "gone" in gone
     (found,) = data_notes(store, "test", other.path)
     assert found == f"{told}, 2 in the distilled source store"
-    assert data_notes(other, "test", None) == ()
+    assert data_notes(other, "test", other.path) == ()
 
 
 def test_classes_that_train_lacks_cap_the_accuracy(tmp_path):
@@ -51,13 +53,13 @@ def test_classes_that_train_lacks_cap_the_accuracy(tmp_path):
         "accuracy is at most 75.0 per cent"
     )
     with pytest.warns(UserWarning, match="^evaluate: .*1 of 3 classes that no train image has"):
-        assert data_notes(store, "test", None) == (told,)
+        assert data_notes(store, "test", store.path) == (told,)
 
 
 def test_classes_that_test_lacks_are_said(tmp_path):
     store = store_of(tmp_path / "a", (images(9), [0, 1, 2] * 3), (images(4), [0, 1, 1, 0]))
     with pytest.warns(UserWarning, match="1 of 3 classes have train images and no test image"):
-        assert len(data_notes(store, "test", None)) == 1
+        assert len(data_notes(store, "test", store.path)) == 1
 
 
 def test_no_class_in_common_and_a_single_class_are_errors(tmp_path):

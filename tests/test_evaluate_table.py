@@ -16,7 +16,13 @@ from krrst_fast.evaluate.config import (
     PretrainConfig,
     ProbeConfig,
 )
-from krrst_fast.evaluate.paired import interval_factor, paired_difference, signed
+from krrst_fast.evaluate.paired import (
+    Sample,
+    in_words,
+    interval_factor,
+    paired_difference,
+    signed,
+)
 from krrst_fast.evaluate.table import Evaluation, Row
 
 FIGURES: dict[Method, tuple[float, ...]] = {
@@ -195,3 +201,17 @@ def test_signs() -> None:
 def test_settings_out_of_range(make, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_seeds_of_one_set_are_not_independent() -> None:
+    values, sets = {0: 1.0, 1: 3.0, 2: 5.0, 3: 1.0, 4: 3.0, 5: 5.0}, {0: 0, 1: 1, 2: 2, 3: 0, 4: 1}
+    # As many values as sets: the second seed of a set tells nothing new here.
+    by = Sample(values, {**sets, 5: 2})
+    once = Sample({0: 1.0, 1: 3.0, 2: 5.0})
+    assert by.independent == 3 and by.mean == once.mean
+    assert by.standard_error == pytest.approx(once.standard_error)
+    assert by.interval == pytest.approx(once.interval)
+    assert in_words(by).startswith("+3.0 +- 1.2 points (6 paired seeds of 3 sets, 95 % interval")
+    # One set, or a set for each seed: as without.
+    for given in ({seed: 0 for seed in values}, {seed: seed for seed in values}):
+        assert Sample(values, given).standard_error == Sample(values).standard_error

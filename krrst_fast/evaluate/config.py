@@ -241,12 +241,18 @@ class Common:
 
     @property
     def rival_paths(self) -> dict[str, tuple[Path, ...]]:
-        """Return the sets of each rival by its name, in the order they were given."""
+        """Return the sets of each rival by its name, in the order they were given.
+
+        Raises:
+            ConfigError: Two rivals have the same name by chance.
+        """
         found: dict[str, tuple[Path, ...]] = {}
         for text in self.rivals:
             name, equals, path = text.partition("=")
-            if not equals:
+            if not equals or Path(text).exists():
                 name, path = Path(text).resolve().name, text
+                alone = name not in found
+                require(alone, self, "rivals", f"told apart: NAME=PATH for each {name}")
             found[name if path else ""] = (*found.get(name, ()), Path(path))
         return found
 

@@ -79,6 +79,7 @@ def distil_knowledge(
     config: KDConfig,
     *,
     noise: bool = False,
+    scale: tuple[Tensor, Tensor] | None = None,
     seed: int,
     tick: Callable[[], object] | None = None,
 ) -> float:
@@ -91,6 +92,8 @@ def distil_knowledge(
             image by its own parameters and all of a batch by one family.
         config: Steps, batch size and rates.
         noise: Whether to show standard normal noise of that shape instead.
+        scale: What the images are multiplied by, and then what is added, for the teacher, each
+            [C, 1, 1]; None where it takes them as they are.
         seed: Seed of the batch order, the augmentation, the noise and dropout.
         tick: Function to call after every step.
 
@@ -110,7 +113,8 @@ def distil_knowledge(
             drawn = draw_augmentation(FAMILIES, draws, size=shape[-1], count=len(index))
             x = drawn(images[index.to(device)])
         with torch.no_grad():
-            wanted = teacher(x).softmax(1)
+            shown = x if scale is None or noise else x * scale[0] + scale[1]
+            wanted = teacher(shown).softmax(1)
         return F.cross_entropy(student(x), wanted)
 
     student.train()

@@ -19,7 +19,7 @@ from krrst_fast.data.verify import Verification
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError, KrrstError
 from krrst_fast.evaluate.config import OURS, USUAL, EvaluateConfig
-from krrst_fast.evaluate.sets import has_labels, is_imported, is_raw, open_sets
+from krrst_fast.evaluate.sets import check_target, has_labels, is_imported, is_raw, open_sets
 from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.environment import pick_device
@@ -102,7 +102,10 @@ class Materials:
         try:
             source, target = self.source or open_store(source_path), self.target
             Verification(source).finish()
-            target = target or load_target(target_path).to(self.device)
+            if target is None:
+                target = load_target(target_path)
+                check_target(self.sets, target.identity(), target_path)
+                target.to(self.device)
             filled = [name for name in source.splits if source.count(name) > 0]
             name = next((name for name in ("test", "val") if name in filled), None)
             if name is None or target.table is not None:
@@ -179,11 +182,25 @@ class Materials:
         if self.config.kd.teacher.is_own:
             parts.append(self.config.kd.teacher.identity())
         parts += [self._digests["store"], self._digests[method if method in self.sets else OURS]]
+        if self.is_represented(method):
+            parts.append(self._held_out_identity)
         if method in _NEEDS_SOURCE:
             parts.append(self._digests["source"])
         if method in _NEEDS_TARGET:
             parts.append(self._digests["target"])
         return _digest(json.dumps(parts, sort_keys=True).encode())
+
+    @cached_property
+    def _held_out_identity(self) -> list[str]:
+        """What the held-out R2 depends on; empty where source or target is not at hand."""
+        source_path, target_path = self.held_out_from
+        if source_path is None or target_path is None:
+            return []
+        try:
+            target = self.target or load_target(target_path)
+            return [open_store(source_path).identity(), target.identity()]
+        except KrrstError:  # `held_out` says so
+            return []
 
     @cached_property
     def _digests(self) -> dict[str, str]:
@@ -233,6 +250,7 @@ def open_materials(config: EvaluateConfig) -> Materials:
         _check_source(source, distilled, most, "random_labels" in wanted)
     if target_path is not None and (wanted & _NEEDS_TARGET or is_raw(distilled)):
         target = load_target(target_path)
+        check_target(sets, target.identity(), target_path)
         if target.table is not None and "target" in wanted:
             # It has no network that takes the labelled images.
             if not every:

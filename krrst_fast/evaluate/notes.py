@@ -45,23 +45,27 @@ def data_notes(store: ImageStore, split: str, source: Path | None) -> tuple[str,
         source: The store of the images that were distilled; None if it is not known.
 
     Raises:
-        DataError: As `check_classes`; or the source is no store.
+        DataError: As `check_classes`.
     """
     tests = store.images(split)
-    places = [("train", store)]
-    if source is not None and source.exists() and source.resolve() != store.path.resolve():
-        places.append((f"the distilled source {source.name}", open_store(source)))
+    places, notes, unknown = [("train", store)], list[str](), list[str]()
+    if source is None or source.resolve() != store.path.resolve():
+        try:
+            if source is None:
+                raise DataError("it is not known")
+            places.append((f"the distilled source {source.name}", open_store(source)))
+        except DataError as error:
+            unknown.append(f"{split} images are not looked for in the distilled source: {error}")
     found = [
         (len(repeated(tests, place.images("train"))), name)
         for name, place in places
         if "train" in place.splits
     ]
-    notes = []
     if any(count for count, _ in found):
         told = ", ".join(f"{count} in {name}" for count, name in found if count)
         notes.append(f"of {len(tests)} {split} images, these stand elsewhere too: {told}")
     gaps = check_classes(store, split)
-    return (*notes, _in_words(gaps)) if gaps is not None else tuple(notes)
+    return (*notes, *([] if gaps is None else [_in_words(gaps)]), *unknown)
 
 
 def _in_words(gaps: ClassGaps) -> str:

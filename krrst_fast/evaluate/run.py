@@ -2,21 +2,21 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from krrst_fast.data.verify import Verification
-from krrst_fast.errors import ConfigError
+from krrst_fast.errors import ConfigError, KrrstError, NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.evaluate.config import EvaluateConfig
 from krrst_fast.evaluate.materials import Materials, open_materials
 from krrst_fast.evaluate.notes import data_notes
 from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
 from krrst_fast.evaluate.tuning import finetune_steps
-from krrst_fast.evaluate.workers import Job, rows_by_processes
+from krrst_fast.evaluate.workers import Failure, Job, rows_by_processes
 from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.environment import describe
-from krrst_fast.runs.files import append_jsonl, read_json, read_jsonl, write_json
+from krrst_fast.runs.files import append_jsonl, atomic_path, read_json, read_jsonl, write_json
 from krrst_fast.runs.interrupt import Interrupted, Interrupts, raised_signals
 from krrst_fast.runs.lock import locked
 from krrst_fast.runs.progress import progress_bar
@@ -41,56 +41,50 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         DataError: Images or labels are not what the methods need, or a file is damaged.
         ConfigError: A setting is missing, or a result with other settings would be lost, or another
             process writes this one.
-        NonFiniteError: A training diverged.
+        NonFiniteError, NotPositiveDefiniteError: Rows failed; the others are finished and kept.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; the rows that were finished are kept.
     """
-    materials = open_materials(config)
-    stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
-    verifications = [Verification(store) for store in stores.values()]
-    notes = data_notes(materials.store, materials.test_split, materials.held_out_from[0])
-    trials = Trials(materials)
-    name = config.name or config.store.resolve().name
-    folder = config.folder
-    config = replace(config, methods=materials.config.methods)
-    keys = {method: materials.fingerprint(method) for method in config.names}
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    jobs = [(method, seed) for seed in seeds for method in config.names]
-    partial = folder / f"{name}.partial.jsonl"
-    # Refused before anything is written.
-    _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
-
-    folder.mkdir(parents=True, exist_ok=True)
+    opened = _open(config)
+    config, partial, rows = opened.config, opened.partial, dict[Job, Row]()
+    config.folder.mkdir(parents=True, exist_ok=True)
     partial.touch()
     with locked(partial):
         try:
-            rows = _rows_at_hand(config, folder / f"{name}.json", partial, keys, jobs)
-            missing = [job for job in jobs if job not in rows]
+            rows |= opened.rows_at_hand()
+            missing = [job for job in opened.jobs if job not in rows]
+            failed: list[KrrstError] = []
             with (
-                _told(rows, jobs, partial),
-                closing(_finished(trials, config, missing, keys, progress)) as finished,
+                _told(rows, opened.jobs, partial),
+                closing(_finished(opened, missing, progress)) as finished,
             ):
                 for row in finished:
+                    if not isinstance(row, Row):
+                        failed.append(row)
+                        continue
                     # A row that is finished is kept, and wholly, when a signal comes now.
                     with Interrupts().noted(""):
                         # What a damaged store led to is not saved.
-                        for verification in verifications:
+                        for verification in opened.verifications:
                             verification.finish()
                         append_jsonl(partial, asdict(row))
                         rows[row.method, row.seed] = row
+            if failed:
+                more = f"; {len(rows)} of {len(opened.jobs)} trials are finished and kept"
+                raise type(failed[0])("; ".join(sorted(map(str, failed))) + more)
 
-            ordered = tuple(rows[job] for job in jobs)
+            ordered = tuple(rows[job] for job in opened.jobs)
             evaluation = Evaluation(
-                name=name,
+                name=opened.name,
                 config=config,
                 rows=ordered,
-                num_images=len(materials.distilled),
+                num_images=len(opened.trials.materials.distilled),
                 environment=describe(),
                 seconds=sum(row.seconds for row in ordered),
-                label_counts=trials.label_counts,
-                notes=notes,
+                label_counts=opened.trials.label_counts,
+                notes=opened.notes,
             )
-            write_json(folder / f"{name}.json", evaluation.to_json(), sealed=True)
-            partial.unlink(missing_ok=True)
+            write_json(opened.output, evaluation.to_json(), sealed=True)
+            _keep_the_others(partial, ordered)
             return evaluation
         finally:
             # It holds no row yet. Only the process that has the lock removes it.
@@ -98,17 +92,89 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
                 partial.unlink()
 
 
-def _finished(
-    trials: Trials,
-    config: EvaluateConfig,
-    jobs: Sequence[Job],
-    keys: Mapping[str, str],
-    progress: bool,
-) -> Generator[Row]:
-    """Yield the rows of `jobs` as they are finished, here or in other processes."""
-    if config.workers > 1 and len(jobs) > 1:
+def check(config: EvaluateConfig) -> None:
+    """Raise what `evaluate` would raise before it trains: DataError or ConfigError."""
+    _open(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """An evaluation whose inputs are open and checked."""
+
+    config: EvaluateConfig
+    trials: Trials
+    verifications: list[Verification]
+    notes: tuple[str, ...]
+    keys: Mapping[str, str]
+    """The fingerprint of each method's rows."""
+    jobs: list[Job]
+
+    @property
+    def name(self) -> str:
+        """Of the result."""
+        return self.config.name or self.config.store.resolve().name
+
+    @property
+    def output(self) -> Path:
+        """The file of the result."""
+        return self.config.folder / f"{self.name}.json"
+
+    @property
+    def partial(self) -> Path:
+        """The file of the rows that are finished before that."""
+        return self.config.folder / f"{self.name}.partial.jsonl"
+
+    def rows_at_hand(self) -> dict[Job, Row]:
+        """Return the rows that an earlier call has computed."""
+        return _rows_at_hand(self.config, self.output, self.partial, self.keys, self.jobs)
+
+
+def _open(config: EvaluateConfig) -> _Opened:
+    """Open everything, and refuse what cannot be computed or written."""
+    materials = open_materials(config)
+    stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
+    config = replace(config, methods=materials.config.methods)
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    opened = _Opened(
+        config=config,
+        trials=Trials(materials),
+        verifications=[Verification(store) for store in stores.values()],
+        notes=data_notes(materials.store, materials.test_split, materials.held_out_from[0]),
+        keys={method: materials.fingerprint(method) for method in config.names},
+        jobs=[(method, seed) for seed in seeds for method in config.names],
+    )
+    opened.rows_at_hand()
+    return opened
+
+
+def _keep_the_others(partial: Path, used: Sequence[Row]) -> None:
+    """Leave in the file of finished rows those that the result does not hold, if there are any."""
+    known = {(row.method, row.seed, row.fingerprint) for row in used}
+    others = [
+        row
+        for row in (from_dict(Row, row) for row in read_jsonl(partial))
+        if (row.method, row.seed, row.fingerprint) not in known
+    ]
+    with atomic_path(partial) as temporary:
+        temporary.touch()
+        for row in others:
+            append_jsonl(temporary, asdict(row))
+    if not others:
+        partial.unlink()
+
+
+def _finished(opened: _Opened, jobs: Sequence[Job], progress: bool) -> Generator[Row | Failure]:
+    """Yield the rows of `jobs` as they are finished, here or in other processes, or their errors.
+
+    What fails in one row by its numbers does not keep the others from being computed.
+    """
+    config, trials = opened.config, opened.trials
+    if config.workers > 1 and jobs:
+        # Here, so that it is said once if there is none.
+        if any(trials.materials.is_represented(method) for method, _ in jobs):
+            _ = trials.materials.held_out
         with progress_bar(progress, total=len(jobs), unit="row") as bar:
-            for row in rows_by_processes(config, jobs, keys):
+            for row in rows_by_processes(config, jobs, opened.keys):
                 yield row
                 bar.update()
         return
@@ -118,7 +184,12 @@ def _finished(
     with progress_bar(progress, total=total, unit="step") as bar:
         for method, seed in jobs:
             bar.set_description(f"{method} seed {seed}")
-            yield trials.run(method, seed, keys[method], bar.update)
+            try:
+                row = trials.run(method, seed, opened.keys[method], bar.update)
+            except (NonFiniteError, NotPositiveDefiniteError) as error:
+                yield error
+            else:
+                yield row
 
 
 @contextmanager

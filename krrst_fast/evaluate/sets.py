@@ -1,5 +1,8 @@
 """The sets that an evaluation pre-trains on: distilled ones and rivals, and what they hold."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from krrst_fast.distill.distilled_set import DistilledSet, load_distilled
 from krrst_fast.errors import DataError
 from krrst_fast.evaluate.config import OURS, EvaluateConfig
@@ -49,6 +52,21 @@ def open_sets(config: EvaluateConfig) -> dict[str, tuple[DistilledSet, ...]]:
                     f"{config.runs[0]}: {one.targets.shape[1]} and {first.targets.shape[1]} numbers"
                 )
     return sets
+
+
+def check_target(sets: Mapping[str, tuple[DistilledSet, ...]], identity: str, path: Path) -> None:
+    """Raise DataError if a set of representations is known to be of another target than this one.
+
+    Its networks would be trained on one target, and those on real images on another.
+    """
+    for name, alike in sets.items():
+        for one in alike:
+            made_by = one.meta.get("target")
+            if made_by not in (None, identity) and not has_labels(one):
+                raise DataError(
+                    f"{path}: it is not the target that {name} was made with (it was trained or "
+                    "changed since, or another --target is meant)"
+                )
 
 
 def _targets_differ(one: DistilledSet, other: DistilledSet) -> bool:

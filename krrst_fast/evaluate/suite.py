@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from krrst_fast.errors import ConfigError, NonFiniteError
+from krrst_fast.errors import ConfigError, KrrstError, NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.evaluate.config import (
     Common,
     EvaluateConfig,
@@ -15,9 +15,8 @@ from krrst_fast.evaluate.config import (
     PretrainConfig,
     ProbeConfig,
 )
-from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.paired import Sample, plus_minus, signed
-from krrst_fast.evaluate.run import evaluate
+from krrst_fast.evaluate.run import check, evaluate
 from krrst_fast.evaluate.table import Evaluation
 from krrst_fast.models import ModelConfig
 from krrst_fast.runs.config import require
@@ -26,6 +25,7 @@ from krrst_fast.runs.files import write_text
 SuiteName = Literal["paper", "recipe"]
 CONVNET = re.compile(r"convnet((?:-[1-9]\d*)+)")
 """A convnet by its widths: convnet-16-32-64."""
+R2 = "held-out R2"
 RATES = (0.003, 0.01, 0.03, 0.1)
 _REAL: tuple[Method, ...] = ("random_target", "random_early", "kmeans")
 
@@ -50,10 +50,8 @@ class SuiteConfig(Common):
             require(0 < len(values) == len(set(values)), self, field, "one or more, given once")
         names = [path.resolve().name for path in self.stores]
         require(len(set(names)) == len(names), self, "stores", "folders of different names")
-        students = [_slug(student) for student in self.students]
-        require(len(set(students)) == len(students), self, "students", "networks of other names")
-        for student in self.students:
-            model_of(student)
+        models = [model_of(student) for student in self.students]
+        require(len(set(models)) == len(models), self, "students", "different networks")
 
     def cells(self) -> Iterator[EvaluateConfig]:
         """Yield the evaluations, student by student."""
@@ -117,30 +115,37 @@ def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
 
     Raises:
         DataError, ConfigError: As of `evaluate`, for any cell, before the first is begun.
-        NonFiniteError: A training of one cell diverged; the other cells are finished first.
+        NonFiniteError, NotPositiveDefiniteError: Rows of a cell failed; the others are finished.
         Interrupted: A signal came; what was finished is kept.
     """
     cells = list(config.cells())
     for cell in cells:
-        open_materials(cell)
-    finished, failed = {}, []
-    for cell in cells:
-        try:
-            finished[cell.name] = evaluate(cell, progress=progress)
-        except NonFiniteError as error:
-            failed.append(f"{cell.name}: {error}")
-    tables = []
+        check(cell)
+    finished: dict[EvaluateConfig, Evaluation] = {}
+    failed: list[KrrstError] = []
+    try:
+        for cell in cells:
+            try:
+                finished[cell] = evaluate(cell, progress=progress)
+            except (NonFiniteError, NotPositiveDefiniteError) as error:
+                failed.append(type(error)(f"{cell.name}: {error}"))
+    finally:
+        text = _tables(config, finished)
+        if finished:
+            write_text(config.folder / f"{config.suite}.md", text + "\n")
+    if failed:
+        raise type(failed[0])(f"{'; '.join(map(str, failed))} (the other cells are finished)")
+    return text
+
+
+def _tables(config: SuiteConfig, finished: Mapping[EvaluateConfig, Evaluation]) -> str:
+    """Return the tables of the cells that are finished, one for each student."""
+    tables = [f"# {config.suite}"]
     for student in config.students:
-        own = [cell.name for cell in cells if cell.model == model_of(student)]
-        results = [finished[name] for name in own if name in finished]
+        results = [found for cell, found in finished.items() if cell.model == model_of(student)]
         if results:
             tables.append(f"## {student}\n\n{suite_table(results)}")
-    text = "\n\n".join([f"# {config.suite}", *tables, *failed])
-    if finished:
-        write_text(config.folder / f"{config.suite}.md", text + "\n")
-    if failed:
-        raise NonFiniteError(f"{'; '.join(failed)} (the other cells are finished)")
-    return text
+    return "\n\n".join(tables)
 
 
 def suite_table(results: list[Evaluation]) -> str:
@@ -150,17 +155,20 @@ def suite_table(results: list[Evaluation]) -> str:
     error; the last row is the distilled set minus the best rival of its size. Below it stand the
     steps and rates that were chosen, and what is to be known of the data.
     """
-    columns = [(result, task) for result in results for task in result.tasks()]
-    header = ["pre-trained on", "images", "held-out R2"]
+    columns = [
+        (result, task)
+        for result in results
+        for task in ([R2] if result.explained() else []) + [*result.tasks()]
+    ]
+    header = ["pre-trained on", "images"]
     header += [f"{result.config.store.resolve().name} {task}" for result, task in columns]
     lines = [header]
     for method in results[0].config.names:
-        size, explained = results[0].sizes().get(method), results[0].explained().get(method)
-        line = [method, str(size or "-"), "-" if explained is None else f"{explained:+.3f}"]
+        line = [method, str(results[0].sizes().get(method) or "-")]
         lines.append(line + [_cell(result, method, task) for result, task in columns])
-    best = ["**distilled** - best rival", "", ""]
+    best = ["**distilled** - best rival", ""]
     for result, task in columns:
-        found = result.best_rival(task)
+        found = None if task == R2 else result.best_rival(task)
         best.append("-" if found is None else _difference(*found))
     lines.append(best)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -178,6 +186,9 @@ def suite_table(results: list[Evaluation]) -> str:
 
 
 def _cell(result: Evaluation, method: str, task: str) -> str:
+    if task == R2:
+        explained = result.explained().get(method)
+        return "-" if explained is None else f"{explained:+.3f}"
     found = result.summary(method, task)
     if found is None:
         return "-"

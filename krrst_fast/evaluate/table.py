@@ -83,7 +83,15 @@ class Evaluation:
         if not ours:
             return None
         rival = {} if method == RIVAL else self.accuracies(RIVAL, task)
-        return Summary(ours, paired_difference(ours, rival))
+        return Summary(ours, difference=paired_difference(ours, rival, self._sets(method, RIVAL)))
+
+    def _sets(self, *methods: str) -> dict[int, tuple[tuple[str, int | None], ...]]:
+        """Return which of their sets two methods took, by seed."""
+        found: dict[int, tuple[tuple[str, int | None], ...]] = {}
+        for row in self.rows:
+            if row.method in methods:
+                found[row.seed] = (*found.get(row.seed, ()), (row.method, row.set_index))
+        return found
 
     def tasks(self) -> tuple[str, ...]:
         """Return the tasks that were run, in the order of the row that has most of them."""
@@ -105,7 +113,7 @@ class Evaluation:
         for method in self.config.names:
             if method in (OURS, "target") or sizes.get(method, 0) > self.num_images:
                 continue
-            by = paired_difference(ours, self.accuracies(method, task))
+            by = paired_difference(ours, self.accuracies(method, task), self._sets(OURS, method))
             if by is not None:
                 found.append((method, by))
         return min(found, key=lambda item: item[1].mean, default=None)
@@ -216,7 +224,8 @@ class Evaluation:
         config = self.config
         sets = "this distilled set"
         if len(config.runs) > 1:
-            sets = f"{len(config.runs)} distilled sets in turn, whose luck they include"
+            sets = f"{len(config.runs)} distilled sets in turn, whose luck they include (seeds of\n"
+            sets += "one set are a cluster)"
         paired = f";\ndifferences are paired by seed, +- their standard error, of {sets}"
         return (
             f"{self.name}: accuracy in per cent, mean +- standard deviation over "

@@ -321,10 +321,22 @@ class Trials:
         noise = start.seen is None
         student = self._with_body(net.body_state(), seed)
         images = given.distilled.images.to(given.device) if start.seen is None else start.seen
-        config = given.config.kd
-        distil_knowledge(student, teacher, images, config, noise=noise, seed=seed, tick=tick)
+        config, scale = given.config.kd, self._to_labelled(method, seed)
+        distil_knowledge(
+            student, teacher, images, config, noise=noise, scale=scale, seed=seed, tick=tick
+        )
         mean, std = given.mean_std(method)
         return measured(student, given.test, mean=mean, std=std), reached
+
+    def _to_labelled(self, method: str, seed: int) -> tuple[Tensor, Tensor]:
+        """Return what brings images of a method to the scale of the labelled images [C, 1, 1]."""
+        given, number = self.materials, self.materials.set_index(method, seed)
+        one = given if number is None else given.sets[method][number]
+        mean, std, to_mean, to_std = (
+            torch.tensor(values, device=given.device).view(-1, 1, 1)
+            for values in (one.mean, one.std, given.store.mean, given.store.std)
+        )
+        return std / to_std, (mean - to_mean) / to_std
 
     def _teacher(self, tick: Tick) -> tuple[Network, float]:
         """Train the teacher and measure it, once for all methods and seeds; both are kept."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from krrst_fast.errors import KrrstError
+from krrst_fast.errors import KrrstError, NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.evaluate.config import EvaluateConfig
 from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.evaluate.table import Row
@@ -18,12 +18,16 @@ from krrst_fast.evaluate.trial import Trials
 
 Job = tuple[str, int]
 """A trial: a method and a seed."""
+Failure = NonFiniteError | NotPositiveDefiniteError
+"""What keeps one row from being computed, and says nothing of the others."""
 
 
 def rows_by_processes(
     config: EvaluateConfig, jobs: Sequence[Job], keys: Mapping[str, str]
-) -> Generator[Row]:
+) -> Generator[Row | Failure]:
     """Compute the rows of `jobs`, and yield each as it is finished, in any order.
+
+    In place of a row that failed by its numbers its error is yielded.
 
     Every process opens the materials anew, so images and features are in memory once in each. The
     processes end with the iterator, whatever ends it.
@@ -40,7 +44,8 @@ def rows_by_processes(
     context = multiprocessing.get_context("spawn")
     waiting = list(jobs)[::-1]
     count = min(config.workers, len(waiting))
-    threads = max(1, torch.get_num_threads() // max(1, count))
+    # Not by the jobs that are left: the bits of a row depend on its threads.
+    threads = max(1, torch.get_num_threads() // config.workers)
     running: dict[Connection, tuple[Any, Job]] = {}
     started = []
     try:
@@ -71,8 +76,8 @@ def rows_by_processes(
             process.join()
 
 
-def _received(ours: Connection, process: Any, job: Job) -> Row:
-    """Return the row that a process sent, or raise what it sent instead."""
+def _received(ours: Connection, process: Any, job: Job) -> Row | Failure:
+    """Return what a process sent of a row, or raise what ended the process."""
     try:
         found = ours.recv()
     except (EOFError, OSError):
@@ -81,10 +86,10 @@ def _received(ours: Connection, process: Any, job: Job) -> Row:
             f"evaluate: {job[0]}, seed {job[1]}: its process ended with code {process.exitcode}"
             + (" (out of memory? ask for fewer workers)" if process.exitcode == -9 else "")
         ) from None
-    if isinstance(found, BaseException):
-        raise found
-    assert isinstance(found, Row)
-    return found
+    if isinstance(found, Row | NonFiniteError | NotPositiveDefiniteError):
+        return found
+    assert isinstance(found, KrrstError)
+    raise found
 
 
 def _work(jobs: Connection, config: EvaluateConfig, keys: Mapping[str, str], threads: int) -> None:
@@ -98,7 +103,10 @@ def _work(jobs: Connection, config: EvaluateConfig, keys: Mapping[str, str], thr
         trials = Trials(open_materials(config))
         while True:
             method, seed = jobs.recv()
-            jobs.send(trials.run(method, seed, keys[method], lambda *steps: None))
+            try:
+                jobs.send(trials.run(method, seed, keys[method], lambda *steps: None))
+            except (NonFiniteError, NotPositiveDefiniteError) as error:
+                jobs.send(error)
     except (EOFError, BrokenPipeError):  # the first process has ended
         return
     except Exception as error:
