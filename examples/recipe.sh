@@ -30,17 +30,21 @@ mkdir -p "$out"
 [ -e "$out/c10" ] || krrst prepare "$cifar10" "$out/c10" --size 32 --quiet
 krrst target --run cifar100-encoder --store "$out/c100" --out "$out/target" --resume --quiet
 
-# Alone, as it fills the table of the encoder's outputs that the others look up.
-distill run 0
-# Two at a time, with a thread each.
-for seed in 0 1 2; do
-    OMP_NUM_THREADS=1 distill learnt_y "$seed" --lr 0 --lr_targets 1e-2 &
-    first=$!
-    if [ "$seed" -gt 0 ]; then
-        OMP_NUM_THREADS=1 distill run "$seed"
-    fi
-    wait "$first"
+# Two lanes. The second begins once the first has filled the table of the encoder's outputs, which all
+# distillations look up.
+(
+    distill run 0
+    OMP_NUM_THREADS=1 distill run 1
+    OMP_NUM_THREADS=1 distill run 2
+) &
+lane=$!
+until [ -s "$out/run0/metrics.jsonl" ] || ! kill -0 "$lane" 2>/dev/null; do
+    sleep 1
 done
+for seed in 0 1 2; do
+    OMP_NUM_THREADS=1 distill learnt_y "$seed" --lr 0 --lr_targets 1e-2
+done
+wait "$lane"
 
 krrst evaluate "$out/run0" "$out/run1" "$out/run2" --suite recipe --stores "$out/c10" \
     --rivals "learnt_y=$out/learnt_y0,learnt_y=$out/learnt_y1,learnt_y=$out/learnt_y2" \
