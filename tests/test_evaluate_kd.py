@@ -107,6 +107,24 @@ def test_both_see_the_same_augmented_images_and_the_teacher_stays(splits, teache
         assert torch.equal(value, state[name]), name
 
 
+def test_the_teacher_sees_images_on_its_own_scale(splits, teacher):
+    images = images_of(splits[0], 40)
+    mean, std = (torch.tensor(SCALE[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    seen: list[Tensor] = []
+    hook = teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    config = KDConfig(steps=3, batch_size=40)
+    distil_knowledge(net_of(2), teacher, images, config, seed=0)
+    # The same images as pixels, as the student of a set of pixels sees them: shifts and cutouts
+    # fill with zeros, which is another grey there, so only what no family changes is compared.
+    scale = (1 / std, -mean / std)
+    distil_knowledge(net_of(2), teacher, images * std + mean, config, scale=scale, seed=0)
+    hook.remove()
+    for normal, pixels in zip(seen[:3], seen[3:]):
+        alike = torch.isclose(normal, pixels, atol=1e-4)
+        assert alike.float().mean() > 0.5
+    assert abs(float(seen[3].mean() - seen[0].mean())) < 1
+
+
 def test_noise_takes_nothing_of_the_images_but_their_shape(splits, teacher):
     images, config = images_of(splits[0], 40), KDConfig(steps=3)
     results = []
