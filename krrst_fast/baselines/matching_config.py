@@ -1,11 +1,11 @@
 """Settings of DM, DC and DSA. Without torch: the command line reads them at once."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
+from krrst_fast.baselines.learner_config import LearnerConfig
 from krrst_fast.models.config import ModelConfig
-from krrst_fast.runs.config import require, require_at_least, require_positive, settle
+from krrst_fast.runs.config import require, require_at_least, require_positive
 
 Family = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 """A family of transformations of the siamese augmentation."""
@@ -18,15 +18,10 @@ def _published_network() -> ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingConfig:
+class MatchingConfig(LearnerConfig):
     """Settings that distribution matching and gradient matching share."""
 
-    store: Path
-    """A folder made by `krrst prepare`, with labels; its train split is distilled."""
-    out: Path
-    """The run folder."""
     images_per_class: int
-    steps: int
     batch_size: int = 256
     """Real images of each class in a step; all of a class that has fewer."""
     lr: float
@@ -38,16 +33,10 @@ class MatchingConfig:
     the standard deviation of the real pixels."""
     model: ModelConfig = field(default_factory=_published_network)
     """The networks, without batch norm: batches are of one class each."""
-    seed: int = 0
-    device: str = "auto"
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-    log_every: int = 20
 
     def __post_init__(self) -> None:
-        settle(self)
-        counts = ("images_per_class", "steps", "batch_size", "checkpoint_every", "log_every")
-        require_at_least(1, self, *counts)
+        super().__post_init__()
+        require_at_least(1, self, "images_per_class", "batch_size")
         require_positive(self, "lr")
         require(0 <= self.momentum < 1, self, "momentum", "in [0, 1)")
 

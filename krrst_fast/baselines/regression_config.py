@@ -1,22 +1,17 @@
 """Settings of KIP and FRePo. Without torch: the command line reads them at once."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from krrst_fast.baselines.learner_config import LearnerConfig
 from krrst_fast.models.config import ModelConfig
-from krrst_fast.runs.config import require_at_least, require_positive, settle
+from krrst_fast.runs.config import require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegressionConfig:
+class RegressionConfig(LearnerConfig):
     """Settings that the methods share which regress labels on a synthetic set in closed form."""
 
-    store: Path
-    """A folder made by `krrst prepare`, with labels; its train split is distilled."""
-    out: Path
-    """The run folder."""
     images_per_class: int
-    steps: int
     batch_size: int
     """Real images in a step. May be larger than the store: batches run through the shuffled store
     again and again."""
@@ -26,16 +21,10 @@ class RegressionConfig:
     """Whether the labels of the images are learnt too; they start as centred one-hot rows."""
     ridge: float = 1e-6
     """A multiple of the mean diagonal of the kernel matrix."""
-    seed: int = 0
-    device: str = "auto"
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-    log_every: int = 20
 
     def __post_init__(self) -> None:
-        settle(self)
-        counts = ("images_per_class", "steps", "batch_size", "checkpoint_every", "log_every")
-        require_at_least(1, self, *counts)
+        super().__post_init__()
+        require_at_least(1, self, "images_per_class", "batch_size")
         require_positive(self, "lr", "ridge")
 
 

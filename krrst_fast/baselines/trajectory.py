@@ -20,7 +20,7 @@ from krrst_fast.baselines.random_images import random_index
 from krrst_fast.baselines.siamese import draw_augmentation
 from krrst_fast.baselines.student import Student, distance_ratio
 from krrst_fast.baselines.subset import require_enough
-from krrst_fast.baselines.trajectory_config import MKDTConfig, MTTConfig, experts_of, last_epoch
+from krrst_fast.baselines.trajectory_config import MKDTConfig, MTTConfig
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import LABELS, ImageStore, checksums, open_store
 from krrst_fast.data.verify import Verification
@@ -337,7 +337,7 @@ def _trained(
     lesson: Lesson,
     progress: bool,
 ) -> Experts:
-    folder, epochs = experts_of(config), last_epoch(config)
+    folder, epochs = config.folder_of_experts, config.last_epoch
     experts = Experts(folder, config.experts, config.model, student, epochs, lesson)
     experts.check()
     if experts.epochs_left():
