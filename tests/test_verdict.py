@@ -13,8 +13,8 @@ from krrst_fast.report.verdict import EvaluationSection, headline_of, typographi
 RIVAL = [81.0, 79.5, 84.0, 82.5, 80.5]
 
 
-def evaluation(probe: dict[str, list[float]]) -> EvaluationSection:
-    """Probes alone, read back from what is written."""
+def evaluation(probe: dict[str, list[float]], sets: int = 1) -> EvaluationSection:
+    """Probes alone, read back from what is written; `sets` distilled ones take turns."""
     rows = [
         Row(
             method=method,
@@ -23,6 +23,7 @@ def evaluation(probe: dict[str, list[float]]) -> EvaluationSection:
             pretrain_loss=None,
             seconds=1.0,
             fingerprint="",
+            set_index=seed % sets if method == "distilled" else None,
         )
         for method, values in probe.items()
         for seed, value in enumerate(values)
@@ -51,6 +52,13 @@ def test_headline_is_honest(ours: list[float], claim: str) -> None:
     difference = np.mean(np.array(ours) - np.array(rival))
     assert headline is not None and claim in headline.before
     assert f"{abs(difference):.1f}" in headline.figure
+
+
+def test_headline_says_how_many_sets_it_is_about() -> None:
+    probe = {"random_target": RIVAL, "distilled": [83.0, 81.5, 86.0, 84.5, 82.5]}
+    for sets, words in ((1, "this one distilled set"), (2, "2 distilled sets, which the seeds")):
+        headline = headline_of([evaluation(probe, sets)])
+        assert headline is not None and f"It is about {words}" in headline.lede
 
 
 def test_signs_on_the_page() -> None:

@@ -195,11 +195,16 @@ def _lede(by: Sample, measure: Measure) -> Iterator[str]:
     if by.interval is None:
         yield "One seed gives no standard error: this says little."
     else:
+        sets = len(set(by.sets.values()))
         yield (
             "+- is the standard error of the mean paired difference; its 95\u00a0% interval is "
-            f"{ends(by)} points. It is about this one distilled set: the seeds vary initial "
-            "weights, labels and the rival\u2019s images."
+            f"{ends(by)} points."
         )
+        varied = "the seeds vary initial weights, labels and the rival\u2019s images."
+        if sets > 1:
+            yield f"It is about {sets} distilled sets, which the seeds take in turn: {varied}"
+        else:
+            yield f"It is about this one distilled set: {varied}"
     floor, rival, ours, ceiling = map(measure.outcomes.get, ("none", RIVAL, OURS, "target"))
     if floor is None or rival is None or ours is None or ceiling is None:
         return
