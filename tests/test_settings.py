@@ -149,6 +149,7 @@ def test_a_list_needs_no_brackets() -> None:
         (["--run"], "--run needs a value"),
         (["--stesp", "3"], "there is no flag --stesp; did you mean --steps?"),
         (["--pool.sise=3"], "there is no flag --pool.sise; did you mean --pool.size?"),
+        (["--pool.size_of_it=3"], "there is no flag --pool.size_of_it; did you mean --pool.size?"),
         (["--qqq"], "there is no flag --qqq"),
         (["--steps"], "--steps needs a value"),
         (["--steps", "many"], "--steps must be a whole number, got 'many'"),

@@ -375,13 +375,17 @@ def _known_flag(token: str, known: Sequence[str]) -> str:
 
 
 def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
-    """Return the flag that was meant: a section's first setting, a longer one, a misspelled one."""
+    """Return the flag that was meant: a section's first, a longer, a shorter or a misspelled one."""
     name = name.replace("-", "_")
     spelling = {flag.replace("-", "_"): flag for flag in known}
     for begins in (f"{name}.", name):
         longer = [flag for plain, flag in spelling.items() if plain.startswith(begins)]
         if longer:
             return longer[0]
+    # One that was shortened: --probe.labels for --probe.labels_per_class.
+    shorter = [plain for plain in spelling if name.startswith(plain) and "." in plain]
+    if shorter:
+        return spelling[max(shorter, key=len)]
     # A word of a setting in a section stands for it: --momentum for --pool.momentum.
     word = f".{name.strip('_')}."
     ends = [flag for plain, flag in spelling.items() if word in f".{plain.strip('_')}."]
