@@ -215,3 +215,24 @@ def test_seeds_of_one_set_are_not_independent() -> None:
     # One set, or a set for each seed: as without.
     for given in ({seed: 0 for seed in values}, {seed: seed for seed in values}):
         assert Sample(values, given).standard_error == Sample(values).standard_error
+
+
+@pytest.mark.parametrize(("per_class", "labels"), [(None, "all"), (5, "5")])
+def test_a_file_of_the_first_version_is_read(per_class: int | None, labels: str) -> None:
+    made = evaluation(finetune=True)
+    values = json.loads(json.dumps(made.to_json()))
+    values["format_version"] = 1
+    values["config"]["probe"]["labels_per_class"] = per_class
+    for name in ("labels", "measures", "penalty"):
+        del values["config"]["probe"][name]
+    for name in ("label_counts", "notes"):
+        values.pop(name, None)
+    for row in values["rows"]:
+        scores = row.pop("scores")
+        row |= {"probe": scores["probe-all"], "outputs": None, "finetune": scores["finetune"]}
+    read = Evaluation.from_json(values, Path("old.json"))
+    assert read.tasks() == (f"probe-{labels}", "finetune")
+    for method in FIGURES:
+        assert read.accuracies(method, f"probe-{labels}") == made.accuracies(method, "probe-all")
+        assert read.accuracies(method, "finetune") == made.accuracies(method, "finetune")
+    assert read.sizes() == {"none": 0, "random_target": 30, "distilled": 30}

@@ -375,7 +375,7 @@ def _known_flag(token: str, known: Sequence[str]) -> str:
 
 
 def _nearest_flag(name: str, known: Sequence[str]) -> str | None:
-    """Return the flag that was meant: a section's first, a longer, a shorter or a misspelled one."""
+    """Return the flag that was meant: a section's first, a longer, shorter or misspelled one."""
     name = name.replace("-", "_")
     spelling = {flag.replace("-", "_"): flag for flag in known}
     for begins in (f"{name}.", name):
