@@ -190,7 +190,7 @@ def test_many_networks_are_compiled_once_in_one_graph(traced: list[int], half: b
         )
         assert error(*losses) <= 1e-6
         for a, b in zip(net.state_dict().values(), other.state_dict().values()):
-            assert torch.equal(a, b), "the trial of the compiler has changed nothing"
+            assert error(a, b) <= 1e-6, "the trial of the compiler has changed nothing"
         for a, b in zip(net.parameters(), other.parameters()):
             assert error(a.grad, b.grad) <= 1e-5
         assert len(traced) == 3

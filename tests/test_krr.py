@@ -64,10 +64,12 @@ def test_float32_is_at_most_twice_as_wrong_as_the_formula(
     shape: tuple[int, int, int, int], condition: float | str
 ) -> None:
     # Median and 90th percentile over draws: the error of a single 2 x 2 draw is luck (in 1500 draws
-    # of it both sides have the same quantiles, and one draw of them makes up the mean).
+    # of it both sides have the same quantiles, and one draw of them makes up the mean; in 64 the
+    # 90th percentiles differed by 4.2 on one processor).
     forms = _forms(*shape[:2])
     plain_errors, errors = [], []
-    for seed in range(32 if shape[0] > 128 else 64):
+    draws = 400 if shape[0] < 8 else 32 if shape[0] > 128 else 64
+    for seed in range(draws):
         tensors = problem(*shape, condition=condition, seed=seed)
         exact = loss_and_gradients(formula, tensors)
         plain = loss_and_gradients(formula, tensors, torch.float32)

@@ -54,6 +54,7 @@ template <>
 const Small<double>& small<double>() {
   return kernels().small_f64;
 }
+const Conv& conv() { return kernels().conv; }
 const Triangular& triangular() { return kernels().triangular; }
 template <>
 const KernelRows<float>& kernel_rows<float>() {

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "conv.h"
 #include "gemm.h"
 #include "kernel_functions.h"
 #include "small.h"
@@ -17,6 +18,7 @@ struct Kernels {
   Triangular triangular;
   KernelRows<float> kernel_rows_f32;
   KernelRows<double> kernel_rows_f64;
+  Conv conv;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

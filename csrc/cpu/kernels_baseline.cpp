@@ -1,4 +1,5 @@
 // System headers come before any target pragma: inline library code must stay baseline.
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>

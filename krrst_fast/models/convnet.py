@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from krrst_fast.models.blocks import conv_blocks
 from krrst_fast.models.config import Norm
 from krrst_fast.models.network import Network
 
@@ -23,7 +24,8 @@ class ConvNet(Network):
         self.set_head(num_outputs)
 
     def _features(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
+        by_kernels = conv_blocks(self.blocks, x)
+        return self.blocks(x) if by_kernels is None else by_kernels
 
 
 def _block(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:

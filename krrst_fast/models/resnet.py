@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from krrst_fast.models.blocks import conv_norm_at_rest, is_at_rest, takes
 from krrst_fast.models.config import ResNetKind, Stem
 from krrst_fast.models.network import Network
 
@@ -31,6 +33,21 @@ class _Residual(nn.Module, ABC):
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(self.branch(x) + shortcut)
 
+    def at_rest(self, x: Tensor) -> Tensor:
+        """Compute the same from x [N, H, W, C] in evaluation mode, without a graph."""
+        shortcut = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            shortcut = conv_norm_at_rest(conv, norm, x, relu=False)
+        *first, (conv, norm) = self.layers()
+        for each, its_norm in first:
+            x = conv_norm_at_rest(each, its_norm, x)
+        return conv_norm_at_rest(conv, norm, x, shortcut=shortcut)
+
+    @abstractmethod
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Return the convolutions of the branch, each with its norm."""
+
 
 class BasicBlock(_Residual):
     """Two 3x3 convolutions."""
@@ -49,6 +66,9 @@ class BasicBlock(_Residual):
     def branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
 class Bottleneck(_Residual):
@@ -71,6 +91,9 @@ class Bottleneck(_Residual):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
 
 class _Plan(NamedTuple):
@@ -114,8 +137,22 @@ class ResNet(Network):
         self.set_head(num_outputs)
 
     def _features(self, x: Tensor) -> Tensor:
+        if self._is_without_graph(x):
+            return self._features_at_rest(x)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+    def _is_without_graph(self, x: Tensor) -> bool:
+        has_graph = torch.is_grad_enabled() and x.requires_grad
+        return is_at_rest(self) and not has_graph and takes(x, self)
+
+    def _features_at_rest(self, x: Tensor) -> Tensor:
+        x = conv_norm_at_rest(self.conv1, self.bn1, x.permute(0, 2, 3, 1).contiguous())
+        x = self.maxpool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = block.at_rest(x)
+        return x.mean((1, 2))
 
 
 def _layer(
