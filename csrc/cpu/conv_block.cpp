@@ -46,7 +46,7 @@ class Parts {
 };
 
 // Rows whose moments are taken at a time: few enough to stay in the cache between the two passes.
-constexpr int64_t kRows = 128;
+constexpr int64_t kRows = 64;
 
 }  // namespace
 

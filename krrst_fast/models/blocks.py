@@ -18,7 +18,10 @@ _OPS = torch.ops.krrst_fast
 
 
 def takes(x: Tensor, *modules: nn.Module) -> bool:
-    """Return whether the kernels can run `modules` on x: float32 on a CPU, nothing that traces."""
+    """Return whether the kernels can run `modules` on x: float32 on a CPU, and nobody looks on.
+
+    Who traces, transforms or counts the operators of PyTorch is to see these.
+    """
     tensors = [x, *(p for module in modules for p in module.parameters())]
     return (
         operators.HAS_EXTENSION
@@ -26,6 +29,7 @@ def takes(x: Tensor, *modules: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not any(_has_hooks(part) for module in modules for part in module.modules())
     )
 
@@ -70,11 +74,14 @@ def conv_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor | None:
         x: Images [N, C, H, W].
     """
     norms = [getattr(block, "norm", None) for block in blocks]
-    if not all(map(is_plain_norm, norms)) or not takes(x, blocks):
+    if x.numel() == 0 or not all(map(is_plain_norm, norms)) or not takes(x, blocks):
         return None
     at_rest = is_at_rest(blocks)
-    trained = all(block.training and type(norm) is nn.BatchNorm2d for block, norm in zip(blocks, norms))
-    if not at_rest and not (trained and all(block.conv.bias is None for block in blocks)):
+    in_training = all(
+        block.training and type(norm) is nn.BatchNorm2d and block.conv.bias is None
+        for block, norm in zip(blocks, norms)
+    )
+    if not (at_rest or in_training):
         return None
     x = x.permute(0, 2, 3, 1).contiguous()
     for block, norm in zip(blocks, norms):
