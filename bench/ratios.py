@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import bench_few_shot, bench_fit, bench_kernels, bench_krr, bench_peers
+from bench import (
+    bench_few_shot,
+    bench_fit,
+    bench_kernels,
+    bench_krr,
+    bench_network,
+    bench_peers,
+)
 from bench.common import THREADS, medians, relative_error
 from bench.markdown import between, cells, digits, head, rewrite, scientific
 from bench.suite import Comparison, Setting
@@ -75,6 +82,15 @@ ROWS = (
     *(
         Row("KRR loss and gradients", bench_kernels.OfKernel, shape, 1.0, 1, shape.kernel == "rbf")
         for shape in bench_kernels.SHAPES[:3]
+    ),
+    *(
+        Row(title, suite, shape, floor, headline=shape == bench_network.SHAPES[0])
+        for shape in bench_network.SHAPES
+        for title, suite, floor in (
+            ("features", bench_network.Features, 1.2),
+            ("features and their gradient", bench_network.FeaturesWithGradient, 1.3),
+            ("training step", bench_network.Training, 1.3),
+        )
     ),
     Row("one fit, many queries", bench_fit.Reuse, bench_fit.QUICK, 20.0, headline=False),
     Row("one fit, many queries", bench_fit.ReusePredict, bench_fit.QUICK, 20.0),

@@ -1,6 +1,7 @@
 """The convolutions of networks on a CPU: the operators, and the networks that are run by them."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from krrst_fast import operators
-from krrst_fast.models import ModelConfig, Network, build, place
+from krrst_fast.models import ModelConfig, Network, blocks, build, place
 from krrst_fast.models.blocks import conv_blocks, takes
 from krrst_fast.reference import conv as reference
 from tests.helpers import more_than_twice, run_with
 
 OPS = torch.ops.krrst_fast
+peak_bytes = import_module("bench.common").peak_bytes
 SHAPES = [
     # N, H, W, C, C'
     (2, 8, 8, 3, 16),
@@ -281,6 +283,40 @@ def test_the_graph_to_the_images_holds_half_a_byte_for_a_pooled_pixel() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         net.embed(x)
     assert sum(kept) == 4 * (32 * 16 * 16 + 64 * 8 * 8) // 2
+
+
+def test_many_images_go_through_in_chunks_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = network(ModelConfig(widths=(16, 32)), size=15).eval().requires_grad_(False)
+    found = []
+    for chunk in (2**25, 5 * 4 * 16 * 15 * 15, 1):
+        monkeypatch.setattr(blocks, "_CHUNK", chunk)
+        x = images(11, 15).requires_grad_()
+        features = net.embed(x)
+        features.pow(2).sum().backward()
+        found.append((features, x.grad))
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+def test_memory_is_that_of_features_and_masks() -> None:
+    """Beyond images, features and their gradients, 64 kB an image are allowed."""
+    net = network(ModelConfig(widths=(128, 256, 512)), size=32).eval().requires_grad_(False)
+
+    def peak(count: int) -> int:
+        x = images(count, 32).requires_grad_()
+
+        def call() -> Tensor:
+            features = net.embed(x)
+            features.backward(torch.ones_like(features))
+            return features
+
+        return peak_bytes(call)
+
+    few, many = 300, 900
+    each = (peak(many) - peak(few)) / (many - few)
+    named = 4 * (2 * 3 * 32 * 32 + 2 * net.feature_dim)
+    assert each <= named + 64_000
 
 
 def test_the_same_bits_twice() -> None:

@@ -73,44 +73,75 @@ def conv_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor | None:
         blocks: Each of them a `conv`, perhaps a `norm`, a ReLU and a 2x2 average.
         x: Images [N, C, H, W].
     """
-    norms = [getattr(block, "norm", None) for block in blocks]
+    convs: list[Any] = [block.conv for block in blocks]
+    norms: list[Any] = [getattr(block, "norm", None) for block in blocks]
     if x.numel() == 0 or not all(map(is_plain_norm, norms)) or not takes(x, blocks):
         return None
     at_rest = is_at_rest(blocks)
     in_training = all(
-        block.training and type(norm) is nn.BatchNorm2d and block.conv.bias is None
-        for block, norm in zip(blocks, norms)
+        norm is not None and norm.training and type(norm) is nn.BatchNorm2d and conv.bias is None
+        for conv, norm in zip(convs, norms)
     )
     if not (at_rest or in_training):
         return None
+    if at_rest:
+        filters = map(folded, convs, norms)
+        needs_masks = torch.is_grad_enabled() and x.requires_grad
+        return _AtRest.apply(x, needs_masks, *(tensor for pair in filters for tensor in pair))
     x = x.permute(0, 2, 3, 1).contiguous()
-    for block, norm in zip(blocks, norms):
-        if at_rest:
-            needs_mask = torch.is_grad_enabled() and x.requires_grad
-            x = _AtRest.apply(x, *folded(block.conv, norm), needs_mask)
-        else:
-            x = _trained(x, block.conv.weight, norm)
+    for conv, norm in zip(convs, norms):
+        x = _trained(x, conv.weight, norm)
     return x.permute(0, 3, 1, 2)
 
 
+_CHUNK = 2**25
+"""Bytes of the largest activations at a time: of more images at once only masks are kept."""
+
+
 class _AtRest(torch.autograd.Function):
-    """Averages of relu(w * x + bias); only x gets a gradient."""
+    """Features [N, C', H', W'] of images [N, C, H, W] by filters w and bias of one block after
+    another; only the images get a gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor, needs_mask: bool) -> Tensor:
-        out, mask = _OPS.conv_relu_pool(x, w, bias, needs_mask)
-        ctx.size = x.shape[1:3]
-        ctx.save_for_backward(mask, w)
+    def forward(ctx: Any, x: Tensor, needs_masks: bool, *filters: Tensor) -> Tensor:
+        weights = filters[::2]
+        ctx.chunk = max(1, _CHUNK // (x[0, 0].numel() * len(filters[0])))
+        ctx.sizes = [tuple(side >> level for side in x.shape[2:]) for level in range(len(weights))]
+        last = [side >> len(weights) for side in x.shape[2:]]
+        out = x.new_empty(len(x), len(filters[-1]), *last)
+        masks: list[Tensor] = []
+        for part, to in zip(x.split(ctx.chunk), out.split(ctx.chunk)):
+            part = part.permute(0, 2, 3, 1).contiguous()
+            for w, bias in zip(weights, filters[1::2]):
+                part, mask = _OPS.conv_relu_pool(part, w, bias, needs_masks)
+                masks += [mask] if needs_masks else []
+            to.copy_(part.permute(0, 3, 1, 2))
+        ctx.save_for_backward(*weights, *masks)
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
-        mask, w = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is to be differentiated again
-            d_x = reference.conv_relu_pool_backward(d_out, mask, w, *ctx.size)
-        else:
-            d_x = _OPS.conv_relu_pool_backward(d_out.contiguous(), mask, w, *ctx.size)
-        return d_x, None, None, None
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        # Where the gradient is to be differentiated again, by plain operators.
+        op: Any = _OPS.conv_relu_pool_backward
+        if torch.is_grad_enabled():
+            op = reference.conv_relu_pool_backward
+        depth = len(ctx.sizes)
+        weights, masks = ctx.saved_tensors[:depth], iter(ctx.saved_tensors[depth:])
+        parts: list[Tensor] = []
+        d_x = d_out.new_empty(len(d_out), weights[0].shape[1], *ctx.sizes[0])
+        for part, to in zip(d_out.split(ctx.chunk), d_x.split(ctx.chunk)):
+            part = part.permute(0, 2, 3, 1).contiguous()
+            levels = [(next(masks), w, size) for w, size in zip(weights, ctx.sizes)]
+            for mask, w, size in reversed(levels):
+                part = op(part, mask, w, *size)
+            part = part.permute(0, 3, 1, 2)
+            if torch.is_grad_enabled():
+                parts.append(part)
+            else:
+                to.copy_(part)
+        d_x = torch.cat(parts) if parts else d_x
+        return d_x, *(None for _ in range(1 + 2 * depth))
 
 
 def _trained(x: Tensor, w: Tensor, norm: nn.BatchNorm2d) -> Tensor:

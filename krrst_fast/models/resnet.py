@@ -14,7 +14,7 @@ from krrst_fast.models.network import Network
 class _Residual(nn.Module, ABC):
     """relu(branch(x) + shortcut(x)); subclasses say what the branch is."""
 
-    downsample: nn.Module | None
+    downsample: nn.Sequential | None
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -37,12 +37,13 @@ class _Residual(nn.Module, ABC):
         """Compute the same from x [N, H, W, C] in evaluation mode, without a graph."""
         shortcut = x
         if self.downsample is not None:
-            conv, norm = self.downsample
+            conv, norm = self.downsample.children()
+            assert isinstance(conv, nn.Conv2d)
             shortcut = conv_norm_at_rest(conv, norm, x, relu=False)
-        *first, (conv, norm) = self.layers()
-        for each, its_norm in first:
-            x = conv_norm_at_rest(each, its_norm, x)
-        return conv_norm_at_rest(conv, norm, x, shortcut=shortcut)
+        *first, last = self.layers()
+        for conv, norm in first:
+            x = conv_norm_at_rest(conv, norm, x)
+        return conv_norm_at_rest(*last, x, shortcut=shortcut)
 
     @abstractmethod
     def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
@@ -151,6 +152,7 @@ class ResNet(Network):
         x = self.maxpool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
+                assert isinstance(block, _Residual)
                 x = block.at_rest(x)
         return x.mean((1, 2))
 

@@ -10,6 +10,7 @@ on, in the high half.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 
 def mask_bytes(channels: int) -> int:
@@ -72,7 +73,7 @@ def conv_norm_relu_pool_backward(
     d_gain, d_shift = (d_norm * normalised).sum((0, 1, 2)), d_norm.sum((0, 1, 2))
     pixels = z[..., 0].numel()
     d_z = (gain * scale) * (d_norm - d_shift / pixels - normalised * (d_gain / pixels))
-    d_w = torch.nn.grad.conv2d_weight(_first(x), list(w.shape), _first(d_z), padding=1)
+    d_w = conv2d_weight(_first(x), list(w.shape), _first(d_z), padding=1)
     return _back(d_z, w) if needs_d_x else x.new_empty(0), d_w.contiguous(), d_gain, d_shift
 
 
