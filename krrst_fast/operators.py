@@ -18,14 +18,15 @@ from torch import Tensor
 from krrst_fast import reference
 from krrst_fast.cholesky import FLOAT64_UP_TO, Method, factor_dtype, factored, solve
 from krrst_fast.precision import exact_arithmetic
-from krrst_fast.reference import conv, kernels
+from krrst_fast.reference import kernels
 from krrst_fast.triangular import inverse_shape
 
 # The registrations live as long as this object.
 _LIBRARY = torch.library.Library("krrst_fast", "DEF")
 
 
-def _define(schema: str, fallback: Callable, fake: Callable) -> None:
+def define(schema: str, fallback: Callable, fake: Callable) -> None:
+    """Define an operator: its schema, what computes it on every device, and its shape rule."""
     name = schema.partition("(")[0]
 
     @functools.wraps(fallback)
@@ -213,89 +214,54 @@ def _krr_backward_fake(
     return [f_syn.new_empty(shape) for i, shape in enumerate(shapes) if rest[-1] >> i & 1]
 
 
-def _conv_bias_fake(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:3], w.shape[0]))
-
-
-def _conv_relu_pool_fake(
-    x: Tensor, w: Tensor, bias: Tensor, needs_mask: bool
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], x.shape[1] // 2, x.shape[2] // 2)
-    tiles = shape[0] * shape[1] * shape[2] if needs_mask else 0
-    mask = x.new_empty((tiles, conv.mask_bytes(w.shape[0])), dtype=torch.uint8)
-    return x.new_empty((*shape, w.shape[0])), mask
-
-
-def _conv_relu_pool_backward_fake(
-    d_out: Tensor, mask: Tensor, w: Tensor, height: int, width: int
-) -> Tensor:
-    return d_out.new_empty((d_out.shape[0], height, width, w.shape[1]))
-
-
-def _conv_norm_relu_pool_fake(
-    x: Tensor, w: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out, mask = _conv_relu_pool_fake(x, w, w, True)
-    z = x.new_empty((*x.shape[:3], w.shape[0]))
-    mean, variance, scale = (x.new_empty(w.shape[0]) for _ in range(3))
-    return out, z, mask, mean, variance, scale
-
-
-def _conv_norm_relu_pool_backward_fake(
-    d_out: Tensor, x: Tensor, w: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_x = x.new_empty(x.shape if rest[-1] else 0)
-    return d_x, w.new_empty(tuple(w.shape)), w.new_empty(w.shape[0]), w.new_empty(w.shape[0])
-
-
-_define("gram(Tensor x, float scale, float bias) -> Tensor", reference.gram, _gram_fake)
-_define("thin_matmul(Tensor a, Tensor b) -> Tensor", reference.thin_matmul, _thin_matmul_fake)
-_define(
+define("gram(Tensor x, float scale, float bias) -> Tensor", reference.gram, _gram_fake)
+define("thin_matmul(Tensor a, Tensor b) -> Tensor", reference.thin_matmul, _thin_matmul_fake)
+define(
     "batched_matmul(Tensor a, Tensor b) -> Tensor", reference.batched_matmul, _batched_matmul_fake
 )
-_define(
+define(
     "batched_cholesky(Tensor k, Tensor ridge) -> (Tensor, Tensor)",
     reference.batched_cholesky,
     _batched_cholesky_fake,
 )
-_define(
+define(
     "batched_cholesky_solve(Tensor y, Tensor factor) -> Tensor",
     reference.batched_cholesky_solve,
     _batched_cholesky_solve_fake,
 )
-_define(
+define(
     "cholesky(Tensor k, Tensor ridge, Tensor y, bool float64) -> (Tensor, Tensor, Tensor)",
     reference.cholesky,
     _cholesky_fake,
 )
-_define("matmul(Tensor a, Tensor b) -> Tensor", torch.matmul, _matmul_fake)
-_define(
+define("matmul(Tensor a, Tensor b) -> Tensor", torch.matmul, _matmul_fake)
+define(
     "ridge_factor(Tensor k, Tensor lam, int retries, bool raises, int own_up_to, bool inverse, "
     "bool substitution) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _ridge_factor,
     _ridge_factor_fake,
 )
-_define(
+define(
     "factored_solve(Tensor y, Tensor factor, Tensor? inverse, int own_up_to, bool inverted, "
     "bool substitution) -> Tensor",
     _factored_solve,
     _factored_solve_fake,
 )
-_define(
+define(
     "views(Tensor images, Tensor index, Tensor offset, Tensor flip, int padding, float[] mean, "
     "float[] std) -> Tensor",
     reference.views,
     _views_fake,
 )
 
-_define(
+define(
     "krr_forward(Tensor f_syn, Tensor y_syn, Tensor f_real, Tensor? y_real, Tensor? ridge, "
     "float ridge_number, str ridge_of, int retries, float scale, float bias, str form) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _krr_forward,
     _krr_forward_fake,
 )
-_define(
+define(
     "krr_backward(Tensor gradient, Tensor f_syn, Tensor y_syn, Tensor f_real, Tensor? residual, "
     "Tensor factor, Tensor count, Tensor base, Tensor coefficients, Tensor product, "
     "Tensor? ridge, float ridge_number, str ridge_of, bool detach_ridge, float scale, float bias, "
@@ -304,46 +270,18 @@ _define(
     _krr_backward_fake,
 )
 
-_define(
+define(
     "kernel_values(Tensor products, Tensor x, Tensor y, Tensor squares_x, Tensor squares_y, "
     "Tensor gamma, int same, str kernel, int degree, float coef0) -> Tensor",
     kernels.kernel_values,
     _kernel_values_fake,
 )
-_define(
+define(
     "kernel_slopes(Tensor products, Tensor x, Tensor y, Tensor squares_x, Tensor squares_y, "
     "Tensor gamma, int same, Tensor weight, str kernel, int degree, float coef0, "
     "bool needs_values) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels.kernel_slopes,
     _kernel_slopes_fake,
-)
-
-_define(
-    "conv_bias(Tensor x, Tensor w, Tensor bias, Tensor? shortcut, bool relu) -> Tensor",
-    conv.conv_bias,
-    _conv_bias_fake,
-)
-_define(
-    "conv_relu_pool(Tensor x, Tensor w, Tensor bias, bool needs_mask) -> (Tensor, Tensor)",
-    conv.conv_relu_pool,
-    _conv_relu_pool_fake,
-)
-_define(
-    "conv_relu_pool_backward(Tensor d_out, Tensor mask, Tensor w, int height, int width) -> Tensor",
-    conv.conv_relu_pool_backward,
-    _conv_relu_pool_backward_fake,
-)
-_define(
-    "conv_norm_relu_pool(Tensor x, Tensor w, Tensor gain, Tensor shift, float eps) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    conv.conv_norm_relu_pool,
-    _conv_norm_relu_pool_fake,
-)
-_define(
-    "conv_norm_relu_pool_backward(Tensor d_out, Tensor x, Tensor w, Tensor gain, Tensor z, "
-    "Tensor mask, Tensor mean, Tensor scale, bool needs_d_x) -> (Tensor, Tensor, Tensor, Tensor)",
-    conv.conv_norm_relu_pool_backward,
-    _conv_norm_relu_pool_backward_fake,
 )
 
 # Without tensors, and so without shape rules. The compiled implementations take the place of these.

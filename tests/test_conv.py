@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from krrst_fast import operators
-from krrst_fast.models import ModelConfig, Network, blocks, build, place
-from krrst_fast.models.blocks import conv_blocks, takes
+from krrst_fast.models import ModelConfig, Network, blocks, build, place, training
+from krrst_fast.models.blocks import conv_blocks
 from krrst_fast.reference import conv as reference
 from tests.helpers import more_than_twice, run_with
 
@@ -51,24 +51,60 @@ def draw(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> list[Tensor]
     ]
 
 
-def results(ops, tensors: list[Tensor], mask: Tensor, kept: list[Tensor] | None) -> list[Tensor]:
+def results(ops, tensors: list[Tensor], mask: Tensor, kept: list[Tensor]) -> list[Tensor]:
     """All results of all operators; the backward passes from the same masks and statistics."""
     x, w, gain, shift, d_out, shortcut = tensors
-    height, width = x.shape[1:3]
+    z, mean, scale, means = kept
     out, _ = ops.conv_relu_pool(x, w, shift, True)
-    d_x = ops.conv_relu_pool_backward(d_out, mask, w, height, width)
-    full = ops.conv_bias(x, w, shift, shortcut, True)
-    plain = ops.conv_bias(x, w, shift, None, False)
-    trained = ops.conv_norm_relu_pool(x, w, gain, shift, 1e-5)
-    z, mean, scale = (trained[1], trained[3], trained[5]) if kept is None else kept
-    back = ops.conv_norm_relu_pool_backward(d_out, x, w, gain, z, mask, mean, scale, True)
-    return [out, d_x, full, plain, *(trained[i] for i in (0, 1, 3, 4, 5)), *back]
+    return [
+        out,
+        ops.conv_relu_pool_backward(d_out, mask, w, *x.shape[1:3]),
+        ops.conv3x3(x, w, shift, shortcut, True),
+        ops.conv3x3(x, w, None, None, False),
+        *ops.channel_moments(z),
+        ops.scale_relu_pool(z, gain * scale, shift - mean * gain * scale)[0],
+        *ops.norm_relu_pool_sums(d_out, mask, z, mean, scale),
+        *ops.conv_norm_backward(d_out, mask, x, w, z, mean, scale, gain, means, True, True),
+    ]
+
+
+def statistics(tensors: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """z, its mean and 1 / deviation, and the means of the gradient."""
+    x, w, _, _, d_out, _ = tensors
+    z = reference.conv3x3(x, w, None, None, False)
+    mean, squares = reference.channel_moments(z)
+    pixels = z[..., 0].numel()
+    scale = torch.rsqrt(squares / pixels + 1e-5)
+    sums = reference.norm_relu_pool_sums(d_out, mask, z, mean, scale)
+    return [z, mean, scale, sums / pixels]
 
 
 def errors(got: list[Tensor], exact: list[Tensor]) -> Tensor:
     return torch.stack(
         [(a.double() - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(got, exact)]
     )
+
+
+class plain:
+    """The reference, with the sums that it takes in float64 as plain PyTorch takes them."""
+
+    conv3x3 = staticmethod(reference.conv3x3)
+    conv_relu_pool = staticmethod(reference.conv_relu_pool)
+    conv_relu_pool_backward = staticmethod(reference.conv_relu_pool_backward)
+    scale_relu_pool = staticmethod(reference.scale_relu_pool)
+    conv_norm_backward = staticmethod(reference.conv_norm_backward)
+
+    @staticmethod
+    def channel_moments(z: Tensor) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(z, (0, 1, 2), correction=0)
+        return mean, variance * z[..., 0].numel()
+
+    @staticmethod
+    def norm_relu_pool_sums(
+        d_out: Tensor, mask: Tensor, z: Tensor, mean: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        d_norm = reference._unpooled(d_out, mask, z.shape[1], z.shape[2])
+        return d_norm.sum((0, 1, 2)), (d_norm * (z - mean) * scale).sum((0, 1, 2))
 
 
 def check_accuracy(spreads: tuple[float, ...] = (1e3,)) -> None:
@@ -80,12 +116,10 @@ def check_accuracy(spreads: tuple[float, ...] = (1e3,)) -> None:
                 tensors = draw(shape, seed, spread)
                 doubled = [x.double() for x in tensors]
                 _, mask = reference.conv_relu_pool(doubled[0], doubled[1], doubled[3], True)
-                exact = results(reference, doubled, mask, None)
-                kept = [exact[5].float(), exact[6].float(), exact[8].float()]
-                doubled_kept = [x.double() for x in kept]
-                exact[9:] = results(reference, doubled, mask, doubled_kept)[9:]
+                kept = [x.float() for x in statistics(doubled, mask)]
+                exact = results(reference, doubled, mask, [x.double() for x in kept])
                 ours.append(errors(results(OPS, tensors, mask, kept), exact))
-                theirs.append(errors(results(reference, tensors, mask, kept), exact))
+                theirs.append(errors(results(plain, tensors, mask, kept), exact))
             wrong = more_than_twice(torch.stack(ours), torch.stack(theirs), 2.0**-24)
             assert not wrong, f"{shape}, {spread}: {wrong}"
 
@@ -116,13 +150,13 @@ def test_a_mask_is_that_of_the_reference(shape: tuple[int, ...]) -> None:
 
 def test_filters_of_any_layout() -> None:
     x, w, _, shift, _, _ = draw((2, 8, 8, 24, 40), 0)
-    out = OPS.conv_bias(x, w, shift, None, False)
+    out = OPS.conv3x3(x, w, shift, None, False)
     for other in (
         w.contiguous(memory_format=torch.channels_last),
         torch.cat((w, w), 1)[:, :24],
         w.transpose(0, 1).contiguous().transpose(0, 1),
     ):
-        assert torch.equal(OPS.conv_bias(x, other, shift, None, False), out)
+        assert torch.equal(OPS.conv3x3(x, other, shift, None, False), out)
 
 
 def test_not_a_number_goes_on() -> None:
@@ -137,17 +171,22 @@ def test_what_does_not_fit_is_refused() -> None:
     x, w, gain, shift, d_out, shortcut = draw((2, 8, 8, 4, 6), 0)
     mask = OPS.conv_relu_pool(x, w, shift, True)[1]
     for call in (
-        lambda: OPS.conv_bias(x, w[:, :3], shift, None, True),
-        lambda: OPS.conv_bias(x.double(), w, shift, None, True),
-        lambda: OPS.conv_bias(x, w[..., :2], shift, None, True),
-        lambda: OPS.conv_bias(x, w, shift[:5], None, True),
-        lambda: OPS.conv_bias(x, w, shift, shortcut[1:], True),
-        lambda: OPS.conv_bias(x.permute(0, 3, 1, 2), w, shift, None, True),
+        lambda: OPS.conv3x3(x, w[:, :3], shift, None, True),
+        lambda: OPS.conv3x3(x.double(), w, shift, None, True),
+        lambda: OPS.conv3x3(x, w[..., :2], shift, None, True),
+        lambda: OPS.conv3x3(x, w, shift[:5], None, True),
+        lambda: OPS.conv3x3(x, w, shift, shortcut[1:], True),
+        lambda: OPS.conv3x3(x.permute(0, 3, 1, 2), w, shift, None, True),
         lambda: OPS.conv_relu_pool_backward(d_out, mask[1:], w, 8, 8),
         lambda: OPS.conv_relu_pool_backward(d_out, mask, w, 8, 10),
-        lambda: OPS.conv_norm_relu_pool(x, w, gain[1:], shift, 1e-5),
+        lambda: OPS.scale_relu_pool(shortcut, gain[1:], shift),
+        lambda: OPS.channel_moments(shortcut[0]),
+        lambda: OPS.norm_relu_pool_sums(d_out, mask[1:], shortcut, gain, shift),
+        lambda: OPS.conv_norm_backward(
+            d_out, mask, x, w, shortcut[1:], gain, gain, gain, torch.ones(2, 6), True, True
+        ),
     ):
-        with pytest.raises(RuntimeError, match=r"conv_\w+: \w+ must"):
+        with pytest.raises(RuntimeError, match=r"^\w+: \w+ must"):
             call()
 
 
@@ -191,9 +230,15 @@ def test_features_and_their_gradient_at_rest(config: ModelConfig, size: int) -> 
         assert torch.equal(net.embed(x), features)
 
 
+@pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("size", [12, 15])
-def test_training(size: int, momentum: float | None) -> None:
+def test_training(
+    size: int, momentum: float | None, chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunks:
+        monkeypatch.setattr(training, "_WHOLE", 0)
+        monkeypatch.setattr(training, "_CHUNK", 3 * 4 * 15 * 15 * 20)
     net = network(CONVNETS[1], size=size).train()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -245,29 +290,6 @@ def test_resnets_at_rest(kind: str, stem: str) -> None:
     assert net(x).requires_grad, "with a graph it runs as it is"
 
 
-def test_who_looks_on_sees_pytorch() -> None:
-    net = network(CONVNETS[0]).eval().requires_grad_(False)
-    x = images()
-    assert takes(x, net)
-    assert not takes(x.double(), net) and not takes(x.to("meta"), net)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not takes(x, net)
-    seen = []
-    handle = net.blocks[1].relu.register_forward_hook(lambda *given: seen.append(given[2].shape))
-    net(x)
-    handle.remove()
-    assert seen == [(7, 32, 6, 6)]
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        net(x)
-    assert counter.get_total_flops() > 2 * 7 * 9 * (3 * 16 * 144 + 16 * 32 * 36) * 0.9
-    assert torch.func.vmap(lambda one: net(one[None])[0])(x).shape == (7, 5)
-    instance = network(ModelConfig(widths=(8,), norm="instance")).eval()
-    assert conv_blocks(instance.blocks, x) is None
-    assert conv_blocks(net.blocks, x[:0]) is None
-
-
 def test_the_graph_to_the_images_holds_half_a_byte_for_a_pooled_pixel() -> None:
     net = network(ModelConfig(widths=(32, 64)), size=32).eval().requires_grad_(False)
     x = images(4, 32).requires_grad_()
@@ -299,12 +321,18 @@ def test_many_images_go_through_in_chunks_with_the_same_bits(
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
 
 
-def test_memory_is_that_of_features_and_masks() -> None:
+@pytest.mark.parametrize("trains", [False, True])
+def test_memory_is_that_of_features_and_masks(
+    trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond images, features and their gradients, 64 kB an image are allowed."""
-    net = network(ModelConfig(widths=(128, 256, 512)), size=32).eval().requires_grad_(False)
+    monkeypatch.setattr(training, "_WHOLE", 0)
+    monkeypatch.setattr(training, "_CHUNK", 2**25)
+    net = network(ModelConfig(widths=(128, 256, 512)), size=32)
+    net.train(trains).requires_grad_(trains)
 
     def peak(count: int) -> int:
-        x = images(count, 32).requires_grad_()
+        x = images(count, 32).requires_grad_(not trains)
 
         def call() -> Tensor:
             features = net.embed(x)
@@ -313,7 +341,7 @@ def test_memory_is_that_of_features_and_masks() -> None:
 
         return peak_bytes(call)
 
-    few, many = 300, 900
+    few, many = (60, 180) if trains else (300, 900)
     each = (peak(many) - peak(few)) / (many - few)
     named = 4 * (2 * 3 * 32 * 32 + 2 * net.feature_dim)
     assert each <= named + 64_000

@@ -98,6 +98,13 @@ def test_the_recipe_makes_its_table(tmp_path: Path) -> None:
         *("random_20x", "learnt_y", "**distilled** - best rival"),
     ]
     assert "c10 probe-2" in table[0] and "c10 finetune" in table[0]
+    small = "--labels 5,all --steps 2,3 --rates 0.01,0.03 --methods none,random_target,distilled"
+    small += " --widths 4 --pretrain_steps 2 --seeds 2"
+    out, figure = tmp_path / "out", tmp_path / "grid.svg"
+    words = [EXAMPLES / "finetune_grid.py", out / "c10", figure, out / "run0", out / "run1"]
+    lines = _run(*words, *small.split()).splitlines()
+    assert len(lines) == 2 + 8 and lines[-1].startswith("| all | 3 | 0.03 |")
+    assert "all labels a class, 3 steps" in figure.read_text() or figure.stat().st_size > 10_000
 
 
 def test_every_example_is_run_here() -> None:

@@ -70,8 +70,8 @@ struct Conv {
                    int64_t first, int64_t last, float* d_x, float* d_packed, float* scratch);
   void (*unpack_gradient)(const Layer& layer, const float* d_packed, float* d_filters);
 
-  // Rows of x [count, channels] in one: their mean and the sum of squared distances from it.
-  void (*moments)(const float* x, int64_t count, int64_t channels, float* mean, float* squares);
+  // The mean of the rows of x [count, channels], and the sum of squared distances to it.
+  void (*moments)(const float* x, int64_t count, int64_t channels, double* mean, double* squares);
 
   // Tiles of the images first .. last - 1: y = pooled relu(factor z + shift), and the mask.
   void (*normalise)(const Layer& layer, const float* z, const float* factor, const float* shift,

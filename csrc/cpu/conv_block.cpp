@@ -1,7 +1,6 @@
 #include "conv_block.h"
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -47,6 +46,7 @@ class Parts {
 
 // Rows whose moments are taken at a time: few enough to stay in the cache between the two passes.
 constexpr int64_t kRows = 64;
+constexpr int64_t kPartBytes = int64_t{1} << 28;
 
 }  // namespace
 
@@ -65,11 +65,15 @@ void conv_backward(const Layer& layer, const float* x, const Filters& filters, c
                    float* d_x, float* d_filters, const Parallel& threads) {
   const Buffer weights = d_x ? packed(layer, filters, true, threads) : nullptr;
   const int64_t size = conv().gradient_size(layer);
+  // A part has gradients of its own, so that there are not too many where there are many threads.
+  const int64_t most = d_filters ? std::max<int64_t>(8, kPartBytes / 4 / size) : layer.batch;
+  const int64_t count = std::min(layer.batch, most);
   Parts<float> parts;
-  threads(layer.batch, [&](int64_t first, int64_t last) {
+  threads(count, [&](int64_t first, int64_t last) {
     const Buffer scratch = buffer(conv().backward_scratch(layer, d_filters != nullptr));
     float* const part = d_filters ? parts.add(first, size) : nullptr;
-    conv().backward(layer, x, weights.get(), from, first, last, d_x, part, scratch.get());
+    conv().backward(layer, x, weights.get(), from, first * layer.batch / count,
+                    last * layer.batch / count, d_x, part, scratch.get());
   });
   if (!d_filters) return;
   const Buffer total = buffer(size);
@@ -78,61 +82,46 @@ void conv_backward(const Layer& layer, const float* x, const Filters& filters, c
   conv().unpack_gradient(layer, total.get(), d_filters);
 }
 
-void conv_statistics(const Layer& layer, const float* z, double eps, const Statistics& of,
-                     const Parallel& threads) {
+void conv_moments(const Layer& layer, const float* z, double* mean, double* squares,
+                  const Parallel& threads) {
   const int64_t channels = layer.outputs, pixels = layer.pixels();
   const int64_t blocks = (pixels + kRows - 1) / kRows;
-  // By Chan, Golub and LeVeque: blocks in float32 around their own means, merged in float64.
-  std::vector<float> means(static_cast<size_t>(blocks * channels)), squares(means.size());
+  // Blocks that fit in a cache for two passes, merged as by Chan, Golub and LeVeque.
+  std::vector<double> means(static_cast<size_t>(blocks * channels)), around(means.size());
   threads(blocks, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b)
       conv().moments(z + b * kRows * channels, std::min(kRows, pixels - b * kRows), channels,
-                     means.data() + b * channels, squares.data() + b * channels);
+                     means.data() + b * channels, around.data() + b * channels);
   });
   for (int64_t c = 0; c < channels; ++c) {
-    double mean = 0, square = 0, count = 0;
+    double middle = 0, square = 0, count = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const double more = static_cast<double>(std::min(kRows, pixels - b * kRows));
-      const double off = means[b * channels + c] - mean, all = count + more;
-      mean += off * more / all;
-      square += squares[b * channels + c] + off * off * count * more / all;
+      const double off = means[b * channels + c] - middle, all = count + more;
+      middle += off * more / all;
+      square += around[b * channels + c] + off * off * count * more / all;
       count = all;
     }
-    const double variance = square / std::max(count, 1.0);
-    of.mean[c] = static_cast<float>(mean);
-    of.variance[c] = static_cast<float>(variance);
-    of.scale[c] = static_cast<float>(1 / std::sqrt(variance + eps));
+    mean[c] = middle;
+    squares[c] = square;
   }
 }
 
-void conv_normalise(const Layer& layer, const float* z, const Statistics& of, const float* gain,
-                    const float* shift, float* y, uint8_t* mask, const Parallel& threads) {
-  std::vector<float> factor(static_cast<size_t>(layer.outputs)), offset(factor.size());
-  for (int64_t c = 0; c < layer.outputs; ++c) {
-    factor[c] = gain[c] * of.scale[c];
-    offset[c] = shift[c] - of.mean[c] * factor[c];
-  }
+void conv_normalise(const Layer& layer, const float* z, const float* factor, const float* shift,
+                    float* y, uint8_t* mask, const Parallel& threads) {
   threads(layer.batch, [&](int64_t first, int64_t last) {
-    conv().normalise(layer, z, factor.data(), offset.data(), first, last, y, mask);
+    conv().normalise(layer, z, factor, shift, first, last, y, mask);
   });
 }
 
-void conv_norm_gradient(const Layer& layer, const Gradient& from, float* d_gain, float* d_shift,
-                        float* means, const Parallel& threads) {
-  const int64_t channels = layer.outputs;
+void conv_gradient_sums(const Layer& layer, const Gradient& from, double* sums,
+                        const Parallel& threads) {
+  const int64_t size = 2 * layer.outputs;
   Parts<double> parts;
   threads(layer.batch, [&](int64_t first, int64_t last) {
-    conv().gradient_sums(layer, from, first, last, parts.add(first, 2 * channels));
+    conv().gradient_sums(layer, from, first, last, parts.add(first, size));
   });
-  std::vector<double> sums(static_cast<size_t>(2 * channels));
-  parts.sum(0, 2 * channels, sums.data());
-  const auto pixels = static_cast<double>(layer.pixels());
-  for (int64_t c = 0; c < channels; ++c) {
-    d_shift[c] = static_cast<float>(sums[c]);
-    d_gain[c] = static_cast<float>(sums[channels + c]);
-    means[c] = static_cast<float>(sums[c] / pixels);
-    means[channels + c] = static_cast<float>(sums[channels + c] / pixels);
-  }
+  parts.sum(0, size, sums);
 }
 
 }  // namespace krrst::cpu

@@ -12,23 +12,18 @@ void conv_forward(const Layer& layer, const float* x, const Filters& filters, co
 void conv_backward(const Layer& layer, const float* x, const Filters& filters, const Gradient& from,
                    float* d_x, float* d_filters, const Parallel& threads);
 
-// What batch norm keeps of z, [channels] each.
-struct Statistics {
-  float *mean, *variance, *scale;  // the variance is divided by the pixels; scale: 1 / deviation
-};
+// The mean over all pixels of z [batch, height, width, outputs], and the sum of squared distances
+// to it, [outputs] each.
+void conv_moments(const Layer& layer, const float* z, double* mean, double* squares,
+                  const Parallel& threads);
 
-// The mean over all pixels of z [batch, height, width, outputs], and of the squared distance to it.
-void conv_statistics(const Layer& layer, const float* z, double eps, const Statistics& of,
-                     const Parallel& threads);
+// y [batch, height / 2, width / 2, outputs] and the mask of pooled relu(factor z + shift).
+void conv_normalise(const Layer& layer, const float* z, const float* factor, const float* shift,
+                    float* y, uint8_t* mask, const Parallel& threads);
 
-// y [batch, height / 2, width / 2, outputs] and the mask of pooled relu(gain (z - mean) scale +
-// shift).
-void conv_normalise(const Layer& layer, const float* z, const Statistics& of, const float* gain,
-                    const float* shift, float* y, uint8_t* mask, const Parallel& threads);
-
-// The gradients by gain and shift; `from` has all but the last two members, which become their
-// means over the pixels in `means` [2, outputs].
-void conv_norm_gradient(const Layer& layer, const Gradient& from, float* d_gain, float* d_shift,
-                        float* means, const Parallel& threads);
+// [2, outputs]: the sum over all pixels of the gradient by the normalised z, and of its product
+// with the normalised z. `from` has all but gain and the last two members.
+void conv_gradient_sums(const Layer& layer, const Gradient& from, double* sums,
+                        const Parallel& threads);
 
 }  // namespace krrst::cpu

@@ -9,7 +9,6 @@ using krrst::cpu::Epilogue;
 using krrst::cpu::Filters;
 using krrst::cpu::Gradient;
 using krrst::cpu::Layer;
-using krrst::cpu::Statistics;
 
 namespace {
 
@@ -86,71 +85,102 @@ Tensor conv_relu_pool_backward(Tensor d_out, Tensor mask, Tensor w, int64_t heig
   return d_x;
 }
 
-Tensor conv_bias(Tensor x, Tensor w, Tensor bias, std::optional<Tensor> shortcut, bool relu) {
-  const char* const op = "conv_bias";
+Tensor conv3x3(Tensor x, Tensor w, std::optional<Tensor> bias, std::optional<Tensor> shortcut,
+               bool relu) {
+  const char* const op = "conv3x3";
   const Layer layer = layer_of(op, x, w);
-  check(op, "bias", bias, {layer.outputs});
+  if (bias) check(op, "bias", *bias, {layer.outputs});
   if (shortcut)
     check(op, "shortcut", *shortcut, {layer.batch, layer.height, layer.width, layer.outputs});
   Tensor out = fresh(x, {layer.batch, layer.height, layer.width, layer.outputs});
-  const Epilogue to{read(bias), shortcut ? read(*shortcut) : nullptr, relu, false, write(out),
+  const Epilogue to{bias ? read(*bias) : nullptr,
+                    shortcut ? read(*shortcut) : nullptr,
+                    relu,
+                    false,
+                    write(out),
                     nullptr};
   krrst::cpu::conv_forward(layer, read(x), filters_of(w), to, on_torch_threads);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_relu_pool(Tensor x, Tensor w,
-                                                                               Tensor gain,
-                                                                               Tensor shift,
-                                                                               double eps) {
-  const char* const op = "conv_norm_relu_pool";
-  const Layer layer = layer_of(op, x, w);
-  check(op, "gain", gain, {layer.outputs});
-  check(op, "shift", shift, {layer.outputs});
-  Tensor z = fresh(x, {layer.batch, layer.height, layer.width, layer.outputs}),
-         out = pooled_like(x, layer), mask = fresh_mask(x, tiles(layer), layer),
-         mean = fresh(x, {layer.outputs}), variance = fresh(x, {layer.outputs}),
-         scale = fresh(x, {layer.outputs});
-  const Epilogue to{nullptr, nullptr, false, false, write(z), nullptr};
-  const Statistics of{write(mean), write(variance), write(scale)};
-  krrst::cpu::conv_forward(layer, read(x), filters_of(w), to, on_torch_threads);
-  krrst::cpu::conv_statistics(layer, read(z), eps, of, on_torch_threads);
-  krrst::cpu::conv_normalise(layer, read(z), of, read(gain), read(shift), write(out), bytes(mask),
-                             on_torch_threads);
-  return {out, z, mask, mean, variance, scale};
+// The layer of which z [N, H, W, C] is the output.
+Layer layer_of_outputs(const char* op, const Tensor& z) {
+  KRRST_CHECK(z.dim() == 4, op, ": z must be [N, H, W, C]");
+  const Layer layer{z.size(0), z.size(1), z.size(2), 1, z.size(3)};
+  check(op, "z", z, {layer.batch, layer.height, layer.width, layer.outputs});
+  KRRST_CHECK(layer.pixels() > 0 && layer.outputs > 0, op, ": z must have channels and pixels");
+  return layer;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_relu_pool_backward(Tensor d_out, Tensor x,
-                                                                        Tensor w, Tensor gain,
-                                                                        Tensor z, Tensor mask,
-                                                                        Tensor mean, Tensor scale,
-                                                                        bool needs_d_x) {
-  const char* const op = "conv_norm_relu_pool_backward";
-  const Layer layer = layer_of(op, x, w);
+void check_pooled(const char* op, const Layer& layer, const Tensor& d_out, const Tensor& mask) {
   check(op, "d_out", d_out, {layer.batch, layer.height / 2, layer.width / 2, layer.outputs});
-  check(op, "z", z, {layer.batch, layer.height, layer.width, layer.outputs});
   check(op, "mask", mask, {tiles(layer), krrst::cpu::mask_bytes(layer.outputs)}, ScalarType::Byte);
-  for (const Tensor* one : {&gain, &mean, &scale}) check(op, "gain", *one, {layer.outputs});
+}
+
+std::tuple<Tensor, Tensor> channel_moments(Tensor z) {
+  const Layer layer = layer_of_outputs("channel_moments", z);
+  Tensor mean = fresh(ScalarType::Double, {layer.outputs}),
+         squares = fresh(ScalarType::Double, {layer.outputs});
+  krrst::cpu::conv_moments(layer, read(z), static_cast<double*>(mean.data_ptr()),
+                           static_cast<double*>(squares.data_ptr()), on_torch_threads);
+  return {mean, squares};
+}
+
+std::tuple<Tensor, Tensor> scale_relu_pool(Tensor z, Tensor factor, Tensor shift) {
+  const char* const op = "scale_relu_pool";
+  const Layer layer = layer_of_outputs(op, z);
+  check(op, "factor", factor, {layer.outputs});
+  check(op, "shift", shift, {layer.outputs});
+  Tensor out = pooled_like(z, layer), mask = fresh_mask(z, tiles(layer), layer);
+  krrst::cpu::conv_normalise(layer, read(z), read(factor), read(shift), write(out), bytes(mask),
+                             on_torch_threads);
+  return {out, mask};
+}
+
+Tensor norm_relu_pool_sums(Tensor d_out, Tensor mask, Tensor z, Tensor mean, Tensor scale) {
+  const char* const op = "norm_relu_pool_sums";
+  const Layer layer = layer_of_outputs(op, z);
+  check_pooled(op, layer, d_out, mask);
+  check(op, "mean", mean, {layer.outputs});
+  check(op, "scale", scale, {layer.outputs});
+  Gradient from{};
+  from.out = read(d_out), from.mask = bytes(mask), from.z = read(z);
+  from.mean = read(mean), from.scale = read(scale);
+  Tensor sums = fresh(ScalarType::Double, {2, layer.outputs});
+  krrst::cpu::conv_gradient_sums(layer, from, static_cast<double*>(sums.data_ptr()),
+                                 on_torch_threads);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> conv_norm_backward(Tensor d_out, Tensor mask, Tensor x, Tensor w,
+                                              Tensor z, Tensor mean, Tensor scale, Tensor gain,
+                                              Tensor means, bool needs_d_x, bool needs_d_w) {
+  const char* const op = "conv_norm_backward";
+  const Layer layer = layer_of(op, x, w);
+  check_pooled(op, layer, d_out, mask);
+  check(op, "z", z, {layer.batch, layer.height, layer.width, layer.outputs});
+  check(op, "mean", mean, {layer.outputs});
+  check(op, "scale", scale, {layer.outputs});
+  check(op, "gain", gain, {layer.outputs});
+  check(op, "means", means, {2, layer.outputs});
   Tensor d_x = needs_d_x ? fresh(x, {layer.batch, layer.height, layer.width, layer.inputs})
                          : fresh(x, {0}),
-         d_w = fresh(x, {layer.outputs, layer.inputs, 3, 3}), d_gain = fresh(x, {layer.outputs}),
-         d_shift = fresh(x, {layer.outputs}), means = fresh(x, {2, layer.outputs});
-  Gradient from{read(d_out), bytes(mask), read(z), read(mean),
-                read(scale), read(gain),  nullptr, nullptr};
-  krrst::cpu::conv_norm_gradient(layer, from, write(d_gain), write(d_shift), write(means),
-                                 on_torch_threads);
-  from.mean_gradient = read(means), from.mean_product = read(means) + layer.outputs;
+         d_w = needs_d_w ? fresh(x, {layer.outputs, layer.inputs, 3, 3}) : fresh(x, {0});
+  const Gradient from{read(d_out), bytes(mask), read(z),     read(mean),
+                      read(scale), read(gain),  read(means), read(means) + layer.outputs};
   krrst::cpu::conv_backward(layer, read(x), filters_of(w), from, needs_d_x ? write(d_x) : nullptr,
-                            write(d_w), on_torch_threads);
-  return {d_x, d_w, d_gain, d_shift};
+                            needs_d_w ? write(d_w) : nullptr, on_torch_threads);
+  return {d_x, d_w};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(krrst_fast, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&conv3x3));
   m.impl("conv_relu_pool", TORCH_BOX(&conv_relu_pool));
   m.impl("conv_relu_pool_backward", TORCH_BOX(&conv_relu_pool_backward));
-  m.impl("conv_bias", TORCH_BOX(&conv_bias));
-  m.impl("conv_norm_relu_pool", TORCH_BOX(&conv_norm_relu_pool));
-  m.impl("conv_norm_relu_pool_backward", TORCH_BOX(&conv_norm_relu_pool_backward));
+  m.impl("channel_moments", TORCH_BOX(&channel_moments));
+  m.impl("scale_relu_pool", TORCH_BOX(&scale_relu_pool));
+  m.impl("norm_relu_pool_sums", TORCH_BOX(&norm_relu_pool_sums));
+  m.impl("conv_norm_backward", TORCH_BOX(&conv_norm_backward));
 }

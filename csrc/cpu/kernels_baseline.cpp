@@ -1,5 +1,4 @@
 // System headers come before any target pragma: inline library code must stay baseline.
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <utility>

@@ -1,51 +1,122 @@
 """The fast path of built-in networks on a CPU: their 3x3 convolutions by the library's kernels.
 
-A block of the ConvNet (convolution, batch norm, ReLU, 2x2 average) is one operator, forward and
-backward. At rest the batch norm is folded into the filters, and the backward pass to the images
-needs four bits for each pooled pixel instead of the activations.
+At rest a batch norm is folded into the filters, a block of the ConvNet (convolution, ReLU, 2x2
+average) is one operator, and the backward pass to the images needs four bits for each pooled pixel
+instead of the activations. Training is in `training`.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from krrst_fast import operators
+from krrst_fast.convolutions import HAS_EXTENSION, OPS
+from krrst_fast.models.training import trained
 from krrst_fast.reference import conv as reference
-
-_OPS = torch.ops.krrst_fast
 
 
 def takes(x: Tensor, *modules: nn.Module) -> bool:
-    """Return whether the kernels can run `modules` on x: float32 on a CPU, and nobody looks on.
+    """Return whether the kernels can run convolutions and norms on x: float32 on a CPU.
 
-    Who traces, transforms or counts the operators of PyTorch is to see these.
+    Who traces, transforms, counts or hooks PyTorch's operators and modules is to see these.
     """
-    tensors = [x, *(p for module in modules for p in module.parameters())]
+    tensors = [x]
+    for module in modules:
+        names = ("weight", "bias", "running_mean", "running_var")
+        tensors += [t for name in names if (t := getattr(module, name, None)) is not None]
+    return HAS_EXTENSION and all(map(_is_plain, tensors)) and not _is_watched(modules)
+
+
+def _is_plain(x: object) -> bool:
     return (
-        operators.HAS_EXTENSION
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not any(_has_hooks(part) for module in modules for part in module.modules())
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"  # type: ignore[attr-defined]
+        and x.dtype == torch.float32  # type: ignore[attr-defined]
+    )
+
+
+def _is_watched(modules: Sequence[nn.Module]) -> bool:
+    """Return whether somebody looks at modules or operators while they run."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.nn.modules.module._has_any_global_hook()
+        or any(map(_has_hooks, modules))
     )
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Return whether someone looks at what goes through a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
-def is_at_rest(*modules: nn.Module) -> bool:
-    """Return whether modules are in evaluation mode, and their parameters get no gradient."""
+def get_no_gradient(modules: Iterable[nn.Module]) -> bool:
+    """Return whether modules are in evaluation mode, and what they hold gets no gradient."""
+    modules = list(modules)
     if any(module.training for module in modules):
         return False
+    tensors = (getattr(module, name, None) for module in modules for name in ("weight", "bias"))
     return not torch.is_grad_enabled() or not any(
-        p.requires_grad for module in modules for p in module.parameters()
+        t is not None and t.requires_grad for t in tensors
     )
+
+
+def is_plain_conv(conv: nn.Module) -> bool:
+    """Return whether a convolution is PyTorch's, without groups or holes, in a rim of zeros."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def is_plain_norm(norm: nn.Module | None) -> bool:
+    """Return whether a norm is a batch norm with all its numbers, or none at all."""
+    if norm is None or type(norm) is nn.Identity:
+        return True
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and norm.track_running_stats
+        and norm.num_batches_tracked is not None
+    )
+
+
+def _layers(blocks: nn.Sequential) -> list[tuple[nn.Conv2d, nn.Module | None]] | None:
+    """Return convolution and norm of each block; None if one of them is not as it was built."""
+    found: list[tuple[Any, nn.Module | None]] = []
+    for block in blocks:
+        parts: dict[str, Any] = dict(block.named_children())
+        order = [name for name in parts if name != "norm"]
+        if type(block) is not nn.Sequential or order != ["conv", "relu", "pool"]:
+            return None
+        conv, pool, norm = parts["conv"], parts["pool"], parts.get("norm")
+        if not is_plain_conv(conv) or not is_plain_norm(norm) or type(parts["relu"]) is not nn.ReLU:
+            return None
+        if (conv.kernel_size, conv.stride, conv.padding) != ((3, 3), (1, 1), (1, 1)):
+            return None
+        if list(parts)[1] not in ("norm", "relu") or conv.in_channels != (
+            found[-1][0].out_channels if found else conv.in_channels
+        ):
+            return None
+        halves = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (2, 2, 0, False)
+        if type(pool) is not nn.AvgPool2d or not halves or pool.divisor_override is not None:
+            return None
+        found.append((conv, norm))
+    return found or None
 
 
 def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -59,13 +130,6 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     return w * factor[:, None, None, None], norm.bias.detach() + (bias - norm.running_mean) * factor
 
 
-def is_plain_norm(norm: nn.Module | None) -> bool:
-    """Return whether a norm is a batch norm with all its numbers, or none at all."""
-    if norm is None or type(norm) is nn.Identity:
-        return True
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-
-
 def conv_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor | None:
     """Compute the last feature map [N, C', H', W'] of a ConvNet; None where that is not possible.
 
@@ -73,25 +137,20 @@ def conv_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor | None:
         blocks: Each of them a `conv`, perhaps a `norm`, a ReLU and a 2x2 average.
         x: Images [N, C, H, W].
     """
-    convs: list[Any] = [block.conv for block in blocks]
-    norms: list[Any] = [getattr(block, "norm", None) for block in blocks]
-    if x.numel() == 0 or not all(map(is_plain_norm, norms)) or not takes(x, blocks):
+    layers = _layers(blocks)
+    if layers is None or x.numel() == 0 or min(x.shape[2:]) >> len(layers) == 0:
         return None
-    at_rest = is_at_rest(blocks)
-    in_training = all(
-        norm is not None and norm.training and type(norm) is nn.BatchNorm2d and conv.bias is None
-        for conv, norm in zip(convs, norms)
-    )
-    if not (at_rest or in_training):
+    convs, norms = [conv for conv, _ in layers], [norm for _, norm in layers]
+    if x.shape[1] != convs[0].in_channels or not takes(x, *blocks.modules()):
         return None
-    if at_rest:
+    if get_no_gradient(blocks.modules()):
         filters = map(folded, convs, norms)
         needs_masks = torch.is_grad_enabled() and x.requires_grad
         return _AtRest.apply(x, needs_masks, *(tensor for pair in filters for tensor in pair))
-    x = x.permute(0, 2, 3, 1).contiguous()
-    for conv, norm in zip(convs, norms):
-        x = _trained(x, conv.weight, norm)
-    return x.permute(0, 3, 1, 2)
+    batch_norms = [norm for norm in norms if type(norm) is nn.BatchNorm2d and norm.training]
+    if len(batch_norms) < len(convs) or any(conv.bias is not None for conv in convs):
+        return None
+    return trained(convs, batch_norms, x)
 
 
 _CHUNK = 2**25
@@ -106,7 +165,8 @@ class _AtRest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, needs_masks: bool, *filters: Tensor) -> Tensor:
         weights = filters[::2]
-        ctx.chunk = max(1, _CHUNK // (x[0, 0].numel() * len(filters[0])))
+        pixels = [x[0, 0].numel() >> 2 * level for level in range(len(weights))]
+        ctx.chunk = max(1, _CHUNK // max(p * max(w.shape[:2]) for p, w in zip(pixels, weights)))
         ctx.sizes = [tuple(side >> level for side in x.shape[2:]) for level in range(len(weights))]
         last = [side >> len(weights) for side in x.shape[2:]]
         out = x.new_empty(len(x), len(filters[-1]), *last)
@@ -114,7 +174,7 @@ class _AtRest(torch.autograd.Function):
         for part, to in zip(x.split(ctx.chunk), out.split(ctx.chunk)):
             part = part.permute(0, 2, 3, 1).contiguous()
             for w, bias in zip(weights, filters[1::2]):
-                part, mask = _OPS.conv_relu_pool(part, w, bias, needs_masks)
+                part, mask = OPS.conv_relu_pool(part, w, bias, needs_masks)
                 masks += [mask] if needs_masks else []
             to.copy_(part.permute(0, 3, 1, 2))
         ctx.save_for_backward(*weights, *masks)
@@ -123,7 +183,7 @@ class _AtRest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         # Where the gradient is to be differentiated again, by plain operators.
-        op: Any = _OPS.conv_relu_pool_backward
+        op: Any = OPS.conv_relu_pool_backward
         if torch.is_grad_enabled():
             op = reference.conv_relu_pool_backward
         depth = len(ctx.sizes)
@@ -142,61 +202,6 @@ class _AtRest(torch.autograd.Function):
                 to.copy_(part)
         d_x = torch.cat(parts) if parts else d_x
         return d_x, *(None for _ in range(1 + 2 * depth))
-
-
-def _trained(x: Tensor, w: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Compute a block in training mode, and move the running statistics of its batch norm."""
-    out, mean, variance = _InTraining.apply(x, w, norm.weight, norm.bias, norm.eps)
-    assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        moved = norm.momentum
-        share = 1 / norm.num_batches_tracked.float() if moved is None else moved
-        pixels = x.shape[0] * x.shape[1] * x.shape[2]
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), share)
-    return out
-
-
-class _InTraining(torch.autograd.Function):
-    """Averages of relu(norm(w * x)) with a batch norm in training mode."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, gain: Tensor, shift: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, z, mask, mean, variance, scale = _OPS.conv_norm_relu_pool(x, w, gain, shift, eps)
-        ctx.save_for_backward(x, w, gain, shift, z, mask, mean, scale)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance)
-        return out, mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-        x, w, gain, shift, z, mask, mean, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _twice_differentiable(ctx, x, w, gain, shift, d_out)
-        needs_d_x = ctx.needs_input_grad[0]
-        d_x, d_w, d_gain, d_shift = _OPS.conv_norm_relu_pool_backward(
-            d_out.contiguous(), x, w, gain, z, mask, mean, scale, needs_d_x
-        )
-        return d_x if needs_d_x else None, d_w, d_gain, d_shift, None
-
-
-def _twice_differentiable(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute the gradients so that they can be differentiated again: in plain PyTorch."""
-    *inputs, d_out = given
-    x, w, gain, shift = inputs
-    z = F.conv2d(x.permute(0, 3, 1, 2), w, padding=1)
-    z = F.batch_norm(z, None, None, gain, shift, training=True, eps=ctx.eps)
-    out = F.avg_pool2d(z.relu(), 2).permute(0, 2, 3, 1)
-    asked = [i for i, needs in enumerate(ctx.needs_input_grad[:4]) if needs]
-    found = torch.autograd.grad(out, [inputs[i] for i in asked], d_out, create_graph=True)
-    gradients: list[Tensor | None] = [None] * 5
-    for i, gradient in zip(asked, found):
-        gradients[i] = gradient
-    return tuple(gradients)
 
 
 def conv_norm_at_rest(
@@ -223,7 +228,7 @@ def conv_norm_at_rest(
     if conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding in ((1, 1), (2, 2)):
         rim = int(conv.padding[0]) - 1
         x = F.pad(x, (0, 0, rim, rim, rim, rim)) if rim else x
-        return _OPS.conv_bias(x, w, bias, shortcut, relu)
+        return OPS.conv3x3(x, w, bias, shortcut, relu)
     w = w.contiguous(memory_format=torch.channels_last)
     z = F.conv2d(x.permute(0, 3, 1, 2), w, bias, conv.stride, conv.padding)
     z = z.permute(0, 2, 3, 1).contiguous()

@@ -1,12 +1,18 @@
 """ResNet-10, -18 and -50, with the names torchvision gives their parameters."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from krrst_fast.models.blocks import conv_norm_at_rest, is_at_rest, takes
+from krrst_fast.models.blocks import (
+    conv_norm_at_rest,
+    get_no_gradient,
+    is_plain_conv,
+    is_plain_norm,
+    takes,
+)
 from krrst_fast.models.config import ResNetKind, Stem
 from krrst_fast.models.network import Network
 
@@ -144,16 +150,39 @@ class ResNet(Network):
         return self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
     def _is_without_graph(self, x: Tensor) -> bool:
-        has_graph = torch.is_grad_enabled() and x.requires_grad
-        return is_at_rest(self) and not has_graph and takes(x, self)
+        """Return whether it is at rest and as it was built, and x gets no gradient."""
+        if x.requires_grad and torch.is_grad_enabled() or x.numel() == 0:
+            return False
+        body = [module for name, module in self.named_modules() if name.partition(".")[0] != "fc"]
+        return takes(x, *body) and get_no_gradient(body[1:]) and self._is_as_built()
+
+    def _is_as_built(self) -> bool:
+        """Return whether nobody has replaced a part by one that does something else."""
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
+        if any(type(layer) is not nn.Sequential for layer in layers):
+            return False
+        blocks: list[Any] = [block for layer in layers for block in layer]
+        if any(type(block) not in (BasicBlock, Bottleneck) for block in blocks):
+            return False
+        pairs = [(self.conv1, self.bn1), *(pair for block in blocks for pair in block.layers())]
+        shortcuts = [block.downsample for block in blocks if block.downsample is not None]
+        pairs += [tuple(shortcut.children()) for shortcut in shortcuts]
+        return (
+            all(type(part.relu) is nn.ReLU for part in (self, *blocks))
+            and all(type(shortcut) is nn.Sequential for shortcut in shortcuts)
+            and all(len(pair) == 2 for pair in pairs)
+            and all(is_plain_conv(conv) and is_plain_norm(norm) for conv, norm in pairs)
+            and type(self.maxpool) in (nn.Identity, nn.MaxPool2d)
+            and type(self.avgpool) is nn.AdaptiveAvgPool2d
+            and self.avgpool.output_size == 1
+        )
 
     def _features_at_rest(self, x: Tensor) -> Tensor:
         x = conv_norm_at_rest(self.conv1, self.bn1, x.permute(0, 2, 3, 1).contiguous())
         x = self.maxpool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
-                assert isinstance(block, _Residual)
-                x = block.at_rest(x)
+                x = block.at_rest(x)  # type: ignore[operator]
         return x.mean((1, 2))
 
 

@@ -18,9 +18,12 @@ def mask_bytes(channels: int) -> int:
     return (channels + 31) // 32 * 16
 
 
-def conv_bias(x: Tensor, w: Tensor, bias: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+def conv3x3(
+    x: Tensor, w: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool
+) -> Tensor:
     """Compute relu(w * x + bias + shortcut) [N, H, W, C'], or the same without ReLU."""
-    z = _conv(x, w) + bias
+    z = _conv(x, w)
+    z = z if bias is None else z + bias
     z = z if shortcut is None else z + shortcut
     return z.relu() if relu else z
 
@@ -41,40 +44,59 @@ def conv_relu_pool_backward(
     return _back(_unpooled(d_out, mask, height, width), w)
 
 
-def conv_norm_relu_pool(
-    x: Tensor, w: Tensor, gain: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the 2x2 averages of relu(norm(w * x)) with a batch norm in training mode.
+def channel_moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the mean of z [N, H, W, C'] over pixels, and the sum of squared distances to it.
 
-    Returns the averages [N, H // 2, W // 2, C'], z = w * x [N, H, W, C'], the mask, and the mean,
-    the variance (divided by the number of pixels) and 1 / sqrt(variance + eps) of z [C'].
+    Both are [C'], in float64.
     """
-    z = _conv(x, w)
-    variance, mean = torch.var_mean(z, (0, 1, 2), correction=0)
-    scale = torch.rsqrt(variance + eps)
-    out, mask = _pooled((z - mean) * (scale * gain) + shift)
-    return out, z, mask, mean, variance, scale
+    z = z.double()
+    mean = z.mean((0, 1, 2))
+    return mean, (z - mean).square().sum((0, 1, 2))
 
 
-def conv_norm_relu_pool_backward(
+def scale_relu_pool(z: Tensor, factor: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the 2x2 averages of relu(factor z + shift) [N, H // 2, W // 2, C'], and the mask.
+
+    A batch norm is gain (z - mean) scale + shift, where scale is 1 / deviation [C'].
+    """
+    return _pooled(factor * z + shift)
+
+
+def norm_relu_pool_sums(
+    d_out: Tensor, mask: Tensor, z: Tensor, mean: Tensor, scale: Tensor
+) -> Tensor:
+    """Compute the gradients by the shift and the gain of a batch norm [2, C'], in float64.
+
+    They are sums over all pixels of the gradient by the normalised z, and of its product with that.
+    """
+    d_norm = _unpooled(d_out, mask, z.shape[1], z.shape[2]).double()
+    normalised = (z.double() - mean.double()) * scale.double()
+    return torch.stack((d_norm.sum((0, 1, 2)), (d_norm * normalised).sum((0, 1, 2))))
+
+
+def conv_norm_backward(
     d_out: Tensor,
+    mask: Tensor,
     x: Tensor,
     w: Tensor,
-    gain: Tensor,
     z: Tensor,
-    mask: Tensor,
     mean: Tensor,
     scale: Tensor,
+    gain: Tensor,
+    means: Tensor,
     needs_d_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients by x [N, H, W, C] (empty unless needed), w, gain and shift [C']."""
-    normalised = (z - mean) * scale
+    needs_d_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients by x [N, H, W, C] and by w, each empty unless it is needed.
+
+    `means` [2, C'] are the sums of `norm_relu_pool_sums` over all images, divided by all pixels.
+    """
     d_norm = _unpooled(d_out, mask, z.shape[1], z.shape[2])
-    d_gain, d_shift = (d_norm * normalised).sum((0, 1, 2)), d_norm.sum((0, 1, 2))
-    pixels = z[..., 0].numel()
-    d_z = (gain * scale) * (d_norm - d_shift / pixels - normalised * (d_gain / pixels))
-    d_w = conv2d_weight(_first(x), list(w.shape), _first(d_z), padding=1)
-    return _back(d_z, w) if needs_d_x else x.new_empty(0), d_w.contiguous(), d_gain, d_shift
+    d_z = (gain * scale) * (d_norm - means[0] - (z - mean) * scale * means[1])
+    d_x = _back(d_z, w) if needs_d_x else x.new_empty(0)
+    if not needs_d_w:
+        return d_x, x.new_empty(0)
+    return d_x, conv2d_weight(_first(x), list(w.shape), _first(d_z), padding=1).contiguous()
 
 
 def _first(x: Tensor) -> Tensor:
