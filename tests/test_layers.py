@@ -12,7 +12,7 @@ PACKAGE = ROOT / "krrst_fast"
 # The house: a part imports its own row and the rows above it.
 LIBRARY = (
     ("errors", "precision", "reference", "planner", "triangular", "_native", "_C", "_C_cuda"),
-    ("operators", "cholesky", "backends", "kernels"),
+    ("operators", "convolutions", "cholesky", "backends", "kernels"),
     ("ops",),
     ("estimator", "head"),
 )

@@ -131,9 +131,16 @@ def outputs_folder(config: DistillConfig, inputs: Mapping[str, str]) -> Path:
         config: Settings of the run.
         inputs: What the outputs depend on.
     """
-    home = config.target if config.target.is_dir() else config.target.parent
-    if not os.access(home, os.W_OK):
-        home = config.out
+    return beside_target(config.target, inputs) or _named(config.out, inputs)
+
+
+def beside_target(target: Path, inputs: Mapping[str, str]) -> Path | None:
+    """Return the folder of outputs beside a target, its folder or file; None if it is read-only."""
+    home = target if target.is_dir() else target.parent
+    return _named(home, inputs) if os.access(home, os.W_OK) else None
+
+
+def _named(home: Path, inputs: Mapping[str, str]) -> Path:
     key = json.dumps(dict(inputs), sort_keys=True).encode()
     return home / "outputs" / hashlib.sha256(key).hexdigest()[:16]
 

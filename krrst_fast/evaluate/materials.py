@@ -16,6 +16,7 @@ from krrst_fast.baselines.coresets import require_kmeans
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
+from krrst_fast.distill.cache import beside_target
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError, KrrstError
 from krrst_fast.evaluate.config import OURS, USUAL, EvaluateConfig
@@ -24,6 +25,7 @@ from krrst_fast.models import check as check_network
 from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.environment import pick_device
 from krrst_fast.runs.files import read_json
+from krrst_fast.runs.rows import computed_rows
 from krrst_fast.runs.version import version
 from krrst_fast.targets import FrozenTarget, load_target
 from krrst_fast.targets.encoder import EncoderInfo
@@ -116,7 +118,7 @@ class Materials:
             images = source.images(name)
             index = torch.arange(len(images))[:: -(-len(images) // HELD_OUT)]
             seen = plain_views(images, index, target.mean, target.std).to(self.device)
-            outputs = torch.cat([target(chunk) for chunk in seen.split(CHUNK)]).float()
+            outputs = _outputs_on(seen, target, target_path, f"{source.identity()} {name}")
         except KrrstError as error:
             warnings.warn(f"evaluate: there is no held-out R2: {error}", stacklevel=2)
             return None
@@ -364,6 +366,25 @@ def _from_run(config: EvaluateConfig, key: str, setting: str, needed: object) ->
         raise ConfigError(f"evaluate: {file} does not name the {setting}; pass --{setting}")
     path = Path(values[key])
     return path if needed or path.exists() else None
+
+
+def _outputs_on(seen: Tensor, target: FrozenTarget, path: Path, images: str) -> Tensor:
+    """Return the target's outputs on held-out images; those of an encoder are kept beside it."""
+    inputs = {
+        "images": f"{len(seen)} spread over {images}",
+        "target": target.identity(),
+        "device": target.device.type,
+    }
+    folder = beside_target(path, inputs) if isinstance(target.config, EncoderInfo) else None
+
+    def compute(rows: Tensor) -> Tensor:
+        return target(seen[rows.to(seen.device)]).float()
+
+    if folder is None:
+        return torch.cat([compute(rows) for rows in torch.arange(len(seen)).split(CHUNK)])
+    shape, what = (len(seen), target.dim), "held-out outputs"
+    rows = computed_rows(folder, shape, inputs, compute, block=CHUNK, what=what)
+    return rows.to(seen.device)
 
 
 def _of_tensors(tensors: list[Tensor]) -> str:

@@ -100,20 +100,21 @@ def _layers(blocks: nn.Sequential) -> list[tuple[nn.Conv2d, nn.Module | None]] |
     found: list[tuple[Any, nn.Module | None]] = []
     for block in blocks:
         parts: dict[str, Any] = dict(block.named_children())
-        order = [name for name in parts if name != "norm"]
-        if type(block) is not nn.Sequential or order != ["conv", "relu", "pool"]:
+        names = [name for name in parts if name != "norm"]
+        if type(block) is not nn.Sequential or names != ["conv", "relu", "pool"]:
             return None
-        conv, pool, norm = parts["conv"], parts["pool"], parts.get("norm")
-        if not is_plain_conv(conv) or not is_plain_norm(norm) or type(parts["relu"]) is not nn.ReLU:
+        conv, relu, pool, norm = parts["conv"], parts["relu"], parts["pool"], parts.get("norm")
+        of_torch = type(relu) is nn.ReLU and type(pool) is nn.AvgPool2d
+        if not (of_torch and is_plain_conv(conv) and is_plain_norm(norm)):
             return None
-        if (conv.kernel_size, conv.stride, conv.padding) != ((3, 3), (1, 1), (1, 1)):
-            return None
-        if list(parts)[1] not in ("norm", "relu") or conv.in_channels != (
-            found[-1][0].out_channels if found else conv.in_channels
-        ):
-            return None
-        halves = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (2, 2, 0, False)
-        if type(pool) is not nn.AvgPool2d or not halves or pool.divisor_override is not None:
+        as_built = (
+            (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1)),
+            (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (2, 2, 0, False),
+            pool.divisor_override is None,
+            norm is None or list(parts)[1] == "norm",
+            not found or found[-1][0].out_channels == conv.in_channels,
+        )
+        if not all(as_built):
             return None
         found.append((conv, norm))
     return found or None
@@ -153,7 +154,7 @@ def conv_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor | None:
     return trained(convs, batch_norms, x)
 
 
-_CHUNK = 2**25
+_CHUNK = 2**26
 """Bytes of the largest activations at a time: of more images at once only masks are kept."""
 
 
@@ -166,7 +167,8 @@ class _AtRest(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, needs_masks: bool, *filters: Tensor) -> Tensor:
         weights = filters[::2]
         pixels = [x[0, 0].numel() >> 2 * level for level in range(len(weights))]
-        ctx.chunk = max(1, _CHUNK // max(p * max(w.shape[:2]) for p, w in zip(pixels, weights)))
+        most = max(4 * p * max(w.shape[:2]) for p, w in zip(pixels, weights))
+        ctx.chunk = max(1, _CHUNK // most)
         ctx.sizes = [tuple(side >> level for side in x.shape[2:]) for level in range(len(weights))]
         last = [side >> len(weights) for side in x.shape[2:]]
         out = x.new_empty(len(x), len(filters[-1]), *last)
