@@ -45,7 +45,7 @@ CHANGES: dict[str, Callable[[Network], None]] = {
     "gelu": replace_of_convnet("relu", nn.GELU()),
     "max": replace_of_convnet("pool", nn.MaxPool2d(2)),
     "odd averages": replace_of_convnet("pool", nn.AvgPool2d(2, ceil_mode=True)),
-    "no averages": replace_of_convnet("pool", nn.Identity()),
+    "averages of another kind": replace_of_convnet("pool", nn.AdaptiveAvgPool2d(4)),
     "circular": replace_of_convnet(
         "conv", nn.Conv2d(16, 32, 3, padding=1, padding_mode="circular")
     ),
