@@ -205,7 +205,7 @@ def page(seconds: float, steps: int) -> tuple[str, dict[str, float]]:
     runs = Runs()
     times = whole(runs, seconds)
     ratios = {name: times["released"] / times[name] for name in FLOORS}
-    lines = head("step", "ms", "times as fast as the released one")
+    lines = [*head("step", "ms", "times as fast as the released one")]
     lines += [cells("released", f"{times['released']:,.0f}", "")]
     lines += [
         cells(f"krrst_fast, {name}", f"{times[name]:,.0f}", f"**{ratios[name]:.2f}**")

@@ -76,7 +76,7 @@ ROWS = (
         for shape, floor in bench_krr.FLOORS.items()
     ),
     *(
-        Row("few-shot heads and gradients", suite, bench_few_shot.FIVE_SHOT, floor)
+        Row("few-shot heads and gradients", suite, bench_few_shot.FIVE_SHOT, floor, 1, floor < 2)
         for suite, floor in ((bench_few_shot.FewShot, 1.2), (bench_few_shot.FewShotLoop, 8.0))
     ),
     *(
@@ -84,7 +84,7 @@ ROWS = (
         for shape in bench_kernels.SHAPES[:3]
     ),
     *(
-        Row(title, suite, shape, floor, headline=shape == bench_network.SHAPES[0])
+        Row(title, suite, shape, floor, 1, shape == bench_network.SHAPES[0] and floor > 1.2)
         for shape in bench_network.SHAPES
         for title, suite, floor in (
             ("features", bench_network.Features, 1.2),
@@ -103,7 +103,7 @@ PEERS = (
             bench_peers.SHAPE,
             1.0,
             3,
-            peer in (bench_peers.ScikitLearn, bench_peers.Himalaya),
+            peer is bench_peers.ScikitLearn,
         )
         for peer in bench_peers.PEERS
     ),

@@ -23,6 +23,7 @@ few_shot = import_module("bench.bench_few_shot")
 fit = import_module("bench.bench_fit")
 kernels = import_module("bench.bench_kernels")
 krr = import_module("bench.bench_krr")
+network = import_module("bench.bench_network")
 operators = import_module("bench.bench_operators")
 outer_step = import_module("bench.bench_outer_step")
 peers = import_module("bench.bench_peers")
@@ -42,6 +43,9 @@ TINY = {
     krr.KRR: KRR,
     krr.KRRPrecision: KRR,
     krr.KRRPredict: KRR,
+    network.Features: network.Shape(3, 8, (4, 8)),
+    network.FeaturesWithGradient: network.Shape(3, 8, (4, 8)),
+    network.Training: network.Shape(3, 8, (4, 8)),
     operators.BatchedCholesky: operators.System(4, 5, 2),
     operators.BatchedCholeskySolve: operators.System(4, 5, 2),
     operators.BatchedMatmul: operators.Batch(4, 3, 5, 2),

@@ -75,8 +75,22 @@ def test_every_other_promise_is_a_row() -> None:
         },
         (queries, "the formula for each query"): 20.0,
         (queries, "krr_predict for each query"): 20.0,
+        **{
+            (f"{title}: {sizes}", "PyTorch's modules, channels innermost"): floor
+            for title, floor in (
+                ("features", 1.2),
+                ("features and their gradient", 1.3),
+                ("training step", 1.3),
+            )
+            for sizes in (
+                "M 125, size 32, widths (128, 256, 512)",
+                "M 32, size 64, widths (64, 128, 256, 512)",
+                "M 100, size 32, widths (32, 64, 128)",
+                "M 100, size 32, widths (16, 32, 64)",
+            )
+        },
     }
-    assert len(ratios.ROWS) == len(krr.FLOORS) + 7
+    assert len(ratios.ROWS) == len(krr.FLOORS) + 19
     *of_peers, rbf = ratios.PEERS
     assert {row.name for row in of_peers} == {"fit and predict: N 1000, P 512, D 8192, B 1024"}
     assert [row.suite for row in of_peers] == list(peers.PEERS) and len(set(peers.PEERS)) == 4
