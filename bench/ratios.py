@@ -184,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print each row; return 1 if a floor is required and missed, 2 if a file has no marks."""
     parser = argparse.ArgumentParser(prog="python -m bench.ratios", description=__doc__)
     parser.add_argument("--peers", action="store_true", help="only the rows of other libraries")
+    parser.add_argument("--networks", action="store_true", help="only the rows of networks")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there, too")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="write some rows there, too")
     parser.add_argument(
@@ -203,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(*head(*COLUMNS), sep="\n", flush=True)
     found: list[Measured] = []
-    for one in measured(PEERS if options.peers else (*ROWS, *PEERS), seconds=options.seconds):
+    networks = tuple(row for row in ROWS if row.suite.__module__ == bench_network.__name__)
+    some = PEERS if options.peers else networks if options.networks else (*ROWS, *PEERS)
+    for one in measured(some, seconds=options.seconds):
         found.append(one)
         print(one, flush=True)
     for path in pages:
