@@ -10,6 +10,7 @@ import argparse
 from itertools import product
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from krrst_fast.evaluate import (
@@ -28,7 +29,7 @@ parser.add_argument("figure", type=Path)
 parser.add_argument("runs", type=Path, nargs="+")
 parser.add_argument("--labels", default="10,50,all", help="of each class")
 parser.add_argument("--steps", default="100,1000")
-parser.add_argument("--rates", default="0.003,0.01,0.03,0.1")
+parser.add_argument("--rates", default="0.01,0.03,0.1")
 parser.add_argument("--methods", default="none,random_target,distilled,random_20x")
 parser.add_argument("--widths", default="16,32,64")
 parser.add_argument("--pretrain_steps", type=int, default=1000)
@@ -75,6 +76,7 @@ def accuracy(found: Evaluation, method: str) -> tuple[float, float]:
     return summary.mean, summary.difference.standard_error if summary.difference else 0.0
 
 
+matplotlib.rcParams["svg.fonttype"] = "none"
 figure = Figure(figsize=(3 * len(LABELS), 2.6 * len(STEPS)), layout="constrained")
 panels = figure.subplots(len(STEPS), len(LABELS), sharex=True, squeeze=False)
 print("| labels a class | steps | rate | " + " | ".join(METHODS) + " |")
@@ -100,5 +102,6 @@ for (row, steps), (column, labels) in product(enumerate(STEPS), enumerate(LABELS
     panel.set_title(f"{labels} labels a class, {steps} steps", fontsize=9)
     panel.set_xlabel("rate" if row + 1 == len(STEPS) else "")
     panel.set_ylabel("" if column else "accuracy, %")
-panels[0, 0].legend(fontsize=7)
-figure.savefig(args.figure)
+names = panels[0, 0].get_legend_handles_labels()
+figure.legend(*names, loc="outside lower center", ncols=2, fontsize=8)
+figure.savefig(args.figure, metadata={"Date": None} if args.figure.suffix == ".svg" else None)

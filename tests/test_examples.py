@@ -104,7 +104,7 @@ def test_the_recipe_makes_its_table(tmp_path: Path) -> None:
     words = [EXAMPLES / "finetune_grid.py", out / "c10", figure, out / "run0", out / "run1"]
     lines = _run(*words, *small.split()).splitlines()
     assert len(lines) == 2 + 8 and lines[-1].startswith("| all | 3 | 0.03 |")
-    assert "all labels a class, 3 steps" in figure.read_text() or figure.stat().st_size > 10_000
+    assert "all labels a class, 3 steps" in figure.read_text()
 
 
 def test_every_example_is_run_here() -> None:
