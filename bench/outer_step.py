@@ -8,6 +8,7 @@ up. All take turns in one process; times are medians.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from bench.markdown import cells, head, rewrite
 from krrst_fast.data.augment import ViewConfig, draw_among, kept_views
 from krrst_fast.distill.cache import TargetCache
 from krrst_fast.distill.step import outer_step
+from krrst_fast.models.convnet import ConvNet
 from krrst_fast.ops.views import views
 from krrst_fast.runs.environment import describe
 
@@ -74,6 +76,16 @@ def _plain_crops(batch: Tensor) -> Tensor:
     return out
 
 
+def by_modules(network: Any) -> Any:
+    """Return a copy that PyTorch's modules run, in the layout that they are made in."""
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    if isinstance(plain, ConvNet):
+        plain.__dict__["_features"] = plain.blocks.forward
+    else:
+        plain.__dict__["_is_without_graph"] = lambda x: False
+    return plain
+
+
 class Runs:
     """Our distillations, and the released one."""
 
@@ -85,11 +97,9 @@ class Runs:
         outputs = TargetCache(self.cached.target, pixels.pixels, ViewConfig(), kept=kept)
         source = images.source(SCALE, self.cached.images, outputs)
         self.cached = self.cached._replace(source=replace(source, kept=kept))
-        network = theirs.state.pool.slots[0].network
+        network, target = map(by_modules, (theirs.state.pool.slots[0].network, theirs.target.model))
         state = theirs.state
-        self.theirs = ReleasedStep(
-            network, theirs.target.model, state.x_syn, state.y_syn, RATE.start, SGD
-        )
+        self.theirs = ReleasedStep(network, target, state.x_syn, state.y_syn, RATE.start, SGD)
         loader = DataLoader(Pictures(pixels), batch_size=SCALE.b, shuffle=True, num_workers=0)
         self._crop, self.cropped_by = crops()
         self._batches = _forever(loader)

@@ -88,8 +88,8 @@ ROWS = (
         for shape in bench_network.SHAPES
         for title, suite, floor in (
             ("features", bench_network.Features, 1.2),
-            ("features and their gradient", bench_network.FeaturesWithGradient, 1.3),
-            ("training step", bench_network.Training, 1.3),
+            ("features and their gradient", bench_network.FeaturesWithGradient, 1.5),
+            ("training step", bench_network.Training, 1.2),
         )
     ),
     Row("one fit, many queries", bench_fit.Reuse, bench_fit.QUICK, 20.0, headline=False),
