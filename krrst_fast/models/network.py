@@ -67,8 +67,8 @@ class Network(nn.Module, ABC):
 def place(network: N, device: torch.device | str, dtype: torch.dtype = torch.float32) -> N:
     """Move a network to `device`, in the memory layout its convolutions are fastest in there.
 
-    On a CPU that is channels innermost: a ConvNet runs a fifth to a quarter faster. The values of
-    the parameters do not change; results change in their last bits.
+    On a CPU that is channels innermost, for what PyTorch's modules run there. The values of the
+    parameters do not change; results change in their last bits.
     """
     device = torch.device(device)
     # Torch has no such layout of five dimensions.
