@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from krrst_fast.errors import (
     NonFiniteError,
     NotPositiveDefiniteError,
 )
-from krrst_fast.evaluate import EvaluateConfig, FinetuneConfig, PretrainConfig, ProbeConfig
+from krrst_fast.evaluate import EvaluateConfig, FinetuneConfig, PretrainConfig, ProbeConfig, trial
+from krrst_fast.evaluate.networks import Networks
+from krrst_fast.evaluate.pretrain import pretrain
 from krrst_fast.evaluate.run import evaluate
 from krrst_fast.evaluate.suite import SuiteConfig, evaluate_suite, model_of
 from krrst_fast.evaluate.workers import rows_by_processes
@@ -306,6 +309,43 @@ def test_a_suite_goes_on_where_it_was_stopped(suite: SuiteConfig) -> None:
     (folder / "recipe.md").unlink()
     assert evaluate_suite(suite, progress=False) == whole
     assert read_json(folder / "recipe-digits-convnet-4-8.json", sealed="result")["rows"] == kept
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cells_of_a_student_share_their_pre_training(
+    base: Path, suite: SuiteConfig, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Rows have the bits of rows that were pre-trained for themselves, early stopped ones too."""
+    methods = ("random_target", "random_early", "kmeans", "distilled")
+    longer = replace(suite, methods=methods, pretrain=PretrainConfig(steps=35), workers=workers)
+    steps: list[int] = []
+
+    def counted(*given: Any, **settings: Any) -> float:
+        steps.append(given[3].steps)
+        return pretrain(*given, **settings)
+
+    monkeypatch.setattr(trial, "pretrain", counted)
+    damaged: list[Path] = []
+    inner, networks = Networks.take, suite.folder / "recipe.networks"
+
+    def take(self: Networks, key: str) -> Any:
+        if networks.exists() and not damaged:
+            damaged.append(next(networks.iterdir()))
+            damaged[0].write_bytes(b"krrst")
+        return inner(self, key)
+
+    monkeypatch.setattr(Networks, "take", take)
+    evaluate_suite(longer, progress=False)
+    assert not networks.exists() and (workers > 1 or damaged)
+    if workers == 1:
+        # Two students and seeds: three in full and the early one again up to step 30 for each, in
+        # the second store the latter alone; once the early one in full, where the other was damaged.
+        assert sorted(steps) == [30] * 7 + [35] * (4 * 3 + 1)
+    for cell in longer.cells():
+        shared = read_json(suite.folder / f"{cell.name}.json", sealed="result")["rows"]
+        alone = evaluate(replace(cell, name="alone", overwrite=True), progress=False).to_json()
+        for row, one in zip(shared, alone["rows"], strict=True):
+            assert {**row, "seconds": 0} == {**one, "seconds": 0}
 
 
 def test_a_bad_cell_is_found_before_the_first_is_computed(

@@ -23,15 +23,27 @@ class EarlyStop:
     """
 
     def __init__(self, net: Network, score: Callable[[Network], float], last: int) -> None:
-        self._net, self._score, self._step = net, score, 0
+        self._net, self._score, self._step, self._last = net, score, 0, last
         self._tried = {*(step for step in STEPS if step < last), last}
         self._best: tuple[float, int, dict[str, Tensor]] | None = None
 
     def after_step(self) -> None:
         """Count a step, and score the network if it is one of those that are tried."""
         self._step += 1
-        if self._step not in self._tried:
-            return
+        if self._step in self._tried:
+            self._try()
+
+    @property
+    def before_last(self) -> int:
+        """The last step but one that is tried, 0 if there is none."""
+        return max((step for step in self._tried if step < self._last), default=0)
+
+    def score_last(self) -> None:
+        """Score the network as that of the last step, which it was given."""
+        self._step = self._last
+        self._try()
+
+    def _try(self) -> None:
         self._net.eval()
         score = self._score(self._net)
         self._net.train()

@@ -183,13 +183,13 @@ class Materials:
             parts.append(self.config.model.identity())
         if self.config.kd.teacher.is_own:
             parts.append(self.config.kd.teacher.identity())
-        parts += [self._digests["store"], self._digests[method if method in self.sets else OURS]]
+        parts += [self.digests["store"], self.digests[method if method in self.sets else OURS]]
         if self.is_represented(method):
             parts.append(self._held_out_identity)
         if method in _NEEDS_SOURCE:
-            parts.append(self._digests["source"])
+            parts.append(self.digests["source"])
         if method in _NEEDS_TARGET:
-            parts.append(self._digests["target"])
+            parts.append(self.digests["target"])
         return _digest(json.dumps(parts, sort_keys=True).encode())
 
     @cached_property
@@ -205,7 +205,8 @@ class Materials:
             return []
 
     @cached_property
-    def _digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
+        """Of the sets by method, and of store, source and target, as far as they are known."""
         digests = {
             name: _of_tensors([tensor for one in sets for tensor in (one.images, one.targets)])
             for name, sets in self.sets.items()

@@ -9,6 +9,7 @@ from krrst_fast.data.verify import Verification
 from krrst_fast.errors import ConfigError, KrrstError, NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.evaluate.config import EvaluateConfig
 from krrst_fast.evaluate.materials import Materials, open_materials
+from krrst_fast.evaluate.networks import NONE_KEPT, Networks
 from krrst_fast.evaluate.notes import data_notes
 from krrst_fast.evaluate.table import Evaluation, Row
 from krrst_fast.evaluate.trial import Trials
@@ -22,7 +23,9 @@ from krrst_fast.runs.lock import locked
 from krrst_fast.runs.progress import progress_bar
 
 
-def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
+def evaluate(
+    config: EvaluateConfig, *, progress: bool = True, networks: Path | None = None
+) -> Evaluation:
     """Measure how well networks pre-trained in several ways transfer to labelled images.
 
     Within a seed all methods share the initial weights, the draw of labels and the order of the
@@ -33,6 +36,8 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
     Args:
         config: Settings of the evaluation.
         progress: Show a bar, where there is a terminal.
+        networks: A folder that keeps pre-trained networks, for evaluations that differ by their
+            store or by how networks are measured; None keeps none.
 
     Returns:
         The figures, which are also in `evaluation/NAME.json` of the run.
@@ -44,7 +49,7 @@ def evaluate(config: EvaluateConfig, *, progress: bool = True) -> Evaluation:
         NonFiniteError, NotPositiveDefiniteError: Rows failed; the others are finished and kept.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; the rows that were finished are kept.
     """
-    opened = _open(config)
+    opened = _open(config, Networks(networks))
     config, partial, rows = opened.config, opened.partial, dict[Job, Row]()
     config.folder.mkdir(parents=True, exist_ok=True)
     partial.touch()
@@ -102,6 +107,7 @@ class _Opened:
     """An evaluation whose inputs are open and checked."""
 
     config: EvaluateConfig
+    networks: Networks
     trials: Trials
     verifications: list[Verification]
     notes: tuple[str, ...]
@@ -129,7 +135,7 @@ class _Opened:
         return _rows_at_hand(self.config, self.output, self.partial, self.keys, self.jobs)
 
 
-def _open(config: EvaluateConfig) -> _Opened:
+def _open(config: EvaluateConfig, networks: Networks = NONE_KEPT) -> _Opened:
     """Open everything, and refuse what cannot be computed or written."""
     materials = open_materials(config)
     stores = {x.path: x for x in (materials.store, materials.source) if x is not None}
@@ -137,7 +143,8 @@ def _open(config: EvaluateConfig) -> _Opened:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     opened = _Opened(
         config=config,
-        trials=Trials(materials),
+        networks=networks,
+        trials=Trials(materials, networks),
         verifications=[Verification(store) for store in stores.values()],
         notes=data_notes(materials.store, materials.test_split, materials.held_out_from[0]),
         keys={method: materials.fingerprint(method) for method in config.names},
@@ -174,7 +181,7 @@ def _finished(opened: _Opened, jobs: Sequence[Job], progress: bool) -> Generator
         if any(trials.materials.is_represented(method) for method, _ in jobs):
             _ = trials.materials.held_out
         with progress_bar(progress, total=len(jobs), unit="row") as bar:
-            for row in rows_by_processes(config, jobs, opened.keys):
+            for row in rows_by_processes(config, jobs, opened.keys, opened.networks):
                 yield row
                 bar.update()
         return

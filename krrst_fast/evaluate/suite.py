@@ -1,6 +1,7 @@
 """Suites: the same measurements on several labelled stores and students, cell by cell."""
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ CONVNET = re.compile(r"convnet((?:-[1-9]\d*)+)")
 """A convnet by its widths: convnet-16-32-64."""
 R2 = "held-out R2"
 RATES = (0.003, 0.01, 0.03, 0.1)
-_REAL: tuple[Method, ...] = ("random_target", "random_early", "kmeans")
+_REAL: tuple[Method, ...] = ("random_target", "kmeans", "random_early")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,8 @@ def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
 
     Each cell is a result of its own, `evaluation/SUITE-STORE-STUDENT.json` of the first run: cells
     that are finished are read, and one that was stopped goes on where it was. The tables are in
-    `evaluation/SUITE.md`.
+    `evaluation/SUITE.md`. Until all cells are finished, the folder `evaluation/SUITE.networks` has
+    the pre-trained networks, which the cells of a student share.
 
     Args:
         config: The settings.
@@ -121,12 +123,13 @@ def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
     cells = list(config.cells())
     for cell in cells:
         check(cell)
+    networks = config.folder / f"{config.suite}.networks"
     finished: dict[EvaluateConfig, Evaluation] = {}
     failed: list[KrrstError] = []
     try:
         for cell in cells:
             try:
-                finished[cell] = evaluate(cell, progress=progress)
+                finished[cell] = evaluate(cell, progress=progress, networks=networks)
             except (NonFiniteError, NotPositiveDefiniteError) as error:
                 failed.append(type(error)(f"{cell.name}: {error}"))
     finally:
@@ -135,6 +138,7 @@ def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
             write_text(config.folder / f"{config.suite}.md", text + "\n")
     if failed:
         raise type(failed[0])(f"{'; '.join(map(str, failed))} (the other cells are finished)")
+    shutil.rmtree(networks, ignore_errors=True)
     return text
 
 

@@ -21,6 +21,7 @@ from krrst_fast.evaluate.distillation import distil_knowledge, measured, train_t
 from krrst_fast.evaluate.early import EarlyStop, fitted_and_held_out
 from krrst_fast.evaluate.labelled import draw_labelled
 from krrst_fast.evaluate.materials import CHUNK, TIMES, Materials, Split
+from krrst_fast.evaluate.networks import NONE_KEPT, Networks, pretraining_key
 from krrst_fast.evaluate.pretrain import (
     pretrain,
     pretrain_labels,
@@ -72,12 +73,17 @@ class Start:
 class Trials:
     """A runner of methods and seeds on the same materials.
 
+    Args:
+        materials: All inputs.
+        networks: Those that other rows have pre-trained, or will begin with.
+
     Raises:
         DataError: A class has fewer labelled images than asked, or a test image has no label.
     """
 
-    def __init__(self, materials: Materials) -> None:
+    def __init__(self, materials: Materials, networks: Networks = NONE_KEPT) -> None:
         self.materials = materials
+        self._networks = networks
         self._target_features: dict[str, tuple[Tensor, ...]] = {}
         self._taught_by: tuple[Network, float] | None = None
         self._all_tests = torch.arange(len(materials.test.labels))
@@ -146,20 +152,36 @@ class Trials:
             chosen = CHOICES[method](self._source, given.target, count, seed=seed, **known)
         net = self._fresh(chosen.targets.shape[1], seed)
         images, targets = chosen.images.to(device), chosen.targets.to(device)
-        early = EarlyStop(net, partial(self._validation, seed=seed), config.steps)
-        stopping = early if method == "random_early" else None
-
-        def after_step() -> None:
-            tick()
-            if stopping is not None:
-                stopping.after_step()
-
         rate = pretraining_rate(net, images, targets, config)
-        loss = pretrain(net, images, targets, config, seed=seed, rate=rate, tick=after_step)
+        stopping = None
+        if method == "random_early":
+            stopping = EarlyStop(net, partial(self._validation, seed=seed), config.steps)
+
+        def train(steps: int) -> float:
+            def after_step() -> None:
+                tick()
+                if stopping is not None:
+                    stopping.after_step()
+
+            some = replace(config, steps=steps)
+            return pretrain(net, images, targets, some, seed=seed, rate=rate, tick=after_step)
+
+        key = pretraining_key(given, method, seed)
+        if (ready := self._networks.take(key)) is None:
+            loss = train(config.steps)
+            self._networks.keep(key, net, loss)
+        else:
+            if stopping is not None and stopping.before_last:
+                train(stopping.before_last)
+            net.load_state_dict(ready.state)
+            net.eval()
+            loss = ready.loss
+        start = Start(images=len(images), seen=images, loss=loss, rate=rate)
         if stopping is None:
-            return net, Start(images=len(images), seen=images, loss=loss, rate=rate)
-        steps = stopping.take_best()
-        return net, Start(images=len(images), seen=images, steps=steps, rate=rate)
+            return net, start
+        if ready is not None:
+            stopping.score_last()
+        return net, replace(start, loss=None, steps=stopping.take_best())
 
     def _validation(self, net: Network, *, seed: int) -> float:
         """Return the accuracy of a ridge probe on training images that it did not learn from.

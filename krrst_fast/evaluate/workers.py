@@ -13,6 +13,7 @@ import torch
 from krrst_fast.errors import KrrstError, NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.evaluate.config import EvaluateConfig
 from krrst_fast.evaluate.materials import open_materials
+from krrst_fast.evaluate.networks import NONE_KEPT, Networks
 from krrst_fast.evaluate.table import Row
 from krrst_fast.evaluate.trial import Trials
 
@@ -23,7 +24,10 @@ Failure = NonFiniteError | NotPositiveDefiniteError
 
 
 def rows_by_processes(
-    config: EvaluateConfig, jobs: Sequence[Job], keys: Mapping[str, str]
+    config: EvaluateConfig,
+    jobs: Sequence[Job],
+    keys: Mapping[str, str],
+    networks: Networks = NONE_KEPT,
 ) -> Generator[Row | Failure]:
     """Compute the rows of `jobs`, and yield each as it is finished, in any order.
 
@@ -37,6 +41,7 @@ def rows_by_processes(
             but no more than there are jobs, are started.
         jobs: The rows to compute.
         keys: The fingerprint of each method's rows.
+        networks: Those that other rows have pre-trained, or will begin with.
 
     Raises:
         KrrstError: What a row raised, or a process was killed.
@@ -52,7 +57,7 @@ def rows_by_processes(
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, config, dict(keys), threads), daemon=True
+                target=_work, args=(theirs, config, dict(keys), networks, threads), daemon=True
             )
             process.start()
             started.append(process)
@@ -92,7 +97,13 @@ def _received(ours: Connection, process: Any, job: Job) -> Row | Failure:
     raise found
 
 
-def _work(jobs: Connection, config: EvaluateConfig, keys: Mapping[str, str], threads: int) -> None:
+def _work(
+    jobs: Connection,
+    config: EvaluateConfig,
+    keys: Mapping[str, str],
+    networks: Networks,
+    threads: int,
+) -> None:
     """Run the trials that come through a connection until it is closed."""
     # A terminal sends Ctrl-C to all; the first process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -100,7 +111,7 @@ def _work(jobs: Connection, config: EvaluateConfig, keys: Mapping[str, str], thr
     # The first process has opened the same materials, and given their warnings.
     warnings.simplefilter("ignore")
     try:
-        trials = Trials(open_materials(config))
+        trials = Trials(open_materials(config), networks)
         while True:
             method, seed = jobs.recv()
             try:
