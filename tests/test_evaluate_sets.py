@@ -339,7 +339,7 @@ def test_cells_of_a_student_share_their_pre_training(
     assert not networks.exists() and (workers > 1 or damaged)
     if workers == 1:
         # Two students and seeds: three in full and the early one again up to step 30 for each, in
-        # the second store the latter alone; once the early one in full, where the other was damaged.
+        # the second store the latter alone; once it is in full, where the other was damaged.
         assert sorted(steps) == [30] * 7 + [35] * (4 * 3 + 1)
     for cell in longer.cells():
         shared = read_json(suite.folder / f"{cell.name}.json", sealed="result")["rows"]
