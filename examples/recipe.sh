@@ -30,21 +30,26 @@ mkdir -p "$out"
 [ -e "$out/c10" ] || krrst prepare "$cifar10" "$out/c10" --size 32 --quiet
 krrst target --run cifar100-encoder --store "$out/c100" --out "$out/target" --resume --quiet
 
-# Two lanes. The second begins once the first has filled the table of the encoder's outputs, which all
-# distillations look up.
-(
-    distill run 0
-    OMP_NUM_THREADS=1 distill run 1
-    OMP_NUM_THREADS=1 distill run 2
-) &
-lane=$!
-until [ -s "$out/run0/metrics.jsonl" ] || ! kill -0 "$lane" 2>/dev/null; do
+# The first one fills the table of the encoder's outputs, which all distillations look up; then two
+# run side by side. What is still running when this ends, by Ctrl-C too, saves its state.
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+distill run 0 &
+until [ -s "$out/run0/metrics.jsonl" ] || ! kill -0 $! 2>/dev/null; do
     sleep 1
 done
-for seed in 0 1 2; do
-    OMP_NUM_THREADS=1 distill learnt_y "$seed" --lr 0 --lr_targets 1e-2
+running=1
+for job in "run 1" "run 2" "learnt_y 0" "learnt_y 1" "learnt_y 2"; do
+    if [ $running = 2 ]; then
+        wait -n
+        running=1
+    fi
+    [[ $job == run* ]] || job+=" --lr 0 --lr_targets 1e-2"
+    # shellcheck disable=SC2086  # words
+    OMP_NUM_THREADS=1 distill $job &
+    running=2
 done
-wait "$lane"
+wait -n
+wait -n
 
 krrst evaluate "$out/run0" "$out/run1" "$out/run2" --suite recipe --stores "$out/c10" \
     --rivals "learnt_y=$out/learnt_y0,learnt_y=$out/learnt_y1,learnt_y=$out/learnt_y2" \

@@ -29,6 +29,8 @@ SHAPES = [
     (3, 6, 6, 200, 24),
     (1, 2, 3, 1, 129),
     (5, 4, 4, 160, 176),
+    (2, 7, 6, 4, 17),
+    (3, 4, 10, 7, 64),
 ]
 needs_extension = pytest.mark.skipif(
     not operators.HAS_EXTENSION, reason="the compiled operators are not built"

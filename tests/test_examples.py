@@ -94,7 +94,7 @@ def test_the_recipe_makes_its_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table][1:] == [
-        *("none", "random_target", "random_early", "kmeans", "distilled"),
+        *("none", "random_target", "kmeans", "random_early", "distilled"),
         *("random_20x", "learnt_y", "**distilled** - best rival"),
     ]
     assert "c10 probe-2" in table[0] and "c10 finetune" in table[0]

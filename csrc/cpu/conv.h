@@ -2,8 +2,8 @@
 // F(2x2, 3x3): the image is cut in tiles of 2x2 outputs, each of which 16 products make out of 4x4
 // inputs where plain arithmetic takes 36 (Lavin and Gray, arXiv 1509.09308). A tile is also what
 // 2x2 average pooling makes one pixel of, so bias, ReLU and pooling happen before it is stored.
-// Where there are few input channels, as of images, transforms cost more than they save: there the
-// nine inputs of each output are laid side by side and multiplied as they are.
+// Where there are few input channels, as of images, transforms cost more than they save, and the
+// nine inputs of each output are multiplied as they are.
 //
 // Raw pointers, no torch headers. Images are [batch, height, width, channels], contiguous.
 #pragma once
@@ -15,8 +15,7 @@ struct Layer {
   int64_t batch, height, width, inputs, outputs;
 
   bool direct() const { return inputs < 8; }
-  // Products of a tile for each pair of channels, and how many terms each of them sums.
-  int64_t positions() const { return direct() ? 4 : 16; }
+  // How many terms a product of positions sums.
   int64_t depth() const { return direct() ? 9 * inputs : inputs; }
   int64_t pixels() const { return batch * height * width; }
 };
@@ -51,13 +50,12 @@ struct Gradient {
 };
 
 struct Conv {
-  int64_t tiles;  // of a block that a thread works on at a time
-
   int64_t (*packed_size)(const Layer& layer, bool backward);
   void (*pack)(const Layer& layer, const Filters& filters, bool backward, int64_t first,
                int64_t last, float* packed);
 
-  // The blocks first .. last - 1 of the tiles of all images.
+  // The blocks first .. last - 1 of forward_blocks.
+  int64_t (*forward_blocks)(const Layer& layer, bool pooled);
   int64_t (*forward_scratch)(const Layer& layer);
   void (*forward)(const Layer& layer, const float* x, const float* packed, const Epilogue& to,
                   int64_t first, int64_t last, float* scratch);

@@ -53,9 +53,7 @@ constexpr int64_t kPartBytes = int64_t{1} << 28;
 void conv_forward(const Layer& layer, const float* x, const Filters& filters, const Epilogue& to,
                   const Parallel& threads) {
   const Buffer weights = packed(layer, filters, false, threads);
-  const int64_t rows = (layer.height + !to.pooled) / 2, columns = (layer.width + !to.pooled) / 2;
-  const int64_t tiles = layer.batch * rows * columns;
-  threads((tiles + conv().tiles - 1) / conv().tiles, [&](int64_t first, int64_t last) {
+  threads(conv().forward_blocks(layer, to.pooled), [&](int64_t first, int64_t last) {
     const Buffer scratch = buffer(conv().forward_scratch(layer));
     conv().forward(layer, x, weights.get(), to, first, last, scratch.get());
   });

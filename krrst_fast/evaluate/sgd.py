@@ -65,7 +65,9 @@ def descend(
     if adam:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     else:
-        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        optimizer = torch.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
+        )
     loss = torch.tensor(0.0)
     for step, index in enumerate(order):
         if cosine:
