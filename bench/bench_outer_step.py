@@ -14,7 +14,7 @@ from bench import flops
 from bench.common import solving
 from bench.suite import EVERYWHERE, Case, Comparison, Setting
 from krrst_fast import Solver, krr_mse
-from krrst_fast.data.augment import ViewConfig
+from krrst_fast.data.augment import View, ViewConfig
 from krrst_fast.distill import step
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.distill.pool import Pool
@@ -42,6 +42,21 @@ def reference_mse(*tensors: Tensor, return_info: bool, solver: Solver, **options
     return krr_mse(*tensors, **options, **solving("reference")), None
 
 
+class _Rows:
+    """The target's outputs as rows of a table (a `Represent` function)."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        self._outputs = outputs
+
+    def find(self, view: View) -> Tensor:
+        """Return the images."""
+        return view.index
+
+    def __call__(self, found: Tensor, batch: Tensor) -> Tensor:
+        """Return the outputs of the images."""
+        return self._outputs[found]
+
+
 class Run:
     """A distillation at its first step."""
 
@@ -56,7 +71,7 @@ class Run:
             mean=(0.5,) * 3,
             std=(0.3,) * 3,
             view=ViewConfig(),
-            represent=lambda index, *_: outputs[index],
+            represent=_Rows(outputs),
             epochs=Epochs(IMAGES, seed=0),
             batch_size=shape.b,
             dtype=dtype,

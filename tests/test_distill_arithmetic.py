@@ -19,7 +19,8 @@ from krrst_fast.distill.arithmetic import (
     convolutions,
     environment_of,
 )
-from krrst_fast.distill.cache import TargetCache, is_cached
+from krrst_fast.distill.cache import TargetCache
+from krrst_fast.distill.cache_plan import is_cached
 from krrst_fast.distill.config import FREE_SETTINGS
 from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.start import initial_set, make_source, make_state
@@ -35,6 +36,7 @@ from krrst_fast.targets import (
     load_target,
     train_target,
 )
+from tests.test_distill_source import Live
 
 CPU = torch.device("cpu")
 RATE = LinearDecay(start=0.01, final=1e-5, steps=20)
@@ -153,11 +155,12 @@ def test_tf32_is_recorded_where_it_changes_bits(config):
     ):
         chosen = dataclasses.replace(config, dtype=dtype)
         with convolutions(tf32=tf32):
-            written = environment_of(chosen, gpu)["convolutions"]
+            written = environment_of(chosen, gpu, None)["convolutions"]
         assert written == f"in {'TF32' if said else 'float32'}"
-    assert environment_of(config, CPU) == {"networks": "plain PyTorch"}
+    plain = {"networks": "plain PyTorch", "target": "run at every step"}
+    assert environment_of(config, CPU, None) == plain
     double = dataclasses.replace(config, dtype="float64")
-    assert environment_of(double, gpu) == {"networks": "plain PyTorch"}
+    assert environment_of(double, gpu, None) == plain
 
 
 def test_runs_of_earlier_versions_can_be_resumed(config):
@@ -195,7 +198,7 @@ def state_and_source(config: DistillConfig, chosen: Arithmetic):
     state = State(initial.images, initial.targets, pool, generator(0, "steps"))
     source = make_source(config, store, target, CPU)
     fast = FastTarget(target, chosen)
-    return state, dataclasses.replace(source, represent=lambda index, offset, flip, x: fast(x))
+    return state, dataclasses.replace(source, represent=Live(fast))
 
 
 @pytest.mark.parametrize("half", [False, True])

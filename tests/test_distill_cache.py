@@ -10,7 +10,8 @@ import krrst_fast.distill.loop as loop
 from krrst_fast.data import open_store
 from krrst_fast.data.augment import ViewConfig, draw_views, render
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
-from krrst_fast.distill.cache import TargetCache, is_cached, views_per_image
+from krrst_fast.distill.cache import TargetCache
+from krrst_fast.distill.cache_plan import is_cached, views_per_image
 from krrst_fast.distill.start import make_source
 from krrst_fast.errors import ConfigError
 from krrst_fast.models import ModelConfig
@@ -73,7 +74,7 @@ def test_looking_up_is_computing_on_the_batch(tiny_store, tiny_target, view, dty
             std=target.std,
             dtype=dtype,
         )
-        found = cache(*drawn, batch)
+        found = cache(cache.find(drawn), batch)
         torch.testing.assert_close(found, target(batch.float()), rtol=1e-5, atol=1e-6)
 
 

@@ -20,6 +20,7 @@ from krrst_fast.runs.config import from_dict
 from krrst_fast.runs.files import read_jsonl
 from krrst_fast.runs.tensors import load_state
 from krrst_fast.targets import load_target
+from tests.test_distill_source import Live
 
 
 @pytest.fixture
@@ -237,9 +238,8 @@ def test_a_run_that_fails_leaves_its_last_checkpoint(config, monkeypatch):
 
     def poisoned(state, source, *args, **options):
         if state.step == 7:
-            object.__setattr__(
-                source, "represent", lambda i, o, f, x: x.new_full((16, 5), math.nan)
-            )
+            poison = Live(lambda batch: batch.new_full((16, 5), math.nan))
+            object.__setattr__(source, "represent", poison)
         return real(state, source, *args, **options)
 
     with monkeypatch.context() as patch:

@@ -10,6 +10,32 @@ from krrst_fast.runs.seeding import generator
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
 
 
+class Means:
+    """Represents views by the means of their channels, and notes what it was asked for."""
+
+    def find(self, view):
+        self.seen = view
+        return torch.arange(len(view.index))
+
+    def __call__(self, found, batch):
+        assert torch.equal(found, torch.arange(len(batch)))
+        return batch.float().mean((2, 3))
+
+
+class Live:
+    """Represents views by a function of the batch."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def find(self, view):
+        return view.index.new_empty(len(view.index), 0)
+
+    def __call__(self, found, batch):
+        assert found.shape == (len(batch), 0)
+        return self.run(batch)
+
+
 def _source(batch_size: int, represent, dtype: torch.dtype = torch.float32) -> Source:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (11, 3, 6, 6), generator=draw, dtype=torch.uint8)
@@ -48,19 +74,14 @@ def test_a_batch_larger_than_the_store_holds_every_image_about_equally_often():
 
 @pytest.mark.parametrize("batch_size, dtype", [(4, torch.float32), (25, torch.float64)])
 def test_a_batch_is_the_views_written_out_with_the_targets_outputs(batch_size, dtype):
-    seen = {}
-
-    def represent(index, offset, flip, batch):
-        seen.update(index=index, offset=offset, flip=flip)
-        return batch.float().mean((2, 3))
-
+    represent = Means()
     source = _source(batch_size, represent, dtype)
     batch, y_real = source.draw(2, generator(0, "test"))
 
     index = source.epochs.take(2 * batch_size, batch_size)
     _, offset, flip = draw_views(index, source.view, generator(0, "test"))
     for name, value in (("index", index), ("offset", offset), ("flip", flip)):
-        assert torch.equal(seen[name], value)
+        assert torch.equal(getattr(represent.seen, name), value)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     for row, (i, (dy, dx), flipped) in enumerate(zip(index, offset.tolist(), flip)):
         padded = torch.nn.functional.pad(source.images[i], (2, 2, 2, 2))
@@ -73,7 +94,7 @@ def test_a_batch_is_the_views_written_out_with_the_targets_outputs(batch_size, d
 
 
 def test_drawing_leaves_the_images_and_the_global_generator_alone():
-    source = _source(4, lambda index, offset, flip, batch: batch.mean((2, 3)))
+    source = _source(4, Means())
     images, state = source.images.clone(), torch.get_rng_state()
     source.draw(0, generator(0, "test"))
     assert torch.equal(source.images, images) and torch.equal(torch.get_rng_state(), state)

@@ -22,6 +22,7 @@ from krrst_fast.distill.step import LinearDecay, State, StepReport, outer_step
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.models import ModelConfig, build
 from krrst_fast.runs.seeding import generator
+from tests.test_distill_source import Live
 
 GOLDEN = Path(__file__).parent / "golden" / "outer_step.json"
 MODEL = ModelConfig(widths=(8, 16))
@@ -39,7 +40,7 @@ def _run(m: int = 7, dtype: torch.dtype = torch.float64, **pool_options) -> tupl
         mean=(0.5,) * 3,
         std=(0.3,) * 3,
         view=ViewConfig(padding=2),
-        represent=lambda index, offset, flip, batch: target(batch),
+        represent=Live(target),
         epochs=Epochs(len(images), seed=0),
         batch_size=12,
         dtype=dtype,
@@ -313,7 +314,7 @@ def test_no_rate_is_low_enough_for_what_explodes_at_any(monkeypatch):
 
 def test_a_target_that_is_not_finite_names_step_and_slot():
     state, source = _run()
-    bad = lambda index, offset, flip, batch: batch.new_full((len(batch), 5), torch.inf)  # noqa: E731
+    bad = Live(lambda batch: batch.new_full((len(batch), 5), torch.inf))
     object.__setattr__(source, "represent", bad)
     with pytest.raises(NonFiniteError, match="distill: step 1, slot"):
         _step(state, source)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import krrst_fast.distill.cache as cache_module
+import krrst_fast.distill.cache_plan as cache_module
 from krrst_fast.data import ViewConfig, open_store
-from krrst_fast.data.augment import all_views, draw_among, kept_views
+from krrst_fast.data.augment import View, all_views, draw_among, kept_views
 from krrst_fast.distill import DistillConfig, PoolConfig, distill
 from krrst_fast.distill.cache import make_cache
 from krrst_fast.distill.start import make_source
@@ -153,10 +153,12 @@ def test_fixed_views_are_the_plain_one_and_others(config):
     assert source.represent.outputs.shape == (40 * 5, 4)
     batch, outputs = source.draw(3, generator(0, "test"))
     torch.testing.assert_close(outputs, target(batch), rtol=1e-4, atol=1e-5)
-    cache = make_cache(fixed, store, target, store.images())
+    plan = cache_module.plan_cache(fixed, store, target, torch.device("cpu"))
+    cache = make_cache(fixed, plan, target, store.images())
     missing = next(iter(possible - {tuple(row) for row in kept.tolist()}))
     with pytest.raises(IndexError):
-        cache(torch.tensor([0]), torch.tensor([missing[:2]]), torch.tensor([missing[2]]), batch)
+        view = torch.tensor([missing])
+        cache(cache.find(View(torch.tensor([0]), view[:, :2], view[:, 2].bool())), batch)
     assert distill(fixed, progress=False).targets.shape == (6, 4)
 
 
@@ -172,7 +174,7 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_starts(config, mon
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
     full = dataclasses.replace(config, out=config.out.with_name("full"))
-    with pytest.raises(ConfigError, match=r"the outputs of the encoder take .* GiB free"):
+    with pytest.raises(ConfigError, match=r"outputs on 720 views take .* GiB, and .* GiB free"):
         distill(full, progress=False)
     assert not full.out.exists()
 

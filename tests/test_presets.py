@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from krrst_fast.cli.presets import PRESETS
-from krrst_fast.distill.cache import LARGEST, is_cached
+from krrst_fast.distill.cache_plan import LARGEST, is_cached
 from krrst_fast.models import build
 from krrst_fast.runs.config import from_dict, to_dict
 
@@ -22,7 +22,7 @@ PAPER = {
 
 # limit, P, M, pool widths, B, steps, T, pre-training steps
 ENCODER = {
-    "cifar100-encoder": (10_000, 64, 100, (16, 32, 64), 128, 2500, 100, 1000),
+    "cifar100-encoder": (10_000, 64, 100, (16, 32, 64), 128, 1800, 100, 1000),
     "cifar100-encoder-1000": (None, 256, 1000, (128, 256, 512), 1024, 20_000, 1000, 4000),
 }
 

@@ -3,14 +3,14 @@
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from bench.common import peak_mb, relative_error
+from krrst_fast.runs.capture import capturing
 
 # More than the L2 cache of any GPU: written before each call, so that no call finds its inputs
 # there. In a step they come from memory as well: convolutions ran before.
@@ -213,35 +213,9 @@ def capture(call: Callable[[], T], warm_up: int = 3) -> tuple[Any, T]:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream), _capture(graph):
+    with torch.cuda.stream(stream), capturing(graph):
         results = call()
     return graph, results
-
-
-@contextmanager
-def _capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """Capture on the current stream.
-
-    `torch.cuda.graph` of torch < 2.12 leaves a capture that fails half open: the next call that
-    frees memory or draws a random number in this process would fail too.
-    """
-    device = torch.cuda.current_device()
-    generator: Any = torch.cuda.default_generators[device]
-    state, pool = generator.clone_state(), torch.cuda.graph_pool_handle()
-    try:
-        graph.capture_begin(pool=pool)
-        yield
-        graph.capture_end()
-    except BaseException:
-        steps: tuple[Callable[[], Any], ...] = (
-            graph.capture_end,
-            lambda: torch._C._cuda_endAllocateToPool(device, pool),
-            lambda: generator.graphsafe_set_state(state),
-        )
-        for step in steps:
-            with suppress(RuntimeError):  # it was not begun, or is over
-                step()
-        raise
 
 
 def torch_version() -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from krrst_fast.data.augment import ViewConfig, plain_views
 from krrst_fast.data.store import open_store
-from krrst_fast.distill.arithmetic import PLAIN, Arithmetic, FastTarget
+from krrst_fast.distill.arithmetic import PLAIN, Arithmetic, FastTarget, RunTarget
 from krrst_fast.distill.config import PoolConfig
 from krrst_fast.distill.pool import Pool
 from krrst_fast.distill.source import Epochs, Represent, Source
@@ -114,17 +114,14 @@ def make(
     )
     state = State(x_syn, y_syn, pool, generator(0, "steps"))
     run = FastTarget(target, arithmetic)
-    return Distillation(on_device, target, run, source(scale, on_device, run_target(run)), state)
+    return Distillation(
+        on_device, target, run, source(scale, on_device, RunTarget(target, run)), state
+    )
 
 
 def _first(images: Images, count: int) -> Tensor:
     index = torch.arange(count, device=images.pixels.device) % len(images.pixels)
     return plain_views(images.pixels, index, images.mean, images.std)
-
-
-def run_target(target: FastTarget) -> Represent:
-    """Return a `Represent` function that runs the target on every batch."""
-    return lambda index, offset, flip, batch: target(batch)
 
 
 def source(scale: Scale, images: Images, represent: Represent) -> Source:

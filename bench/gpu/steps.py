@@ -16,7 +16,8 @@ from bench.gpu.released import RIDGE
 from bench.gpu.step import Way, ways
 from krrst_fast import Solver
 from krrst_fast.data.augment import ViewConfig
-from krrst_fast.distill.cache import TargetCache, views_per_image
+from krrst_fast.distill.cache import TargetCache
+from krrst_fast.distill.cache_plan import views_per_image
 from krrst_fast.distill.loop import warm_up
 from krrst_fast.distill.source import Source
 from krrst_fast.distill.step import LinearDecay, outer_step

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from krrst_fast.baselines.labelled import RealClasses
 from krrst_fast.baselines.regression_config import RegressionConfig
-from krrst_fast.data.augment import ViewConfig
+from krrst_fast.data.augment import View, ViewConfig
 from krrst_fast.data.store import open_store
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.distill.source import Source
@@ -20,6 +20,21 @@ from krrst_fast.runs.seeding import generator
 def centred(labels: Tensor, count: int) -> Tensor:
     """Return one-hot rows [N, count] of labels [N], less 1 / count, so that each row sums to 0."""
     return functional.one_hot(labels, count).float() - 1 / count
+
+
+class _Labels:
+    """Targets of images as what represents their views (a `Represent` function)."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self._targets = targets
+
+    def find(self, view: View) -> Tensor:
+        """Return the images [B]."""
+        return view.index
+
+    def __call__(self, found: Tensor, batch: Tensor) -> Tensor:
+        """Return the targets [B, classes]."""
+        return self._targets[found]
 
 
 class LabelTask:
@@ -59,7 +74,7 @@ class LabelTask:
             mean=self.store.mean,
             std=self.store.std,
             view=ViewConfig(padding=0, flip=False),
-            represent=lambda index, offset, flip, batch: real_targets[index.to(self.device)],
+            represent=_Labels(real_targets),
             epochs=Epochs(len(images), config.seed),
             batch_size=config.batch_size,
         )

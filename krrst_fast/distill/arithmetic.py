@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from krrst_fast.data.augment import View
 from krrst_fast.distill.config import DistillConfig
 from krrst_fast.models import Network
 from krrst_fast.models.functional import AtRest, TrainingLoss, is_functional, state_of
@@ -71,11 +72,6 @@ def storage(config: DistillConfig) -> torch.dtype:
     return torch.float64 if config.dtype == "float64" else torch.float32
 
 
-def kept_dtype(config: DistillConfig) -> torch.dtype:
-    """Return the dtype in which outputs of the target are kept in memory."""
-    return torch.float16 if config.dtype == "float16" else torch.float32
-
-
 class FastTarget:
     """The outputs of a target [B, C, H, W] -> [B, P], in the arithmetic of a run.
 
@@ -92,6 +88,11 @@ class FastTarget:
         self._state = state_of(target.model)
         self._fills_up, self._size = arithmetic.compiles, 0
 
+    @property
+    def is_function(self) -> bool:
+        """Whether the target runs as a function of its own weights."""
+        return self._function is not None
+
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the outputs of normalised images, which the target takes in float32."""
@@ -105,12 +106,44 @@ class FastTarget:
         return self._function(self._state, x)[:count]
 
 
-def environment_of(config: DistillConfig, device: torch.device) -> dict[str, str]:
+class RunTarget:
+    """The outputs of a target on every batch anew (a `Represent` function).
+
+    Args:
+        target: On its device; those of a table of features are looked up in it.
+        run: The target in the arithmetic of the run.
+    """
+
+    def __init__(self, target: FrozenTarget, run: FastTarget) -> None:
+        self._table, self._run = target.table, run
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all its code is the library's: a built-in network, or a table."""
+        return self._table is not None or self._run.is_function
+
+    def find(self, view: View) -> Tensor:
+        """Return images and flips [B, 2] for a table, and else nothing, [B, 0]."""
+        parts = [] if self._table is None else [view.index, view.flip.long()]
+        return torch.stack(parts, 1) if parts else view.index.new_empty(len(view.index), 0)
+
+    def __call__(self, found: Tensor, batch: Tensor) -> Tensor:
+        """Return the outputs [B, P] on views [B, C, H, W]."""
+        return self._run(batch) if self._table is None else self._table.rows(*found.unbind(1))
+
+
+def environment_of(config: DistillConfig, device: torch.device, outputs: object) -> dict[str, str]:
     """Return what the environment of a run records beside versions and hardware.
 
     Convolutions are named where torch may round them to TF32, by its switch as it is now.
+
+    Args:
+        config: Settings of the run.
+        device: Its device.
+        outputs: How the target's outputs are kept; None if the target runs at every step.
     """
     named = {"networks": str(arithmetic(config, device))}
+    named["target"] = "run at every step" if outputs is None else str(outputs)
     if device.type == "cuda" and config.dtype != "float64":
         rounds = torch.backends.cudnn.allow_tf32
         named["convolutions"] = "in TF32" if rounds else "in float32"

@@ -4,150 +4,26 @@ Random crops and flips make finitely many views of an image, so the outputs of a
 them are a finite table, and looking them up is exact.
 """
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from krrst_fast.data.augment import View, ViewConfig, all_views, kept_views, render
-from krrst_fast.data.store import ImageStore
-from krrst_fast.distill.arithmetic import kept_dtype, storage
+from krrst_fast.distill.arithmetic import storage
+from krrst_fast.distill.cache_plan import CachePlan, Place, views_per_image
 from krrst_fast.distill.config import DistillConfig
-from krrst_fast.errors import ConfigError
-from krrst_fast.runs.config import to_dict
 from krrst_fast.runs.progress import progress_bar
 from krrst_fast.runs.rows import computed_rows
 from krrst_fast.targets import FrozenTarget
-from krrst_fast.targets.encoder import EncoderInfo
 
-LARGEST = 2**30
-"""Bytes that a cache may take with the setting "auto", where it is not in the memory of a GPU."""
-_SHARE = 4
-"""Of the memory of a GPU it may take one part in so many: of all memory, so that a resumed run
-does as the run before it, whatever else has memory now."""
 CHUNK = 256
-
-
-def most_bytes(target: FrozenTarget, device: torch.device) -> int:
-    """Return how much a cache on a device may take with the setting "auto"."""
-    if device.type != "cuda" or isinstance(target.config, EncoderInfo):
-        return LARGEST
-    return torch.cuda.get_device_properties(device).total_memory // _SHARE
-
-
-def is_cached(config: DistillConfig, count: int, dim: int, most: int = LARGEST) -> bool:
-    """Return whether a run keeps a table of the target's outputs.
-
-    Args:
-        config: Settings of the run; "auto" keeps a small cache that costs less than it saves.
-        count: N, the real images.
-        dim: P, the outputs of the target.
-        most: The bytes of a small one.
-    """
-    if config.target_cache != "auto":
-        return config.target_cache == "on"
-    rows = count * (config.fixed_views or views_per_image(config.views))
-    size = kept_dtype(config).itemsize * rows * dim
-    return size <= most and rows < config.steps * config.batch_size
-
-
-def views_per_image(view: ViewConfig) -> int:
-    """Return how many views an image has."""
-    return (2 * view.padding + 1) ** 2 * (2 if view.flip else 1)
-
-
-def check_views(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> None:
-    """Refuse views that the target has no outputs for, or an encoder none in reasonable space.
-
-    Raises:
-        ConfigError: The message says which settings can work.
-        DataError: The target does not fit the store.
-    """
-    target.check_store(store)
-    if config.fixed_views:
-        kept_views(config.views, config.fixed_views)
-    if target.table is not None:
-        flips = config.views.flip and not target.table.mirrored
-        if config.views.padding or flips:
-            kept = "plain images" if not target.table.mirrored else "plain and mirrored images"
-            flag = "" if target.table.mirrored else " --views.flip false"
-            raise ConfigError(
-                f"distill: the target {config.target} is a table with features of {kept}, and "
-                f"other views would be drawn: pass --views.padding 0{flag}"
-            )
-        return
-    if not isinstance(target.config, EncoderInfo) or config.target_cache == "off":
-        return
-    count = store.count("train")
-    views = config.fixed_views or views_per_image(config.views)
-    size, runs = 4 * count * views * target.dim, config.steps * config.batch_size
-    if config.target_cache == "auto":
-        most = LARGEST // (4 * count * target.dim)
-        if size > LARGEST and count * views < runs:
-            fewer = f"--fixed_views {min(most, 8)} (a changed algorithm), " if most else ""
-            raise ConfigError(
-                f"distill: the encoder would run on {views} views of each of {count} images, and "
-                f"its outputs take {size / 2**30:.1f} GiB: pass {fewer}--views.padding 0, "
-                "--target_cache on (to keep them all), or off (to run it at every step)"
-            )
-    if is_cached(config, count, target.dim):
-        folder = outputs_folder(config, _inputs(config, store, target))
-        there = _size_on_disk(folder)
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        if size - there > free:
-            raise ConfigError(
-                f"distill: the outputs of the encoder take {size / 2**30:.1f} GiB, and "
-                f"{folder} has {free / 2**30:.1f} GiB free; pass --fixed_views with fewer views"
-            )
-
-
-def _size_on_disk(folder: Path) -> int:
-    rows = folder / "rows.f32"
-    return rows.stat().st_size if rows.exists() else 0
-
-
-def _inputs(config: DistillConfig, store: ImageStore, target: FrozenTarget) -> dict[str, str]:
-    """Return what a table of outputs depends on."""
-    return {
-        "store": store.identity(),
-        "target": target.identity(),
-        "views": f"{to_dict(config.views)}, {config.fixed_views} of them",
-        "dtype": config.dtype,
-        "device": target.device.type,
-    }
-
-
-def outputs_folder(config: DistillConfig, inputs: Mapping[str, str]) -> Path:
-    """Return where outputs are kept: by the target, or in the run where that is read-only.
-
-    Args:
-        config: Settings of the run.
-        inputs: What the outputs depend on.
-    """
-    return beside_target(config.target, inputs) or _named(config.out, inputs)
-
-
-def beside_target(target: Path, inputs: Mapping[str, str]) -> Path | None:
-    """Return the folder of outputs beside a target, its folder or file; None if it is read-only."""
-    home = target if target.is_dir() else target.parent
-    return _named(home, inputs) if os.access(home, os.W_OK) else None
-
-
-def _named(home: Path, inputs: Mapping[str, str]) -> Path:
-    key = json.dumps(dict(inputs), sort_keys=True).encode()
-    return home / "outputs" / hashlib.sha256(key).hexdigest()[:16]
 
 
 def make_cache(
     config: DistillConfig,
-    store: ImageStore,
+    plan: CachePlan,
     target: FrozenTarget,
     images: Tensor,
     *,
@@ -158,25 +34,23 @@ def make_cache(
 
     Args:
         config: Settings of the run.
-        store: Its images.
+        plan: Its `plan_cache`.
         target: Its target.
         images: The images [N, C, H, W], uint8, on the device.
         compute: What runs the target on views [B, C, H, W]; the target itself if left out.
         progress: Show a bar, where there is a terminal.
     """
-    kept = kept_views(config.views, config.fixed_views) if config.fixed_views else None
-    on_disk = isinstance(target.config, EncoderInfo)
-    inputs = _inputs(config, store, target)
     return TargetCache(
         target,
         images,
         config.views,
         storage(config),
-        kept_as=kept_dtype(config),
+        kept_as=plan.dtype,
+        place=plan.place,
         compute=compute,
-        kept=kept,
-        folder=outputs_folder(config, inputs) if on_disk else None,
-        inputs=inputs if on_disk else {},
+        kept=kept_views(config.views, config.fixed_views) if config.fixed_views else None,
+        folder=plan.folder,
+        inputs=dict(plan.inputs),
         progress=progress,
     )
 
@@ -193,11 +67,13 @@ class TargetCache:
         images: [N, C, H, W] uint8.
         view: The possible views.
         dtype: Dtype of the views; the target takes them in float32.
-        kept_as: Dtype of the outputs in memory.
+        kept_as: Dtype of the table.
+        place: Where the table is looked up: on the device of the images, in the CPU's memory, or in
+            a file that is mapped into it.
         compute: As of `make_cache`.
         kept: The views that are drawn, [K, 3] as of `kept_views`; None for all of them.
-        folder: Where the outputs are kept on the disk and taken up after a kill; None keeps them
-            in memory.
+        folder: Where the outputs are kept on the disk and taken up after a kill; None keeps no
+            file.
         inputs: What tells these outputs from others in the folder.
         progress: Show a bar, where there is a terminal.
     """
@@ -210,6 +86,7 @@ class TargetCache:
         dtype: torch.dtype = torch.float32,
         *,
         kept_as: torch.dtype = torch.float32,
+        place: Place = "device",
         compute: Callable[[Tensor], Tensor] | None = None,
         kept: Tensor | None = None,
         folder: Path | None = None,
@@ -218,21 +95,20 @@ class TargetCache:
     ) -> None:
         self._side = 2 * view.padding + 1
         self._flips = 2 if view.flip else 1
-        self._views = (all_views(view) if kept is None else kept).to(images.device)
-        self._place = torch.full((views_per_image(view),), -1, device=images.device)
+        # Rows are found on the CPU, where views are drawn: one copy of their numbers is to be sent.
+        self._views = all_views(view) if kept is None else kept
+        self._place = torch.full((views_per_image(view),), -1)
         """Of each possible view among those that are drawn."""
-        self._place[self._code(*self._views.unbind(1))] = torch.arange(
-            len(self._views), device=images.device
-        )
-        rows = len(images) * len(self._views)
-        device = images.device
-
+        self._place[self._code(*self._views.unbind(1))] = torch.arange(len(self._views))
+        rows, device = len(images) * len(self._views), images.device
+        self._on_device = place == "device"
+        there = device if self._on_device else torch.device("cpu")
         run = target if compute is None else compute
 
         def compute_rows(chunk: Tensor) -> Tensor:
             batch = render(
                 images,
-                self._view(chunk.to(device)),
+                View(*(part.to(device) for part in self._view(chunk))),
                 padding=view.padding,
                 mean=target.mean,
                 std=target.std,
@@ -240,32 +116,37 @@ class TargetCache:
             )
             return run(batch.float()).to(kept_as)
 
-        what = "target outputs"
+        shape, what = (rows, target.dim), "target outputs"
+        self.outputs: Tensor
+        """[N * views, P], the views of an image one after another."""
         if folder is not None:
             self.outputs = computed_rows(
                 folder,
-                (rows, target.dim),
+                shape,
                 inputs or {},
                 compute_rows,
                 block=CHUNK,
                 what=what,
+                dtype=kept_as,
                 progress=progress,
             )
-            """[N * views, P], the views of an image one after another."""
-            # A large table stays on the disk, and its rows go to the device as they are drawn.
-            if self.outputs.nbytes <= LARGEST:
-                self.outputs = self.outputs.to(device)
+            if place != "disk":
+                self.outputs = self.outputs.to(there, copy=True)
             return
-        self.outputs = torch.empty(rows, target.dim, device=device, dtype=kept_as)
+        self.outputs = torch.empty(shape, device=there, dtype=kept_as)
         with progress_bar(progress, total=rows, desc=what, unit="view") as bar:
-            for chunk in torch.arange(rows, device=device).split(CHUNK):
-                self.outputs[chunk] = compute_rows(chunk)
+            for chunk in torch.arange(rows).split(CHUNK):
+                self.outputs[chunk[0] : chunk[-1] + 1] = compute_rows(chunk)
                 bar.update(len(chunk))
 
-    def __call__(self, index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
-        """Return the target's outputs [B, P] on the views (index [B], offset [B, 2], flip [B])."""
-        row = self._row(index, offset, flip).to(self.outputs.device)
-        return self.outputs[row].to(batch.device)
+    def find(self, view: View) -> Tensor:
+        """Return the rows [B] of a table on the device, or the rows' outputs [B, P] of another."""
+        row = self._row(*(part.cpu() for part in view))
+        return row if self._on_device else self.outputs[row]
+
+    def __call__(self, found: Tensor, batch: Tensor) -> Tensor:
+        """Return the target's outputs [B, P] on the views of which `found` was said."""
+        return self.outputs[found] if self._on_device else found
 
     def _row(self, index: Tensor, offset: Tensor, flip: Tensor) -> Tensor:
         place = self._place[self._code(offset[:, 0], offset[:, 1], flip.long())]

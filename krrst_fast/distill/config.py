@@ -44,6 +44,8 @@ FREE_SETTINGS = (
     "out",
     "device",
     "tf32",
+    "target_cache_place",
+    "cuda_graph",
     "checkpoint_every",
     "checkpoint_minutes",
     "log_every",
@@ -94,10 +96,17 @@ class DistillConfig:
     that an encoder runs on fewer images: a changed algorithm. 0 draws among all."""
     target_cache: Literal["auto", "on", "off"] = "auto"
     """Whether the target runs once on every view of every image, beforehand, and not at every step.
-    "auto": if its outputs take at most 1 GiB, or a quarter of a GPU's memory, and the steps would
-    run it on more images. With dtype float16 they are kept in float16. Outputs of an encoder take
-    at most 1 GiB, and are kept in the target's folder, for later runs and for one that was killed.
-    """
+    "auto": if the table of its outputs is within the limit, and the steps would run it on more
+    images. What an encoder has computed is kept in the target's folder, for later runs and for one
+    that was killed."""
+    target_cache_dtype: Literal["auto", "float16", "float32"] = "auto"
+    """Of the table; "auto": float16 where the networks compute in it, else float32."""
+    target_cache_place: Literal["auto", "device", "memory", "disk"] = "auto"
+    """Where outputs are looked up: on the device, in the CPU's memory, or in a file in the target's
+    folder that is mapped into it, and taken up after a kill. "auto": on the device within the
+    limit, else on the disk."""
+    target_cache_limit: float | None = None
+    """GiB; None is 1, and for networks on a GPU a quarter of its memory."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     image_space: Literal["normalized", "raw"] = "normalized"
     """"raw": the images start as pixels in [0, 1], which the networks then see as they are, while
@@ -113,6 +122,11 @@ class DistillConfig:
     tf32: bool = True
     """Whether convolutions in float32 may round to TF32 (10 bits) on a GPU, as is PyTorch's
     default: they take a third of the time. A CPU always computes in float32."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU replays the steps without the host in between: a CUDA graph for each slot of
+    the pool. Failures are then found when the next row is logged or the next checkpoint is due, and
+    a step that failed has changed nothing. "auto": where that is possible, which takes solver.check
+    "flag"; "on" refuses to run without."""
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int = 2000
@@ -134,6 +148,8 @@ class DistillConfig:
         require_at_least(0, self, "fixed_views")
         require_positive(self, "ridge", "checkpoint_minutes")
         require_at_least(0, self, "lr")
+        if self.target_cache_limit is not None:
+            require_positive(self, "target_cache_limit")
         if self.lr_targets is None:
             require(self.lr > 0, self, "lr", "positive, or lr_targets given")
         else:

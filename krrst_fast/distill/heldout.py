@@ -16,7 +16,8 @@ from torch import Tensor
 from krrst_fast.data.augment import View, plain_views, render
 from krrst_fast.data.store import ImageStore
 from krrst_fast.distill.arithmetic import storage
-from krrst_fast.distill.cache import TargetCache, outputs_folder
+from krrst_fast.distill.cache import TargetCache
+from krrst_fast.distill.cache_plan import outputs_folder
 from krrst_fast.distill.config import DistillConfig
 from krrst_fast.distill.distilled_set import DistilledSet, is_finite
 from krrst_fast.distill.pool import Slot
@@ -111,6 +112,10 @@ class HeldOut:
     def _outputs_of_train(self, target: FrozenTarget) -> Tensor:
         """Return the target's outputs on the real images, those that are kept where they are."""
         source, parts = self._source, []
+
+        def found(view: View) -> Tensor:
+            return source.represent.find(view).to(source.images.device)
+
         for index in self._train.split(_CHUNK):
             padding = index.new_full((len(index), 2), source.view.padding)
             view = View(index, padding, torch.zeros_like(index, dtype=torch.bool))
@@ -118,7 +123,7 @@ class HeldOut:
                 source.images, view, padding=source.view.padding, mean=source.mean, std=source.std
             )
             kept = isinstance(source.represent, TargetCache)
-            parts.append(source.represent(*view, batch) if kept else target(batch))
+            parts.append(source.represent(found(view), batch) if kept else target(batch))
         return torch.cat(parts).to(self._dtype)
 
     def due(self, step: int) -> bool:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
 from krrst_fast.distill.arithmetic import arithmetic, convolutions, environment_of, storage
-from krrst_fast.distill.cache import check_views
+from krrst_fast.distill.cache_plan import check_views, plan_cache
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import FILE_NAME, DistilledSet, load_distilled
 from krrst_fast.distill.heldout import HeldOut, warn_of_nothing
@@ -26,8 +26,10 @@ from krrst_fast.distill.start import (
     make_source,
     make_state,
 )
+from krrst_fast.distill.static import StaticSteps, refusal
 from krrst_fast.distill.step import (
     LinearDecay,
+    Rate,
     State,
     StepReport,
     located,
@@ -106,10 +108,12 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
     with nullcontext() if held else locked(config.out):
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
-        networks = arithmetic(config, device)
-        environment.record(config.out, device, **environment_of(config, device))
+        networks, table = arithmetic(config, device), plan_cache(config, store, target, device)
+        environment.record(config.out, device, **environment_of(config, device, table))
         if progress and not networks.is_plain:
             print(f"distill: the networks run by {networks}", file=sys.stderr)
+        if progress and table is not None:
+            print(f"distill: the target's outputs are {table}", file=sys.stderr)
         if not first.exists():
             initial.save(first)
 
@@ -145,7 +149,7 @@ def _check_inputs(
             f"distill: the target {config.target} takes {_times(takes)} images, "
             f"the store {config.store} holds {_times(holds)}"
         )
-    check_views(config, store, target)
+    check_views(config, store, target, device)
     count = store.count("train")
     if config.num_images > count:
         raise DataError(
@@ -257,11 +261,27 @@ class _Run:
         config = self.config
         return LinearDecay(start=rate, final=rate * config.final_lr_fraction, steps=config.steps)
 
+    def _steps(self, source: Source) -> "PlainSteps | StaticSteps":
+        """Return what takes the steps."""
+        config = self.config
+        why_not = refusal(config, self.state, source)
+        if config.cuda_graph == "on" and why_not:
+            raise ConfigError(f"distill: cuda_graph is on, but {why_not}")
+        static = config.cuda_graph != "off" and not why_not
+        return (StaticSteps if static else PlainSteps)(
+            self.state,
+            source,
+            self._decay(config.lr),
+            rate_targets=None if config.lr_targets is None else self._decay(config.lr_targets),
+            ridge=config.ridge,
+            ridge_of=config.ridge_of,
+            solver=config.solver,
+        )
+
     def go_on(self, source: Source, held_out: HeldOut, progress: bool) -> None:
         """Take the outer steps that are left, with log and checkpoints."""
         config, state = self.config, self.state
-        rate = self._decay(config.lr)
-        rate_targets = None if config.lr_targets is None else self._decay(config.lr_targets)
+        steps = self._steps(source)
         metrics = config.out / "metrics.jsonl"
         sinks = Sinks(config.sinks, config.out, settings=to_dict(config), rows=read_jsonl(metrics))
         log = RunLog(
@@ -275,27 +295,16 @@ class _Run:
         bar_of_steps = progress_bar(
             progress, total=config.steps, initial=state.step, desc="distill", unit="step"
         )
-        with sinks, bar_of_steps as bar:
+        with sinks, bar_of_steps as bar, steps.aside():
             if state.step == 0 and held_out.due(0):
                 warn_of_nothing(log.write(0, held_out.measure(state)), config.num_images)
             while state.step < config.steps:
-                report = outer_step(
-                    state,
-                    source,
-                    rate,
-                    rate_targets=rate_targets,
-                    ridge=config.ridge,
-                    ridge_of=config.ridge_of,
-                    solver=config.solver,
-                )
+                report = steps()
                 measures = held_out.due(state.step)
                 logs = measures or due(state.step, config.log_every, config.steps)
                 saves = self._saves.due(state.step)
                 if logs or saves:
-                    state.settle()
-                if (logs or saves) and config.solver.check == "flag":
-                    with located(state.step, state.pool.slots[report.slot]):
-                        require_finite(report.loss)
+                    steps.settle(report)
                 # The row before the checkpoint: a kill between them leaves a row too many, which
                 # is cut, and never one too few.
                 if logs:
@@ -307,6 +316,28 @@ class _Run:
                     log.count_time()
                     self._save(f"step {state.step} of {config.steps}")
                 bar.update()
+
+
+class PlainSteps:
+    """Takes outer steps one by one, as `StaticSteps` takes them from a graph."""
+
+    def __init__(self, state: State, source: Source, rate: Rate, **options: Any) -> None:
+        self._state, self._given, self._options = state, (state, source, rate), options
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def __call__(self) -> StepReport:
+        """Take a step."""
+        return outer_step(*self._given, **self._options)
+
+    def settle(self, last: StepReport) -> None:
+        """Read how the last step went, where nothing has looked at it."""
+        self._state.settle()
+        if self._options["solver"].check == "flag":
+            with located(self._state.step, self._state.pool.slots[last.slot]):
+                require_finite(last.loss)
 
 
 def warm_up(

@@ -6,7 +6,7 @@ are, and a backward pass through it reaches its input and nothing else. Only `Sl
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -72,11 +72,25 @@ class Slot:
         Returns:
             The loss before the step, a scalar, which nothing has looked at yet.
         """
+        loss = self.update(x_syn, y_syn)
+        self.age += 1
+        return loss
+
+    def update(
+        self, x_syn: Tensor, y_syn: Tensor, guard: Callable[[Tensor], None] = lambda loss: None
+    ) -> Tensor:
+        """Do what `fit` does on the device, and do not count it.
+
+        Args:
+            x_syn: As of `fit`.
+            y_syn: As of `fit`.
+            guard: Called with the loss before the network is changed.
+        """
         with training(self.network, self.optimizer), self._drawing():
             loss = self._backward(x_syn, y_syn)
+            guard(loss)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.age += 1
         return loss
 
     def _backward(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
@@ -94,6 +108,27 @@ class Slot:
             return nullcontext()
         names = ("fit", self.number, self.generation, self.age)
         return seeded(derive(self._pool.seed, *names), self._pool.device)
+
+
+def is_well(loss: Tensor, y_syn: Tensor) -> Tensor:
+    """Return whether the loss of a network is finite and not far too large: a bool, unread."""
+    # NaN compares as false. 1: what a fresh network gives is about 1.
+    return loss <= DIVERGED * (y_syn.square().mean() + 1)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group of an optimiser its rate, a number or a tensor that stays."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of an optimiser with rates that are numbers."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 @contextmanager
@@ -139,6 +174,7 @@ class Pool:
         self._shape = {"image_size": image_size, "num_outputs": num_outputs, "channels": channels}
         self.seed, self.device, self._dtype = seed, device, dtype
         self.lr = config.lr
+        self._in_place = False
         self.settles_late = device.type == "cuda"
         """Whether a step does not wait for its outcome."""
         self.unsettled: Trained | None = None
@@ -193,7 +229,7 @@ class Pool:
         self.lr = rate
         for slot in self.slots:
             for group in slot.optimizer.param_groups:
-                group["lr"] = rate
+                set_rate(group, rate)
 
     def starting_ages(self, generator: torch.Generator) -> list[int]:
         """Draw for each slot the number of SGD steps of its start, in [1, T)."""
@@ -207,9 +243,21 @@ class Pool:
     def advance(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         """Make one SGD step of the slot's network, or renew it if it has had all its steps."""
         self.settle()
-        if slot.age < self.config.online_steps and not self._spent(slot):
+        if self.is_due(slot):
+            self.renew(slot)
+        else:
             self.fit(slot, x_syn, y_syn)
-            return
+
+    def is_due(self, slot: Slot) -> bool:
+        """Return whether the slot gets a fresh network where others get an SGD step.
+
+        By the released code's rule it is renewed at every visit once it was full.
+        """
+        spent = self.config.reset == "released" and slot.generation > 0
+        return spent or slot.age >= self.config.online_steps
+
+    def renew(self, slot: Slot) -> None:
+        """Give the slot its next network, untrained."""
         slot.full_lives += slot.age >= self.config.online_steps
         slot.generation += 1
         self._restart(slot)
@@ -224,9 +272,7 @@ class Pool:
         """
         self.settle()
         loss = slot.fit(x_syn, y_syn)
-        # NaN compares as false. 1: what a fresh network gives is about 1.
-        is_well = loss <= DIVERGED * (y_syn.square().mean() + 1)
-        self.unsettled = Trained(slot, loss, is_well, x_syn, y_syn)
+        self.unsettled = Trained(slot, loss, is_well(loss, y_syn), x_syn, y_syn)
         if not self.settles_late:
             self.settle()
 
@@ -288,12 +334,27 @@ class Pool:
 
     def _restart(self, slot: Slot) -> None:
         """Give a slot the untrained network of its generation."""
-        slot.network, slot.optimizer = self.fresh(slot.number, slot.generation)
+        network, optimizer = self.fresh(slot.number, slot.generation)
+        if self._in_place:
+            slot.network.load_state_dict(network.state_dict())
+            for kept in slot.optimizer.state.values():
+                kept["momentum_buffer"].zero_()
+        else:
+            slot.network, slot.optimizer = network, optimizer
         slot.age = 0
 
-    def _spent(self, slot: Slot) -> bool:
-        """Return whether a slot is renewed at each step: in the released code, once it was full."""
-        return self.config.reset == "released" and slot.generation > 0
+    def stays_in_place(self) -> None:
+        """Write networks that are renewed over those before them from now on.
+
+        Momentum that is zero stands for none, as a fresh optimiser has it: that changes no bit.
+        """
+        self._in_place = True
+        for slot in self.slots:
+            for group in slot.optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = slot.optimizer.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return everything that changes, slot by slot."""
@@ -304,7 +365,7 @@ class Pool:
                 "generation": slot.generation,
                 "full_lives": slot.full_lives,
                 "network": dict(slot.network.state_dict()),
-                "optimizer": slot.optimizer.state_dict(),
+                "optimizer": plain_state(slot.optimizer),
             }
             for slot in self.slots
         ]

@@ -1,19 +1,42 @@
 """Real batches: shuffled epochs, random views, and the outputs of the target on them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from krrst_fast.data.augment import ViewConfig, draw_among, draw_views, render, sent
+from krrst_fast.data.augment import View, ViewConfig, draw_among, draw_views, render, sent
 from krrst_fast.runs.epochs import Epochs
 
-Represent = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(index [B], offset [B, 2], flip [B], batch [B, C, H, W]) -> the target's outputs [B, P].
 
-The first three are a `View`, by which kept outputs can be looked up; the batch is its rendering.
-"""
+class Represent(Protocol):
+    """Gives the outputs of a target on views, in two parts: what needs the CPU, and the rest."""
+
+    def find(self, view: View) -> Tensor:
+        """Return what the views alone tell of their outputs, [B, ...] on the CPU.
+
+        Its shape and dtype depend on the shape of the batch only.
+        """
+
+    def __call__(self, found: Tensor, batch: Tensor) -> Tensor:
+        """Return the outputs [B, P] on rendered views [B, C, H, W]; `found` is on their device."""
+
+
+class Choice(NamedTuple):
+    """The views of a batch and what `Represent.find` says of them, on one device."""
+
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
+    """As of `View`, like the next two."""
+    offset: Tensor
+    flip: Tensor
+    found: Tensor
+
+    def to(self, device: torch.device) -> "Choice":
+        """Return it on a device, sent from pinned memory where that is a GPU: nothing waits."""
+        if device.type == "cuda":
+            return Choice(*(sent(part.pin_memory(), device) for part in self))
+        return Choice(*(part.to(device) for part in self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +61,25 @@ class Source:
         Returns:
             The normalised views [B, C, H, W] and the target's outputs on them [B, P].
         """
+        return self.batch(self.choose(step, generator).to(self.images.device))
+
+    def choose(self, step: int, generator: torch.Generator) -> Choice:
+        """Draw the views of an outer step, on the CPU."""
         index = self.epochs.take(step * self.batch_size, self.batch_size)
-        index = sent(index, self.images.device)
         if self.kept is None:
             view = draw_views(index, self.view, generator)
         else:
             view = draw_among(index, self.kept, generator)
+        return Choice(*view, self.represent.find(view))
+
+    def batch(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Return the views [B, C, H, W] and the outputs [B, P] of a choice, on the device."""
         batch = render(
             self.images,
-            view,
+            View(*choice[:3]),
             padding=self.view.padding,
             mean=self.mean,
             std=self.std,
             dtype=self.dtype,
         )
-        return batch, self.represent(*view, batch).to(self.dtype)
+        return batch, self.represent(choice.found, batch).to(self.dtype)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from krrst_fast.data.augment import kept_views, plain_views
 from krrst_fast.data.store import ImageStore
-from krrst_fast.distill.arithmetic import FastTarget, arithmetic, storage
-from krrst_fast.distill.cache import is_cached, make_cache, most_bytes
+from krrst_fast.distill.arithmetic import FastTarget, RunTarget, arithmetic, storage
+from krrst_fast.distill.cache import make_cache
+from krrst_fast.distill.cache_plan import plan_cache
 from krrst_fast.distill.config import FREE_SETTINGS, DistillConfig
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.distill.pool import Pool
@@ -95,14 +96,9 @@ def make_source(
     images = store.images("train").to(device)
     fast = FastTarget(target, arithmetic(config, device))
 
-    def run_target(index: Tensor, offset: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
-        return fast(batch) if target.table is None else target.of_views(index, flip, batch)
-
-    represent: Represent = run_target
-    if target.table is None and is_cached(
-        config, len(images), target.dim, most_bytes(target, device)
-    ):
-        represent = make_cache(config, store, target, images, compute=fast, progress=progress)
+    represent: Represent = RunTarget(target, fast)
+    if (plan := plan_cache(config, store, target, device)) is not None:
+        represent = make_cache(config, plan, target, images, compute=fast, progress=progress)
     return Source(
         images=images,
         mean=tuple(target.mean),

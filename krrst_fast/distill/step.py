@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.distill.pool import Pool, Slot
+from krrst_fast.distill.pool import Pool, Slot, plain_state
 from krrst_fast.distill.source import Source
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.ops.info import SolveInfo
@@ -77,7 +77,7 @@ class State:
             "step": self.step,
             "x_syn": self.x_syn.detach(),
             "y_syn": self.y_syn.detach(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": plain_state(self.optimizer),
             "pool": self.pool.state_dict(),
             "generator": self.generator.get_state(),
         }
@@ -152,25 +152,11 @@ def outer_step(
         state.settle()
 
     def loss_and_gradients() -> tuple[Tensor, SolveInfo]:
-        # A network at rest is in evaluation mode and its parameters ask for no gradient.
         x, y = x_syn, y_syn
         if mirrored:
             x, y = torch.cat((x, x.flip(-1))), torch.cat((y, y))
-        f_syn = slot.embed(x)  # [M, D]
-        with torch.no_grad():
-            f_real = slot.embed(x_real)  # [B, D]
-
-        solving = solving_device(x_syn.device)
-        loss, solve = krr_mse(
-            f_syn.to(solving),
-            y.to(solving),
-            f_real.to(solving),
-            y_real.to(solving),
-            ridge=ridge,
-            ridge_of=ridge_of,
-            bias=1.0,
-            solver=solver,
-            return_info=True,
+        loss, solve = regression(
+            *(slot, x, y, x_real, y_real), ridge=ridge, ridge_of=ridge_of, solver=solver
         )
         state.optimizer.zero_grad(set_to_none=True)
         (loss if penalty is None else loss + penalty(y_syn)).backward()
@@ -203,6 +189,45 @@ def outer_step(
         slot_age=age,
         lr=lr,
         lr_targets=lr_targets,
+    )
+
+
+def regression(
+    slot: Slot,
+    x_syn: Tensor,
+    y_syn: Tensor,
+    x_real: Tensor,
+    y_real: Tensor,
+    *,
+    ridge: float,
+    ridge_of: RidgeOf,
+    solver: Solver,
+) -> tuple[Tensor, SolveInfo]:
+    """Return the outer loss: of the regression from synthetic features to targets, on real images.
+
+    Args:
+        slot: Its network gives the features.
+        x_syn: Synthetic images [M, C, H, W].
+        y_syn: Their targets [M, P].
+        x_real: Real images [B, C, H, W].
+        y_real: The target's outputs on them [B, P].
+        ridge: As of `krr_mse`.
+        ridge_of: As of `krr_mse`.
+        solver: As of `krr_mse`.
+    """
+    # A network at rest is in evaluation mode and its parameters ask for no gradient.
+    f_syn = slot.embed(x_syn)  # [M, D]
+    with torch.no_grad():
+        f_real = slot.embed(x_real)  # [B, D]
+    solving = solving_device(x_syn.device)
+    f_syn, y_syn, f_real, y_real = (x.to(solving) for x in (f_syn, y_syn, f_real, y_real))
+    return krr_mse(
+        *(f_syn, y_syn, f_real, y_real),
+        ridge=ridge,
+        ridge_of=ridge_of,
+        bias=1.0,
+        solver=solver,
+        return_info=True,
     )
 
 

@@ -16,7 +16,7 @@ from krrst_fast.baselines.coresets import require_kmeans
 from krrst_fast.data.augment import plain_views
 from krrst_fast.data.store import ImageStore, open_store
 from krrst_fast.data.verify import Verification
-from krrst_fast.distill.cache import beside_target
+from krrst_fast.distill.cache_plan import beside_target
 from krrst_fast.distill.distilled_set import DistilledSet
 from krrst_fast.errors import ConfigError, DataError, KrrstError
 from krrst_fast.evaluate.config import OURS, USUAL, EvaluateConfig

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from krrst_fast.runs.files import write_json
 from krrst_fast.runs.progress import progress_bar
 
 FORMAT_VERSION = 1
-_ROWS, _PROGRESS, _LOCK = "rows.f32", "rows.json", "lock"
+_PROGRESS, _LOCK = "rows.json", "lock"
+_FILES = {torch.float32: "rows.f32", torch.float16: "rows.f16"}
 _BLOCKS_BETWEEN_SAVES = 8
 _READ = 1 << 24
 _LONG = 600.0
@@ -35,9 +37,10 @@ def computed_rows(
     *,
     block: int,
     what: str,
+    dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Tensor:
-    """Return a memory-mapped float32 matrix, whose rows are computed where the folder lacks them.
+    """Return a memory-mapped matrix, whose rows are computed where the folder lacks them.
 
     Blocks do not depend on where a killed process stopped, so that the result has the bits of one
     that was not. A second process waits for the first and then finds its rows.
@@ -49,6 +52,7 @@ def computed_rows(
         compute: Row numbers [n] -> rows [n, D].
         block: Rows in a call of `compute`.
         what: Names the rows in the bar and in messages.
+        dtype: Of the matrix: float32 or float16.
         progress: Show a bar where there is a terminal.
 
     Raises:
@@ -58,11 +62,39 @@ def computed_rows(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / _LOCK):
         about = {"format_version": FORMAT_VERSION, "shape": list(shape), "inputs": dict(inputs)}
-        done, crc = _taken_up(folder, about, shape[1], what)
+        if dtype != torch.float32:
+            about["dtype"] = str(dtype)
+        rows = _Rows(folder / _FILES[dtype], shape, dtype, what)
+        done, crc = _taken_up(rows, about)
         if done < shape[0]:
-            _compute(folder, shape, about, compute, (done, crc), block, what, progress)
-    mapped = np.memmap(folder / _ROWS, np.float32, mode="c", shape=shape)
-    return torch.from_numpy(mapped)
+            _compute(rows, about, compute, (done, crc), block, progress)
+    numbers = np.float32 if dtype == torch.float32 else np.float16
+    return torch.from_numpy(np.memmap(rows.path, numbers, mode="c", shape=shape))
+
+
+def size_on_disk(folder: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of the rows that a folder has."""
+    path = folder / _FILES[dtype]
+    return path.stat().st_size if path.exists() else 0
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The file of a matrix."""
+
+    path: Path
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    what: str
+
+    @property
+    def progress(self) -> Path:
+        """The file that says how many rows are there."""
+        return self.path.parent / _PROGRESS
+
+    def size(self, count: int) -> int:
+        """Return the bytes of so many rows."""
+        return count * self.shape[1] * self.dtype.itemsize
 
 
 @contextmanager
@@ -73,9 +105,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _taken_up(folder: Path, about: dict[str, Any], width: int, what: str) -> tuple[int, int]:
+def _taken_up(rows: _Rows, about: dict[str, Any]) -> tuple[int, int]:
     """Return how many rows are there and whole, and their CRC-32; 0 where they cannot be used."""
-    path = folder / _PROGRESS
+    path = rows.progress
     if not path.exists():
         return 0, 0
     reason = "damaged"
@@ -83,13 +115,14 @@ def _taken_up(folder: Path, about: dict[str, Any], width: int, what: str) -> tup
         saved = json.loads(path.read_text(encoding="utf-8"))
         done, crc = int(saved.pop("done")), int(saved.pop("crc32"))
         if saved == about:
-            if _checksum(folder / _ROWS, 4 * done * width) == crc:
+            if _checksum(rows.path, rows.size(done)) == crc:
                 return done, crc
         else:
             reason = "of other inputs"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    warnings.warn(f"{folder}: the {what} there are {reason}; computed again", stacklevel=3)
+    where = rows.path.parent
+    warnings.warn(f"{where}: the {rows.what} there are {reason}; computed again", stacklevel=3)
     path.unlink()
     return 0, 0
 
@@ -108,27 +141,24 @@ def _checksum(path: Path, length: int) -> int | None:
 
 
 def _compute(
-    folder: Path,
-    shape: tuple[int, int],
+    to: _Rows,
     about: dict[str, Any],
     compute: Callable[[Tensor], Tensor],
     taken_up: tuple[int, int],
     block: int,
-    what: str,
     progress: bool,
 ) -> None:
-    (count, width), (done, crc) = shape, taken_up
-    path = folder / _ROWS
-    path.touch()
+    (count, width), (done, crc), what = to.shape, taken_up, to.what
+    to.path.touch()
     bar = progress_bar(progress, total=count, initial=done, desc=what, unit="image")
-    with bar, path.open("r+b", buffering=0) as file:
-        file.truncate(4 * done * width)
+    with bar, to.path.open("r+b", buffering=0) as file:
+        file.truncate(to.size(done))
         file.seek(0, os.SEEK_END)
         unsaved = 0
         began, first, said = time.perf_counter(), done, False
         while done < count:
             index = torch.arange(done, min(done + block, count))
-            rows = compute(index).detach().cpu().float()
+            rows = compute(index).detach().cpu().to(to.dtype)
             if rows.shape != (len(index), width):
                 raise ValueError(
                     f"{what}: compute must give [{len(index)}, {width}], got {tuple(rows.shape)}"
@@ -145,7 +175,7 @@ def _compute(
             unsaved += 1
             if unsaved == _BLOCKS_BETWEEN_SAVES or done == count:
                 os.fsync(file.fileno())
-                write_json(folder / _PROGRESS, {**about, "done": done, "crc32": crc})
+                write_json(to.progress, {**about, "done": done, "crc32": crc})
                 unsaved = 0
             bar.update(len(index))
             left = (time.perf_counter() - began) / (done - first) * (count - done)
