@@ -17,11 +17,12 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 krrst() {
     ${KRRST:-command krrst} "$@"
 }
-# The images learnt with their targets (run), or the targets of real images alone (learnt_y).
+# The images learnt with their targets (run), or the targets of real images alone (learnt_y). In a job
+# of its own, which becomes the command: a signal to the job is one to it.
 distill() {
     local name=$1 seed=$2
     shift 2
-    krrst distill --run cifar100-encoder --store "$out/c100" --target "$out/target" \
+    exec ${KRRST:-krrst} distill --run cifar100-encoder --store "$out/c100" --target "$out/target" \
         --out "$out/$name$seed" --seed "$seed" --resume --quiet "$@" ${DISTILL:-}
 }
 

@@ -324,8 +324,8 @@ def test_interrupt_and_resume(krrst: Krrst, chain: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    told = r"krrst: error: interrupted by SIGINT after step (\d+) of 1000000, which is saved; "
-    told = re.fullmatch(told + "the same command with --resume goes on\n", err)
+    told = r".* views in float32, .*\nkrrst: error: interrupted by SIGINT after step (\d+) of 1000000, "
+    told = re.fullmatch(told + "which is saved; the same command with --resume goes on\n", err)
     assert told, err
     assert f"step {told[1]} of 1000000" in krrst("info", out).out
     _fails(krrst("distill", *paths, *long), "the output folder exists")

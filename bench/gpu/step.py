@@ -23,7 +23,9 @@ from krrst_fast import Solver, krr_mse
 from krrst_fast.data.augment import ViewConfig, draw_views
 from krrst_fast.distill.arithmetic import PLAIN, Arithmetic
 from krrst_fast.distill.cache import TargetCache
-from krrst_fast.distill.step import LinearDecay, outer_step
+from krrst_fast.distill.loop import PlainSteps
+from krrst_fast.distill.static import StaticSteps
+from krrst_fast.distill.step import LinearDecay
 from krrst_fast.ops.views import views
 
 RATE = LinearDecay(start=1e-4, final=1e-7, steps=160_000)
@@ -72,6 +74,11 @@ class Way(NamedTuple):
     arithmetic: Arithmetic
     solver: Solver = Solver()
     looked_up: bool = False
+    replayed: bool = False
+    """From CUDA graphs, one for each slot of the pool."""
+
+
+REPLAYED = "float16, fast KRR, looked up, replayed"
 
 
 def ways(toy: bool) -> dict[str, Way]:
@@ -86,6 +93,8 @@ def ways(toy: bool) -> dict[str, Way]:
         "TF32, fast KRR, looked up": Way(float32, quick, looked_up=True),
         "float16, fast KRR": Way(float16, quick),
         "float16, fast KRR, looked up": Way(float16, quick, looked_up=True),
+        REPLAYED: Way(float16, quick, looked_up=True, replayed=True),
+        "TF32, fast KRR, replayed": Way(float32, quick, replayed=True),
     }
 
 
@@ -104,6 +113,7 @@ def rows(run: Run) -> Rows:
     yield "whole steps", lambda: whole_steps(run, steps)
     yield "kernels", lambda: run.clock.profile(partial(steps.ours, "krrst_fast"), calls=3, top=25)
     yield "kernels in float16", lambda: run.clock.profile(partial(steps.ours, BEST), top=25)
+    yield "kernels replayed", lambda: run.clock.profile(partial(steps.ours, REPLAYED), top=25)
 
 
 class Steps:
@@ -148,13 +158,16 @@ class Steps:
 
     def ours(self, name: str) -> None:
         """Make one step in a way, as a distillation makes it."""
-        made = self[name]
-        outer_step(
-            *(made.state, made.source, RATE),
-            ridge=RIDGE,
-            ridge_of="trace",
-            solver=self.ways[name].solver,
-        )
+        steps = self._taken_by(name)
+        with steps.aside():
+            steps()
+
+    @functools.cache  # noqa: B019  # one object of the class a process
+    def _taken_by(self, name: str) -> PlainSteps | StaticSteps:
+        made, way = self[name], self.ways[name]
+        options = {"ridge": RIDGE, "ridge_of": "trace", "solver": way.solver}
+        kind = StaticSteps if way.replayed else PlainSteps
+        return kind(made.state, made.source, RATE, **options)
 
 
 def drawer(made: images.Distillation, batch: int) -> Callable[[], dict[str, Any]]:
@@ -282,7 +295,8 @@ def whole_steps(run: Run, steps: Steps) -> dict[str, Any]:
     failed = {}
     for name in steps.ways:
         try:
-            steps.ours(name)
+            for _ in range(3):  # plainly, then captured, then replayed
+                steps.ours(name)
             run.clock.wait()
         except Exception as error:  # of one way; the others are measured
             run.clock.require_device(error)

@@ -13,14 +13,14 @@ import torch
 from bench.gpu import images
 from bench.gpu.measure import Rows, Run, Unit
 from bench.gpu.released import RIDGE
-from bench.gpu.step import Way, ways
-from krrst_fast import Solver
+from bench.gpu.step import REPLAYED, Way, ways
 from krrst_fast.data.augment import ViewConfig
 from krrst_fast.distill.cache import TargetCache
 from krrst_fast.distill.cache_plan import views_per_image
-from krrst_fast.distill.loop import warm_up
+from krrst_fast.distill.loop import PlainSteps, warm_up
 from krrst_fast.distill.source import Source
-from krrst_fast.distill.step import LinearDecay, outer_step
+from krrst_fast.distill.static import StaticSteps
+from krrst_fast.distill.step import LinearDecay
 from krrst_fast.runs.environment import peak_memory_mb
 
 
@@ -38,7 +38,7 @@ FULL = Length(200, 10, 20)
 TOY = Length(6, 2, 2, 3)
 SLOTS = 10
 LR = 1e-3
-NAMES = ("TF32", "float16", "float16, fast KRR", "float16, fast KRR, looked up")
+NAMES = ("TF32", "float16", "float16, fast KRR", "float16, fast KRR, looked up", REPLAYED)
 """The ways of the stage `step` that are tried, the first as the one to compare with."""
 
 
@@ -97,7 +97,7 @@ def distil(
     warm_up(made.state)
     run.clock.wait()
     warm = time.perf_counter() - begin
-    losses, seconds = advance(run, made, source, length, way.solver)
+    losses, seconds = advance(run, made, source, length, way)
     start, end = losses[: length.averaged].mean(), losses[-length.averaged :].mean()
     row: dict[str, Any] = {
         "images": kept.name,
@@ -120,18 +120,19 @@ def distil(
 
 
 def advance(
-    run: Run, made: images.Distillation, source: Source, length: Length, solver: Solver
+    run: Run, made: images.Distillation, source: Source, length: Length, way: Way
 ) -> tuple[torch.Tensor, float]:
     """Make the steps; return the loss of each, and the seconds of the timed ones."""
     rate = LinearDecay(start=LR, final=LR * 1e-3, steps=length.steps)
-    losses, begin = [], 0.0
-    for step in range(length.steps):
-        if step == length.untimed:
-            run.clock.wait()
-            begin = time.perf_counter()
-        measured = outer_step(
-            made.state, source, rate, ridge=RIDGE, ridge_of="trace", solver=solver
-        )
-        losses.append(measured.loss)
-    run.clock.wait()
+    options = {"ridge": RIDGE, "ridge_of": "trace", "solver": way.solver}
+    kind = StaticSteps if way.replayed else PlainSteps
+    steps, losses, begin = kind(made.state, source, rate, **options), [], 0.0
+    with steps.aside():
+        for step in range(length.steps):
+            if step == length.untimed:
+                run.clock.wait()
+                begin = time.perf_counter()
+            # A replay writes to the same loss again.
+            losses.append(steps().loss.clone())
+        run.clock.wait()
     return torch.stack(losses).cpu(), time.perf_counter() - begin
