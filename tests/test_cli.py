@@ -324,7 +324,7 @@ def test_interrupt_and_resume(krrst: Krrst, chain: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    told = r".* views in float32, .*\nkrrst: error: interrupted by SIGINT after step (\d+) of 1000000, "
+    told = r".* views in .*\nkrrst: error: interrupted by SIGINT after step (\d+) of 1000000, "
     told = re.fullmatch(told + "which is saved; the same command with --resume goes on\n", err)
     assert told, err
     assert f"step {told[1]} of 1000000" in krrst("info", out).out

@@ -162,6 +162,12 @@ class Steps:
         with steps.aside():
             steps()
 
+    def require_replays(self, name: str) -> None:
+        """Raise RuntimeError if steps that are to be replayed cannot be captured."""
+        taken = self._taken_by(name)
+        if isinstance(taken, StaticSteps) and taken.replays.failure:
+            raise RuntimeError(taken.replays.failure)
+
     @functools.cache  # noqa: B019  # one object of the class a process
     def _taken_by(self, name: str) -> PlainSteps | StaticSteps:
         made, way = self[name], self.ways[name]
@@ -298,6 +304,7 @@ def whole_steps(run: Run, steps: Steps) -> dict[str, Any]:
             for _ in range(3):  # plainly, then captured, then replayed
                 steps.ours(name)
             run.clock.wait()
+            steps.require_replays(name)
         except Exception as error:  # of one way; the others are measured
             run.clock.require_device(error)
             failed[name] = {"failed": reason(error)}

@@ -135,4 +135,6 @@ def advance(
             # A replay writes to the same loss again.
             losses.append(steps().loss.clone())
         run.clock.wait()
+    if isinstance(steps, StaticSteps) and steps.replays.failure:
+        raise RuntimeError(f"not replayed: {steps.replays.failure}")
     return torch.stack(losses).cpu(), time.perf_counter() - begin

@@ -88,11 +88,6 @@ class FastTarget:
         self._state = state_of(target.model)
         self._fills_up, self._size = arithmetic.compiles, 0
 
-    @property
-    def is_function(self) -> bool:
-        """Whether the target runs as a function of its own weights."""
-        return self._function is not None
-
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the outputs of normalised images, which the target takes in float32."""
@@ -116,11 +111,12 @@ class RunTarget:
 
     def __init__(self, target: FrozenTarget, run: FastTarget) -> None:
         self._table, self._run = target.table, run
+        self._is_built_in = is_functional(target.model)
 
     @property
     def is_known(self) -> bool:
         """Whether all its code is the library's: a built-in network, or a table."""
-        return self._table is not None or self._run.is_function
+        return self._table is not None or self._is_built_in
 
     def find(self, view: View) -> Tensor:
         """Return images and flips [B, 2] for a table, and else nothing, [B, 0]."""
@@ -132,7 +128,9 @@ class RunTarget:
         return self._run(batch) if self._table is None else self._table.rows(*found.unbind(1))
 
 
-def environment_of(config: DistillConfig, device: torch.device, outputs: object) -> dict[str, str]:
+def environment_of(
+    config: DistillConfig, device: torch.device, outputs: str | None
+) -> dict[str, str]:
     """Return what the environment of a run records beside versions and hardware.
 
     Convolutions are named where torch may round them to TF32, by its switch as it is now.
@@ -143,7 +141,7 @@ def environment_of(config: DistillConfig, device: torch.device, outputs: object)
         outputs: How the target's outputs are kept; None if the target runs at every step.
     """
     named = {"networks": str(arithmetic(config, device))}
-    named["target"] = "run at every step" if outputs is None else str(outputs)
+    named["target"] = outputs or "run at every step"
     if device.type == "cuda" and config.dtype != "float64":
         rounds = torch.backends.cudnn.allow_tf32
         named["convolutions"] = "in TF32" if rounds else "in float32"

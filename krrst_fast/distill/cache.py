@@ -14,6 +14,7 @@ from krrst_fast.data.augment import View, ViewConfig, all_views, kept_views, ren
 from krrst_fast.distill.arithmetic import storage
 from krrst_fast.distill.cache_plan import CachePlan, Place, views_per_image
 from krrst_fast.distill.config import DistillConfig
+from krrst_fast.errors import NonFiniteError
 from krrst_fast.runs.progress import progress_bar
 from krrst_fast.runs.rows import computed_rows
 from krrst_fast.targets import FrozenTarget
@@ -76,6 +77,9 @@ class TargetCache:
             file.
         inputs: What tells these outputs from others in the folder.
         progress: Show a bar, where there is a terminal.
+
+    Raises:
+        NonFiniteError: An output is not finite.
     """
 
     def __init__(
@@ -135,9 +139,15 @@ class TargetCache:
             return
         self.outputs = torch.empty(shape, device=there, dtype=kept_as)
         with progress_bar(progress, total=rows, desc=what, unit="view") as bar:
+            finite = torch.ones((), dtype=torch.bool, device=device)
             for chunk in torch.arange(rows).split(CHUNK):
-                self.outputs[chunk[0] : chunk[-1] + 1] = compute_rows(chunk)
+                outputs = compute_rows(chunk)
+                finite &= torch.isfinite(outputs).all()
+                self.outputs[chunk[0] : chunk[-1] + 1] = outputs
                 bar.update(len(chunk))
+        if not finite:
+            half = " in float16 (--target_cache_dtype float32)" if kept_as == torch.float16 else ""
+            raise NonFiniteError(f"distill: the target's outputs hold NaN or infinity{half}")
 
     def find(self, view: View) -> Tensor:
         """Return the rows [B] of a table on the device, or the rows' outputs [B, P] of another."""

@@ -51,11 +51,14 @@ class CachePlan:
         """Bytes."""
         return self.rows * self.dim * self.dtype.itemsize
 
+    @property
+    def what(self) -> str:
+        """What is looked up, wherever it is: all that results depend on."""
+        return f"looked up among {self.rows:,} views in {str(self.dtype).removeprefix('torch.')}"
+
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         where = {"device": "on the device", "memory": "in memory", "disk": "on the disk"}
-        size = f"{self.size / 2**30:.2g} GiB {where[self.place]}"
-        return f"looked up among {self.rows:,} views in {dtype}, {size}"
+        return f"{self.what}, {self.size / 2**30:.2g} GiB {where[self.place]}"
 
 
 def plan_cache(
@@ -63,8 +66,7 @@ def plan_cache(
 ) -> CachePlan | None:
     """Choose how a run keeps the target's outputs; None where it runs the target at every step.
 
-    Raises:
-        ConfigError: The table was asked for where it does not fit.
+    The choice does not depend on what is free at the moment: a resumed run does as the run before.
     """
     count = store.count("train")
     most = most_bytes(config, target, device)
@@ -79,7 +81,7 @@ def plan_cache(
     # What an encoder has computed is kept in any case.
     on_disk = place == "disk" or isinstance(target.config, EncoderInfo)
     inputs = _inputs(config, store, target, device)
-    plan = CachePlan(
+    return CachePlan(
         rows=count * views,
         views=views,
         dim=target.dim,
@@ -88,8 +90,6 @@ def plan_cache(
         folder=outputs_folder(config, inputs) if on_disk else None,
         inputs=inputs if on_disk else {},
     )
-    _require_room(plan, device)
-    return plan
 
 
 def most_bytes(config: DistillConfig, target: FrozenTarget, device: torch.device) -> int:
@@ -164,7 +164,8 @@ def check_views(
                 f"its outputs take {size / 2**30:.1f} GiB: pass {fewer}--views.padding 0, "
                 "--target_cache on (to keep them all), or off (to run it at every step)"
             )
-    plan_cache(config, store, target, device)
+    if (plan := plan_cache(config, store, target, device)) is not None:
+        _require_room(plan, device)
 
 
 def _require_room(plan: CachePlan, device: torch.device) -> None:
@@ -200,6 +201,8 @@ def _inputs(
         "dtype": config.dtype,
         "device": device.type,
     }
+    if device.type == "cuda" and not config.tf32:
+        inputs["convolutions"] = "in float32"
     # Two tables that differ by their dtype alone are two folders.
     kept = {} if config.target_cache_dtype == "auto" else {"kept": config.target_cache_dtype}
     return inputs | kept

@@ -123,10 +123,9 @@ class DistillConfig:
     """Whether convolutions in float32 may round to TF32 (10 bits) on a GPU, as is PyTorch's
     default: they take a third of the time. A CPU always computes in float32."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Whether a GPU replays the steps without the host in between: a CUDA graph for each slot of
-    the pool. Failures are then found when the next row is logged or the next checkpoint is due, and
-    a step that failed has changed nothing. "auto": where that is possible, which takes solver.check
-    "flag"; "on" refuses to run without."""
+    """Whether a GPU replays the steps without the host in between: two CUDA graphs for each slot of
+    the pool. What failed is then read every 50 steps; a step that failed has changed no image.
+    "auto": where that is possible, which takes solver.check "flag"; "on" refuses to run without."""
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int = 2000
@@ -157,6 +156,8 @@ class DistillConfig:
             at_rest = self.lr == self.lr_targets == 0
             require(not at_rest, self, "lr_targets", "positive where lr is 0")
         require(len(set(self.sinks)) == len(self.sinks), self, "sinks", "given once each")
+        if self.cuda_graph == "on":
+            require(self.solver.check == "flag", self, "cuda_graph", 'on with solver.check "flag"')
         require(0 < self.final_lr_fraction <= 1, self, "final_lr_fraction", "in (0, 1]")
         reference = self.solver.backend == "reference"
         require(not reference, self, "solver", "of another backend than reference")

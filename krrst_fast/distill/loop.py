@@ -109,7 +109,11 @@ def _distill(config: DistillConfig, resume: bool, progress: bool, held: bool) ->
         config = _located(config)
         write_json(config.out / "config.json", to_dict(config))
         networks, table = arithmetic(config, device), plan_cache(config, store, target, device)
-        environment.record(config.out, device, **environment_of(config, device, table))
+        environment.record(
+            config.out,
+            device,
+            **environment_of(config, device, None if table is None else table.what),
+        )
         if progress and not networks.is_plain:
             print(f"distill: the networks run by {networks}", file=sys.stderr)
         if progress and table is not None:
@@ -150,6 +154,11 @@ def _check_inputs(
             f"the store {config.store} holds {_times(holds)}"
         )
     check_views(config, store, target, device)
+    if config.cuda_graph == "on" and (device.type != "cuda" or config.pool.model.is_own):
+        what = "the pool's networks are not built in" if config.pool.model.is_own else ""
+        raise ConfigError(
+            f"distill: cuda_graph is on, but {what or f'the device is {device}, not a GPU'}"
+        )
     count = store.count("train")
     if config.num_images > count:
         raise DataError(
@@ -308,7 +317,7 @@ class _Run:
                 # The row before the checkpoint: a kill between them leaves a row too many, which
                 # is cut, and never one too few.
                 if logs:
-                    values = _values(report, state.pool.lr)
+                    values = report.values(state.pool.lr)
                     if measures:
                         values |= held_out.measure(state)
                     bar.set_postfix(_shown(log.write(state.step, values)), refresh=False)
@@ -369,27 +378,7 @@ def warm_up(
                 after_step()
 
 
-def _values(report: StepReport, pool_lr: float) -> dict[str, float]:
-    """Return what the log keeps of a step."""
-    solve = report.solve
-    apart = {} if report.lr_targets == report.lr else {"lr_targets": report.lr_targets}
-    return {
-        "loss": float(report.loss),
-        "ridge": float(solve.ridge),
-        "condition": float(solve.condition),
-        "retries": int(solve.retries),
-        "slot": report.slot,
-        "slot_age": report.slot_age,
-        "lr": report.lr,
-        **apart,
-        "pool_lr": pool_lr,
-    }
-
-
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "loss": f"{row['loss']:.3g}",
-        "ridge": f"{row['ridge']:.3g}",
-        "cond": f"{row['condition']:.3g}",
-        "images/s": f"{row['images_per_second']:.0f}",
-    }
+    names = {"loss": "loss", "ridge": "ridge", "condition": "cond"}
+    shown = {short: f"{row[name]:.3g}" for name, short in names.items() if name in row}
+    return shown | {"images/s": f"{row['images_per_second']:.0f}"}

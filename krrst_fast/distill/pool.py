@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from krrst_fast.distill.arithmetic import PLAIN, Arithmetic
 from krrst_fast.distill.config import PoolConfig
+from krrst_fast.distill.optimizers import plain_state, set_rate
 from krrst_fast.errors import NonFiniteError
 from krrst_fast.models import Network, build, place
 from krrst_fast.models.functional import state_of
@@ -87,6 +88,7 @@ class Slot:
             guard: Called with the loss before the network is changed.
         """
         with training(self.network, self.optimizer), self._drawing():
+            self.optimizer.zero_grad(set_to_none=True)  # of an update that was broken off
             loss = self._backward(x_syn, y_syn)
             guard(loss)
             self.optimizer.step()
@@ -114,21 +116,6 @@ def is_well(loss: Tensor, y_syn: Tensor) -> Tensor:
     """Return whether the loss of a network is finite and not far too large: a bool, unread."""
     # NaN compares as false. 1: what a fresh network gives is about 1.
     return loss <= DIVERGED * (y_syn.square().mean() + 1)
-
-
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Give a parameter group of an optimiser its rate, a number or a tensor that stays."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
-
-
-def plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state of an optimiser with rates that are numbers."""
-    state = optimizer.state_dict()
-    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
-    return {**state, "param_groups": groups}
 
 
 @contextmanager
@@ -290,7 +277,9 @@ class Pool:
             message = f"the network's own loss is {last.loss.item()}; lower pool.lr"
             self.start_again(last.slot, NonFiniteError(message), last.x_syn, last.y_syn)
 
-    def start_again(self, slot: Slot, error: NonFiniteError, *given: Tensor) -> None:
+    def start_again(
+        self, slot: Slot, error: NonFiniteError, *given: Tensor, also: Sequence[Slot] = ()
+    ) -> None:
         """Give a slot an untrained network after its training diverged.
 
         The rate is one that the head can bear (`lower_rate`); the layers below may still need a
@@ -304,6 +293,7 @@ class Pool:
             error: What told of it; raised if the network is not to blame: an untrained one, or
                 `given` is not finite; or if no rate is low enough.
             given: What the network or its loss was computed from.
+            also: Slots that diverged at the same rate, which start again with it.
         """
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in given)
         if not finite or slot.age == 0:
@@ -317,20 +307,23 @@ class Pool:
             self.lr /= 2
             now = f"it starts again, and the whole pool's rate is now {self.lr:g}"
         else:
-            slot.generation += 1
+            for one in (slot, *also):
+                one.generation += 1
             now = (
                 "the next network takes its place, and the pool's rate stays "
                 f"{self.lr:g}: {stood} networks had all their steps at it"
             )
+        with_it = "".join(f" and {one.number}" for one in also)
         warnings.warn(
-            f"distill: pool network {slot.number} diverged after {slot.age} SGD steps on "
+            f"distill: pool network {slot.number}{with_it} diverged after {slot.age} SGD steps on "
             f"{len(given[0])} images; {now} (pool.lr is {self.config.lr:g})",
             stacklevel=3,
         )
         for other in self.slots:
             other.full_lives = 0
         self._set_rate(self.lr)
-        self._restart(slot)
+        for one in (slot, *also):
+            self._restart(one)
 
     def _restart(self, slot: Slot) -> None:
         """Give a slot the untrained network of its generation."""
@@ -343,18 +336,28 @@ class Pool:
             slot.network, slot.optimizer = network, optimizer
         slot.age = 0
 
-    def stays_in_place(self) -> None:
-        """Write networks that are renewed over those before them from now on.
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Write networks that are renewed over those before them, as long as this lasts.
 
         Momentum that is zero stands for none, as a fresh optimiser has it: that changes no bit.
+
+        Raises:
+            TypeError: The optimisers are not SGD.
         """
-        self._in_place = True
         for slot in self.slots:
+            if not isinstance(slot.optimizer, torch.optim.SGD):
+                raise TypeError("Pool.in_place: the optimisers must be SGD")
             for group in slot.optimizer.param_groups:
                 for parameter in group["params"]:
                     state = slot.optimizer.state[parameter]
                     if state.get("momentum_buffer") is None:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
+        self._in_place = True
+        try:
+            yield
+        finally:
+            self._in_place = False
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return everything that changes, slot by slot."""
@@ -365,7 +368,7 @@ class Pool:
                 "generation": slot.generation,
                 "full_lives": slot.full_lives,
                 "network": dict(slot.network.state_dict()),
-                "optimizer": plain_state(slot.optimizer),
+                "optimizer": plain_state(slot.optimizer, self.lr),
             }
             for slot in self.slots
         ]

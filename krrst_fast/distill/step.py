@@ -1,6 +1,7 @@
 """One iteration of the algorithm, and the state that it moves on."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krrst_fast.distill.pool import Pool, Slot, plain_state
+from krrst_fast.distill.optimizers import plain_state
+from krrst_fast.distill.pool import Pool, Slot
 from krrst_fast.distill.source import Source
 from krrst_fast.errors import NonFiniteError, NotPositiveDefiniteError
 from krrst_fast.ops.info import SolveInfo
@@ -43,6 +45,7 @@ class State:
         optimizer: AdamW without weight decay, a group for each of these two.
         pool: The networks.
         generator: Draws slots and views.
+        notes: What failed on the device and was not read yet, where steps are `static`.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class State:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.pool = pool
         self.generator = generator
+        self.notes: Tensor | None = None
 
     def settle(self) -> None:
         """Read how the last SGD step of the pool went, as `Pool.settle` does."""
@@ -73,7 +77,8 @@ class State:
                 raise NonFiniteError(
                     f"distill: the {name} hold NaN or infinity at step {self.step}"
                 )
-        return {
+        noted = {} if self.notes is None else {"notes": self.notes.cpu()}
+        return noted | {
             "step": self.step,
             "x_syn": self.x_syn.detach(),
             "y_syn": self.y_syn.detach(),
@@ -92,6 +97,7 @@ class State:
         self.optimizer.load_state_dict(copy.deepcopy(_two_groups(state["optimizer"])))
         self.pool.load_state_dict(state["pool"])
         self.generator.set_state(state["generator"].cpu())
+        self.notes = state.get("notes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +114,25 @@ class StepReport:
     """The rate of the images."""
     lr_targets: float
     """The rate of the targets."""
+
+    def values(self, pool_lr: float) -> dict[str, float]:
+        """Return what the log keeps of the step, and of the rate of the pool."""
+        measured = {
+            "loss": float(self.loss),
+            "ridge": float(self.solve.ridge),
+            "condition": float(self.solve.condition),
+        }
+        apart = {} if self.lr_targets == self.lr else {"lr_targets": self.lr_targets}
+        return {
+            # Of a step that failed, and changed nothing, there are none.
+            **{name: value for name, value in measured.items() if math.isfinite(value)},
+            "retries": int(self.solve.retries),
+            "slot": self.slot,
+            "slot_age": self.slot_age,
+            "lr": self.lr,
+            **apart,
+            "pool_lr": pool_lr,
+        }
 
 
 def outer_step(

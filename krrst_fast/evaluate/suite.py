@@ -1,5 +1,6 @@
 """Suites: the same measurements on several labelled stores and students, cell by cell."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -105,7 +106,7 @@ def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
 
     Each cell is a result of its own, `evaluation/SUITE-STORE-STUDENT.json` of the first run: cells
     that are finished are read, and one that was stopped goes on where it was. The tables are in
-    `evaluation/SUITE.md`. Until all cells are finished, the folder `evaluation/SUITE.networks` has
+    `evaluation/SUITE.md`. Until all cells are finished, a folder `evaluation/SUITE-*.networks` has
     the pre-trained networks, which the cells of a student share.
 
     Args:
@@ -123,7 +124,9 @@ def evaluate_suite(config: SuiteConfig, *, progress: bool = True) -> str:
     cells = list(config.cells())
     for cell in cells:
         check(cell)
-    networks = config.folder / f"{config.suite}.networks"
+    names = hashlib.sha256(" ".join(cell.name or "" for cell in cells).encode()).hexdigest()[:8]
+    # Of these cells alone: another process may be at others of the same suite.
+    networks = config.folder / f"{config.suite}-{names}.networks"
     finished: dict[EvaluateConfig, Evaluation] = {}
     failed: list[KrrstError] = []
     try:

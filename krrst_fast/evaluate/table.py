@@ -33,6 +33,7 @@ class Row:
     pretrain_loss: float | None
     """Loss of the last pre-training step; None without pre-training."""
     seconds: float
+    """Without a pre-training that another row of a suite has done."""
     fingerprint: str
     """Digest of all settings and data that the row depends on."""
     num_images: int | None = None

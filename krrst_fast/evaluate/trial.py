@@ -173,6 +173,8 @@ class Trials:
         else:
             if stopping is not None and stopping.before_last:
                 train(stopping.before_last)
+            for _ in range(config.steps - (stopping.before_last if stopping else 0)):
+                tick()
             net.load_state_dict(ready.state)
             net.eval()
             loss = ready.loss

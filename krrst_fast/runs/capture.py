@@ -52,7 +52,9 @@ class Replays:
     """
 
     def __init__(self, device: torch.device, what: str) -> None:
-        self._what = what
+        self._what, self._device = what, device
+        self.failure = ""
+        """Why nothing is captured any more."""
         self._captures = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._captures else None
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
@@ -66,12 +68,16 @@ class Replays:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def forget(self) -> None:
+        """Drop all graphs: the work is not what it was."""
+        self._graphs.clear()
 
     def run(self, name: Hashable, work: Callable[[], T]) -> T:
         """Run a piece of work within `aside`; a replay writes to the tensors it returned before."""
@@ -89,9 +95,10 @@ class Replays:
             except Exception as error:
                 self._captures = False
                 reason = str(error).strip().partition("\n")[0]
+                self.failure = f"{type(error).__name__}: {reason}"
                 warnings.warn(
                     f"{self._what} cannot be captured in a CUDA graph, and runs without "
-                    f"({type(error).__name__}: {reason})",
+                    f"({self.failure})",
                     stacklevel=2,
                 )
                 return work()
