@@ -22,7 +22,7 @@ PAPER = {
 
 # limit, P, M, pool widths, B, steps, T, pre-training steps
 ENCODER = {
-    "cifar100-encoder": (10_000, 64, 100, (16, 32, 64), 128, 1800, 100, 1000),
+    "cifar100-encoder": (10_000, 64, 100, (16, 32, 64), 128, 2500, 100, 1000),
     "cifar100-encoder-1000": (None, 256, 1000, (128, 256, 512), 1024, 20_000, 1000, 4000),
 }
 

@@ -227,7 +227,7 @@ _CIFAR100_ENCODER = _encoder(
     limit=10_000,
     num_outputs=64,
     num_images=100,
-    steps=1800,
+    steps=2500,
     batch_size=128,
     pool=PoolConfig(size=20, online_steps=100, model=ModelConfig(widths=(16, 32, 64))),
     pretrain_steps=1000,
