@@ -8,7 +8,10 @@ from krrst_fast.distill.static import StaticSteps
 from tests.on_device import no_waits
 from tests.test_distill_static import OPTIONS, RATE, made
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
+]
 
 
 def test_replays_have_the_bits_of_uncaptured_work(monkeypatch: pytest.MonkeyPatch) -> None:
