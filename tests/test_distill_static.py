@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import json
 import math
+import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from krrst_fast.errors import ConfigError, NonFiniteError
 from krrst_fast.models import ModelConfig
 from krrst_fast.ops.solver import Solver
 from krrst_fast.runs.seeding import generator
+from tests.played_gpu import played_gpu
 from tests.test_distill_source import Live
 
 RATE = LinearDecay(start=0.05, final=0.001, steps=40)
@@ -266,6 +269,32 @@ def test_what_is_captured_reads_nothing_and_leaves_tensors_where_they_are(monkey
     held = [*steps._choice, *(p for slot in state.pool.slots for p in slot.network.parameters())]
     assert {id(tensor) for tensor in held} <= {id(tensor) for tensor in kept}
     assert sum(slot.generation for slot in state.pool.slots) >= 3
+
+
+class Waits(list):
+    """Where the host would wait for a played GPU: the file that asks for it."""
+
+    def append(self, what: str) -> None:
+        frames = reversed(traceback.extract_stack()[:-1])
+        files = (Path(frame.filename).name for frame in frames)
+        super().append(next(f for f in files if f not in ("played_gpu.py", "_tensor.py")))
+
+
+def test_a_step_on_a_gpu_waits_for_nothing():
+    with played_gpu() as gpu:
+        state, source = made(device="cuda", size=2, online_steps=1000)
+        steps = StaticSteps(state, source, RATE, **OPTIONS)
+        with steps.aside():
+            for _ in range(3):
+                steps()
+            gpu.waits = waits = Waits()
+            for _ in range(20):
+                assert steps().loss.device.type == "cuda"
+            taken = set(waits)
+        assert not torch.equal(state.x_syn, made(device="cuda")[0].x_syn)
+    # The draws, from pinned memory; and torch's optimisers, whose C++ takes what is played for
+    # tensors of the CPU, where their rates are not.
+    assert taken == {"augment.py", "adam.py", "sgd.py"}
 
 
 @pytest.fixture

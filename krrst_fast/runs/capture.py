@@ -55,7 +55,7 @@ class Replays:
         self._what, self._device = what, device
         self.failure = ""
         """Why nothing is captured any more."""
-        self._captures = device.type == "cuda"
+        self._captures = device.type == "cuda" and torch.backends.cuda.is_built()
         self._stream = torch.cuda.Stream(device) if self._captures else None
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
