@@ -196,7 +196,7 @@ def test_a_matrix_of_features_is_a_target_for_the_views_it_has(mirrored, tiny_st
     best = (flat - flat.mean(0)) @ directions[:4].T / factor
     torch.testing.assert_close(outputs @ outputs.T, best @ best.T, rtol=1e-4, atol=1e-4)
     index = torch.tensor([3, 5])
-    rows = made.of_views(index, torch.tensor([mirrored, False]), torch.empty(0))
+    rows = made.table.rows(index, torch.tensor([mirrored, False]))
     step = 2 if mirrored else 1
     assert torch.equal(rows.double(), outputs[[3 * step + mirrored, 5 * step]])
 

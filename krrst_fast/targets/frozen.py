@@ -115,18 +115,6 @@ class FrozenTarget:
         ]
         return torch.cat(chunks)
 
-    def of_views(self, index: Tensor, flip: Tensor, batch: Tensor) -> Tensor:
-        """Compute the representations [B, dim] of views of the store.
-
-        Args:
-            index: The images, int64 [B]; a table is looked up by it.
-            flip: Whether they are mirrored, bool [B].
-            batch: Their normalised views [B, C, H, H], which a network is called on.
-        """
-        if self.table is not None:
-            return self.table.rows(index, flip)
-        return self(batch.float())
-
     def identity(self) -> str:
         """Return what tells this target from another, wherever its file lies."""
         # Without what is unset: a setting that came later leaves older targets their identity.
